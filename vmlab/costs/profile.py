@@ -1,0 +1,163 @@
+"""Cost profiles: one CPU generation each, read from YAML, every figure with its provenance."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from vmlab.costs.bibliography import bibliography
+from vmlab.costs.figures import Figure, figure, number, read_yaml, text, texts
+from vmlab.costs.paths import path_table
+from vmlab.errors import ConfigError
+from vmlab.ledger import CLASSES, EXIT_REASONS, SYSTEM_INSTRUCTIONS
+
+PROFILES = Path(__file__).with_name("profiles")
+
+#: What a CPU may provide, in words.
+CAPABILITIES = {
+    "x86": "the base instruction set",
+    "shadow": "hardware assistance with shadow page tables",
+    "vmx": "Intel VT-x", "ept": "Intel extended page tables",
+    "svm": "AMD-V", "npt": "AMD nested page tables",
+}
+
+#: Platform of a run -> what a profile must provide one of. A hardware-assisted run goes through one
+#: accessor for control-block fields and intercepts what VT-x intercepts too, so that its ledger can be
+#: priced on either vendor's figures (docs/adr/0003-pricing.md).
+PLATFORMS: Mapping[str, tuple[str, ...]] = {
+    "x86": ("x86",), "svm": ("svm", "vmx"), "svm-npt": ("npt", "ept"), "vmx": ("vmx",), "vmx-ept": ("ept",),
+}
+
+#: Cost keys every profile must have; instructions and exits not listed fall back to a ``default``.
+_REQUIRED = (
+    *(f"class.{name}" for name in CLASSES), "insn.default", "insn.iret", "exception.delivery", "interrupt.delivery",
+    "int.delivery",
+)
+_ASSISTED = ("entry", "exit.default", "vmread", "vmwrite")
+_ALLOWED = {
+    *_REQUIRED, *_ASSISTED, *(f"insn.{op}" for op in SYSTEM_INSTRUCTIONS), *(f"exit.{reason}" for reason in EXIT_REASONS),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """One CPU generation: identity, what it provides, and its costs in cycles by key.
+
+    Keys: ``class.<class>`` cycles per instruction of a class; ``insn.<name>`` per system instruction;
+    ``exception.delivery``, ``interrupt.delivery``, ``int.delivery``; ``entry``, ``exit.<reason>``,
+    ``vmread``, ``vmwrite``; ``mhz`` (clock). ``path.*`` and ``shared.*`` are the shared path table's.
+    ``overrides`` holds figures fixed by :meth:`with_values`.
+    """
+
+    name: str
+    words: str
+    vendor: str
+    year: int
+    provides: frozenset[str]
+    costs: Mapping[str, Figure]
+    overrides: Mapping[str, Figure] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What pricing has worked out for this profile; lives and dies with it."""
+
+    def figure(self, key: str) -> Figure | None:
+        """The figure that prices ``key``, falling back to the family's default; None where there is none."""
+        shared = path_table()
+        for name in (key, f"{key.split('.')[0]}.default"):
+            for table in (self.overrides, self.costs, shared.paths, shared.shared):
+                if name in table:
+                    return table[name]
+        return None
+
+    def with_values(self, override: Mapping[str, float]) -> Profile:
+        """This profile with figures held at given values ("what if CLI cost 5 cycles?").
+
+        :param override: cost key -> cycles (instructions for ``path.*``). A fallback can be given a value of
+            its own (``insn.lgdt`` where the profile has only ``insn.default``).
+        :raises ConfigError: no such key on this profile.
+        """
+        fixed = dict(self.overrides)
+        for key, value in override.items():
+            found = self.figure(key)
+            if found is None:
+                known = sorted({*self.costs, *path_table().paths, *path_table().shared, *_ALLOWED})
+                near = difflib.get_close_matches(key, known, 1)
+                raise ConfigError(f"profile {self.name!r} has no cost {key!r}{f'; nearest: {near[0]!r}' if near else ''}")
+            fixed[key] = replace(found.fixed(value), key=key)
+        return replace(self, overrides=MappingProxyType(fixed))
+
+
+def names() -> list[str]:
+    """Built-in profiles, oldest generation first (a name ends in the year, which a test holds)."""
+    return sorted(_builtin(), key=lambda name: (name.rpartition("-")[2], name))
+
+
+def load(name_or_path: str | Path) -> Profile:
+    """A built-in profile by name, or one of the user's own by path to a ``.yaml`` file.
+
+    :raises ConfigError: unknown name (says the nearest), or a broken file (says file and key).
+    """
+    if str(name_or_path) in _builtin():
+        return _load(PROFILES / f"{name_or_path}.yaml")
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        return read_profile(path)
+    near = difflib.get_close_matches(str(name_or_path), _builtin(), 1, 0.3)
+    raise ConfigError(f"no cost profile {str(name_or_path)!r}; "
+                      + (f"nearest: {near[0]!r}; " if near else "")
+                      + f"there are {', '.join(_builtin())}, or give the path of a .yaml file")
+
+
+@lru_cache(maxsize=1)
+def _builtin() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in PROFILES.glob("*.yaml")))
+
+
+@cache
+def _load(path: Path) -> Profile:
+    profile = read_profile(path)
+    if profile.name != path.stem:
+        raise ConfigError(f"{path}: name: is {profile.name!r}, but the file is called {path.stem!r}")
+    return profile
+
+
+def read_profile(file: Path) -> Profile:
+    """Read and check a profile file; ConfigError names file and key."""
+    data = read_yaml(file)
+    fields = {"name", "words", "vendor", "year", "provides", "mhz", "costs"}
+    if extra := sorted(str(key) for key in set(data) - fields):
+        raise ConfigError(f"{file}: unknown key {extra[0]!r}; the keys are {', '.join(sorted(fields))}")
+    provides = frozenset(texts(data, "provides", str(file)))
+    if unknown := sorted(provides - set(CAPABILITIES)):
+        raise ConfigError(f"{file}: provides: unknown {unknown[0]!r}; the choices are {', '.join(CAPABILITIES)}")
+    rows = data.get("costs")
+    if not isinstance(rows, dict):
+        raise ConfigError(f"{file}: costs: must be a mapping of figures")
+    assisted = bool(provides & {"vmx", "svm"})
+    for key in rows:
+        if key not in _ALLOWED:
+            near = difflib.get_close_matches(str(key), sorted(_ALLOWED), 1)
+            raise ConfigError(f"{file}: costs: unknown cost {key!r}{f'; nearest: {near[0]!r}' if near else ''}")
+    for key in (*_REQUIRED, *(_ASSISTED if assisted else ())):
+        if key not in rows:
+            raise ConfigError(f"{file}: costs: {key!r} is missing")
+    costs = {key: figure(key, row, file, bibliography()) for key, row in rows.items()}
+    costs["mhz"] = figure("mhz", data.get("mhz"), file, bibliography())
+    return Profile(
+        text(data, "name", str(file)), text(data, "words", str(file)), text(data, "vendor", str(file)),
+        int(number(data, "year", str(file))), provides, MappingProxyType(costs),
+    )
+
+
+def supports(profile: Profile, platform: str) -> bool:
+    """Whether a run of this platform could have run on this CPU.
+
+    :raises ConfigError: no such platform.
+    """
+    if platform not in PLATFORMS:
+        raise ConfigError(f"unknown platform {platform!r}; there are {', '.join(PLATFORMS)}")
+    return any(needed in profile.provides for needed in PLATFORMS[platform])
