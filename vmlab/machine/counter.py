@@ -1,0 +1,241 @@
+"""Exact counts of retired instructions, block by block.
+
+Unicorn calls a hook at the start of every translated block. A block is decoded once; afterwards each
+run costs one increment, and the whole instruction mix follows from how often each block ran. What the
+increment got wrong is corrected when it shows:
+
+* the CPU left a block before its end (fault, exit): :meth:`Counter.leave` takes the rest off again;
+* a string instruction under REP runs as one block per iteration: only the first is an instruction,
+  the others are *continuations*; the number of continuations is the number of elements moved;
+* a conditional jump was taken when the next block does not start where this one ended.
+
+Nothing here depends on how the hook is called: :class:`Counter` is the portable way, and
+:mod:`vmlab.machine.fast` keeps the same numbers in C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from vmlab.ledger import CLASSES, Snapshot
+from vmlab.machine.decode import RING_CHANGERS, Instruction
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What a machine instruction in a translation cache stands for.
+
+    ``guest`` is the guest instruction that is complete when this machine instruction has retired;
+    ``how`` is "ident" for an identical copy and "incache" for anything else.
+    """
+
+    guest: Instruction
+    how: str
+
+
+Tags = list[Tag | None]
+
+
+class Block:
+    """A straight line of code as Unicorn translated it, and how often it ran.
+
+    The three counts are lists indexed by ``user``: 0 for CPL 0–2, 1 for CPL 3.
+    """
+
+    __slots__ = ("again", "end", "instructions", "key", "offsets", "pc", "rep", "ring", "runs", "size", "slot", "tags", "taken", "weight")
+
+    def __init__(self, key: int, pc: int, size: int, instructions: list[Instruction], tags: Tags | None) -> None:
+        self.key, self.pc, self.size, self.end = key, pc, size, pc + size
+        self.instructions, self.tags = instructions, tags
+        self.offsets: dict[int, int] = {}
+        at = 0
+        for i, instruction in enumerate(instructions):
+            self.offsets[at] = i
+            at += instruction.size
+        self.offsets[size] = len(instructions)
+        last = instructions[-1] if instructions else None
+        self.rep = bool(last and last.rep)
+        self.ring = bool(last and last.op in RING_CHANGERS)
+        self.weight = len(instructions) if tags is None else sum(tag is not None for tag in tags)
+        self.runs, self.taken, self.again = [0, 0], [0, 0], [0, 0]
+        self.slot = -1
+
+    def guest_weight_from(self, index: int) -> int:
+        """Guest instructions at or after position ``index``."""
+        if self.tags is None:
+            return len(self.instructions) - index
+        return sum(tag is not None for tag in self.tags[index:])
+
+
+class Counter:
+    """Counts per block; see the module's text. ``time`` is virtual time: guest instructions so far."""
+
+    def __init__(self, read_cpl: Callable[[], int]) -> None:
+        self._read_cpl = read_cpl
+        self.blocks: dict[int, Block] = {}
+        self.user = 0
+        self.time = 0
+        self.limit = 1 << 62
+        self.current: Block | None = None
+        self._short: dict[tuple[int, int, int], int] = {}
+        self._retired: list[Block] = []
+
+    # ---- called for every block
+    def enter(self, block: Block) -> None:
+        """The CPU is about to run ``block``."""
+        previous = self.current
+        weight = block.weight
+        if previous is not None:
+            if previous.ring:
+                self.user = int(self._read_cpl() == 3)
+            if previous.end != block.pc:
+                if previous.rep and previous.end == block.end:
+                    block.again[self.user] += 1
+                    weight -= 1
+                else:
+                    previous.taken[self.user] += 1
+        block.runs[self.user] += 1
+        self.time += weight
+        self.current = block
+
+    def continues(self, block_end: int) -> bool:
+        """Whether the next block, ending at ``block_end``, is another iteration of an unfinished REP."""
+        return self.current is not None and self.current.rep and self.current.end == block_end
+
+    # ---- corrections
+    def leave(self, rip: int, *, retired: bool = False) -> Instruction | None:
+        """The CPU left the current block at the instruction at ``rip``; returns that instruction.
+
+        ``retired`` says that this instruction itself was completed (by the machine). Harmless when
+        there is no current block, or when ``rip`` is its end (then None is returned).
+        """
+        block, self.current = self.current, None
+        if block is None:
+            return None
+        index = block.offsets.get(rip - block.pc)
+        if index is None or index >= len(block.instructions):
+            return None
+        cut = index + 1 if retired else index
+        if cut < len(block.instructions):
+            key = (block.key, cut, self.user)
+            self._short[key] = self._short.get(key, 0) + 1
+            self.time -= block.guest_weight_from(cut)
+        return block.instructions[index]
+
+    def interrupted_string(self) -> None:
+        """An interrupt arrived between two iterations of REP: the instruction has not retired yet."""
+        block, self.current = self.current, None
+        if block is not None:
+            key = (block.key, len(block.instructions) - 1, self.user)
+            self._short[key] = self._short.get(key, 0) + 1
+            self.time -= 1
+
+    def last_instruction(self) -> tuple[int, Instruction] | None:
+        """Address and decoding of the current block's last instruction (the one that raised INT n)."""
+        block = self.current
+        if block is None or not block.instructions:
+            return None
+        last = block.instructions[-1]
+        return block.end - last.size, last
+
+    def set_cpl(self, cpl: int) -> None:
+        """The machine changed CPL by itself."""
+        self.user = int(cpl == 3)
+
+    # ---- records
+    def add(self, block: Block) -> None:
+        """Start counting ``block``; a record under the same key is closed and kept."""
+        old = self.blocks.get(block.key)
+        if old is not None:
+            self.close(old)
+        self.blocks[block.key] = block
+
+    def close(self, block: Block) -> None:
+        """Stop using ``block`` (its code changed); its counts stay."""
+        if self.blocks.get(block.key) is block:
+            del self.blocks[block.key]
+        if self.current is block:
+            self.current = None
+        for (key, index, user), n in list(self._short.items()):
+            if key == block.key:
+                del self._short[key, index, user]
+                # Keep the correction with the record that it belongs to.
+                closed = (-1 - len(self._retired), index, user)
+                self._short[closed] = n
+        block.key = -1 - len(self._retired)
+        self._retired.append(block)
+
+    def snapshot(self, upto: int | None = None) -> Snapshot:
+        """Everything retired so far; ``upto`` is the address about to execute when inside a block."""
+        correction: dict[tuple[int, int, int], int] = dict(self._short)
+        block = self.current
+        if upto is not None and block is not None:
+            index = block.offsets.get(upto - block.pc)
+            if index is not None and index < len(block.instructions):
+                key = (block.key, index, self.user)
+                correction[key] = correction.get(key, 0) + 1
+        return _sum(self._all_blocks(), correction)
+
+    def _all_blocks(self) -> Iterable[Block]:
+        yield from self._retired
+        yield from self.blocks.values()
+
+
+def _sum(blocks: Iterable[Block], short: dict[tuple[int, int, int], int]) -> Snapshot:
+    events: dict[str, int] = {}
+    by_block: dict[int, list[tuple[int, int, int]]] = {}
+    for (key, index, user), n in short.items():
+        by_block.setdefault(key, []).append((index, user, n))
+    guest = [0, 0]
+    machine = 0
+
+    def add(kind: str, n: int) -> None:
+        if n:
+            events[kind] = events.get(kind, 0) + n
+
+    for block in blocks:
+        cuts = by_block.get(block.key, ())
+        last = len(block.instructions) - 1
+        for user in (0, 1):
+            runs, taken, again = block.runs[user], block.taken[user], block.again[user]
+            if not runs and not cuts:
+                continue
+            lost = [0] * (last + 2)
+            for index, who, n in cuts:
+                if who == user:
+                    lost[index] += n
+            times = runs
+            for i, instruction in enumerate(block.instructions):
+                times -= lost[i]
+                n = times
+                if i == last and block.rep:
+                    n -= again
+                    add("machine.string", again)
+                elif instruction.string:
+                    add("machine.string", n)
+                machine += n
+                _add_machine(add, instruction, n, taken if i == last else 0)
+                tag = None if block.tags is None else block.tags[i]
+                if block.tags is None:
+                    guest[user] += n
+                    add("retired.user" if user else "retired.kernel", n)
+                    if instruction.op:
+                        add(f"retired.{instruction.op}", n)
+                elif tag is not None:
+                    guest[user] += n
+                    add(f"translated.{tag.how}", n)
+    return Snapshot(dict(sorted(events.items())), guest[1], guest[0], machine)
+
+
+def _add_machine(add: Callable[[str, int], None], instruction: Instruction, n: int, taken: int) -> None:
+    if instruction.op:
+        add(f"machine.{instruction.op}", n)
+    elif instruction.kind == "jcc":
+        add("machine.branch", taken)
+        add("machine.alu", n - taken)
+    else:
+        add(f"machine.{instruction.kind}", n)
+
+
+assert {"alu", "load", "store", "branch", "indirect", "muldiv", "string"} == set(CLASSES)

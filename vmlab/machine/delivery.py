@@ -1,0 +1,209 @@
+"""Interrupts and exceptions through the IDT: what the CPU does and Unicorn leaves out.
+
+Follows SDM Vol. 3A §6.12 (protected mode) and §6.14 (IA-32e mode): gate, privilege, stack from the TSS
+or IST, frame, error code, then flags. A fault on the way becomes a double fault by the table of
+§6.15 "Interrupt 8", a fault while delivering that one shuts the CPU down.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from vmlab.errors import TripleFault
+from vmlab.machine.cpu import IF, NT, RF, TF, VM, Cpu, Segment, unpack_descriptor
+from vmlab.machine.paging import PageFault
+from vmlab.machine.state import CS, HF_CS64, HF_SHADOW, HF_SS32, RSP, SS
+
+DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK_FAULT, GENERAL_PROTECTION, PAGE_FAULT = 8, 10, 11, 12, 13, 14
+HAS_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17})
+_CONTRIBUTORY = frozenset({0, 10, 11, 12, 13})
+_INTERRUPT_GATES = (0x6, 0xE)
+
+
+class Fault(Exception):
+    """An exception raised by the machine itself while it carries out a step of the CPU."""
+
+    def __init__(self, vector: int, error_code: int | None = None, address: int | None = None) -> None:
+        super().__init__(f"exception {vector}")
+        self.vector, self.error_code, self.address = vector, error_code, address
+
+
+def deliver(cpu: Cpu, vector: int, error_code: int | None = None, *, software: bool = False,
+            return_rip: int | None = None, fault_rip: int | None = None, external: bool = False) -> int:
+    """Enter the handler of ``vector``; returns the vector that was really delivered (8 after a double fault).
+
+    :param software: INT n: the gate's DPL is checked against CPL.
+    :param return_rip: pushed as the return address; default the CPU's RIP.
+    :param fault_rip: where RIP points if a fault takes the place of a software interrupt.
+    :param external: a device interrupt (sets EXT in error codes of faults on the way).
+    :raises TripleFault: when the double fault cannot be delivered either.
+    """
+    return_rip = cpu.rip if return_rip is None else return_rip
+    try:
+        _enter(cpu, vector, error_code, return_rip, software=software, external=external and not software)
+        return vector
+    except Fault as second:
+        if fault_rip is not None:
+            cpu.rip = fault_rip
+        if vector == DOUBLE_FAULT:
+            raise TripleFault(_last_words(cpu, second)) from second
+        if software or external:
+            return deliver(cpu, second.vector, second.error_code)
+        both_contribute = vector in _CONTRIBUTORY and second.vector in _CONTRIBUTORY
+        after_page_fault = vector == PAGE_FAULT and (second.vector in _CONTRIBUTORY or second.vector == PAGE_FAULT)
+        if both_contribute or after_page_fault:
+            return deliver(cpu, DOUBLE_FAULT, 0)
+        return deliver(cpu, second.vector, second.error_code)
+
+
+def _last_words(cpu: Cpu, fault: Fault) -> str:
+    return (f"triple fault at {cpu.rip:#x}: exception {fault.vector} while delivering a double fault "
+            f"(IDT at {cpu.table('idt').base:#x}, limit {cpu.table('idt').limit:#x})")
+
+
+def read_descriptor(cpu: Cpu, selector: int, vector: int = GENERAL_PROTECTION) -> Segment:
+    """The descriptor that ``selector`` names in the GDT or LDT; raises :class:`Fault` (``vector``) outside its limit."""
+    table = cpu.table("ldt" if selector & 4 else "gdt")
+    offset = selector & ~7
+    if offset + 7 > table.limit:
+        raise Fault(vector, selector & 0xFFFC)
+    return unpack_descriptor(_read(cpu, table.base + offset, 8), selector)
+
+
+def _read(cpu: Cpu, address: int, size: int) -> bytes:
+    try:
+        return cpu.read_linear(address, size)
+    except PageFault as fault:
+        cpu.cr2 = fault.address
+        raise Fault(PAGE_FAULT, fault.error_code, fault.address) from fault
+
+
+def _write(cpu: Cpu, address: int, data: bytes, user: bool) -> None:
+    try:
+        cpu.write_linear(address, data, user=user)
+    except PageFault as fault:
+        cpu.cr2 = fault.address
+        raise Fault(PAGE_FAULT, fault.error_code, fault.address) from fault
+
+
+def _enter(cpu: Cpu, vector: int, error_code: int | None, return_rip: int, *, software: bool, external: bool) -> None:
+    if not cpu.cr(0) & 1:
+        _enter_real_mode(cpu, vector, return_rip)
+        return
+    long_mode = cpu.long_mode
+    ext = int(external)
+    idt = cpu.table("idt")
+    size = 16 if long_mode else 8
+    if vector * size + size - 1 > idt.limit:
+        raise Fault(GENERAL_PROTECTION, vector * 8 + 2 + ext)
+    raw = _read(cpu, idt.base + vector * size, size)
+    low, selector, ist, kind, middle = struct.unpack_from("<HHBBH", raw)
+    offset = low | middle << 16
+    if long_mode:
+        offset |= struct.unpack_from("<I", raw, 8)[0] << 32
+    gate = kind & 0x1F
+    if gate not in ((0xE, 0xF) if long_mode else (0x6, 0x7, 0xE, 0xF)):
+        raise Fault(GENERAL_PROTECTION, vector * 8 + 2 + ext)
+    cpl = cpu.cpl
+    if software and (kind >> 5) & 3 < cpl:
+        raise Fault(GENERAL_PROTECTION, vector * 8 + 2)
+    if not kind & 0x80:
+        raise Fault(NOT_PRESENT, vector * 8 + 2 + ext)
+    if not selector & 0xFFFC:
+        raise Fault(GENERAL_PROTECTION, ext)
+    code = read_descriptor(cpu, selector)
+    if not code.flags & (1 << 12) or not code.flags & (1 << 11) or code.dpl > cpl:
+        raise Fault(GENERAL_PROTECTION, (selector & 0xFFFC) + ext)
+    if not code.flags & (1 << 15):
+        raise Fault(NOT_PRESENT, (selector & 0xFFFC) + ext)
+    new_cpl = cpl if code.flags & (1 << 10) else code.dpl
+    flags = cpu.eflags
+    old_ss, old_sp, old_cs = cpu.selector(SS), cpu.gpr(RSP), cpu.selector(CS)
+    wide = bool(gate & 8)
+    values = [return_rip, old_cs, flags]
+    new_ss: Segment | None = None
+    if long_mode:
+        if ist & 7:
+            sp = _tss_stack64(cpu, 0x24 + 8 * ((ist & 7) - 1))
+        elif new_cpl < cpl:
+            sp = _tss_stack64(cpu, 4 + 8 * new_cpl)
+        else:
+            sp = old_sp
+        sp &= ~15
+        values += [old_sp, old_ss]
+        if new_cpl < cpl:
+            new_ss = Segment(new_cpl, 0, 0xFFFFFFFF, 0x00CF9300 | new_cpl << 13)
+    elif new_cpl < cpl:
+        sp, new_ss = _tss_stack32(cpu, new_cpl, ext)
+        values += [old_sp & 0xFFFFFFFF, old_ss]
+    else:
+        sp = old_sp
+    if error_code is not None:
+        values.insert(0, error_code)
+    item = 8 if long_mode else 4 if wide else 2
+    frame = b"".join(struct.pack("<Q", value & ((1 << (8 * item)) - 1))[:item] for value in values)
+    stack = new_ss or cpu.segment(SS)
+    if long_mode:
+        top = sp - len(frame)
+        _write(cpu, top, frame, user=new_cpl == 3)
+        cpu.set_gpr(RSP, top, 8)
+    else:
+        mask = 0xFFFFFFFF if stack.flags & (1 << 22) else 0xFFFF
+        top = (sp - len(frame)) & mask
+        _write(cpu, (stack.base + top) & 0xFFFFFFFF, frame, user=new_cpl == 3)
+        cpu.set_gpr(RSP, top, 4 if mask > 0xFFFF else 2)
+    if new_ss is not None:
+        cpu.set_segment(SS, new_ss)
+        if long_mode:
+            cpu.hflags |= HF_SS32
+    cpu.set_segment(CS, Segment((selector & 0xFFFC) | new_cpl, code.base, code.limit, code.flags | 0x100))
+    cpu.hflags = (cpu.hflags & ~(3 | HF_SHADOW)) | new_cpl
+    if long_mode:
+        cpu.hflags |= HF_CS64
+    new_flags = flags & ~(TF | NT | RF | VM)
+    if gate in _INTERRUPT_GATES:
+        new_flags &= ~IF
+    cpu.eflags = new_flags
+    cpu.rip = offset if long_mode or wide else offset & 0xFFFF
+    cpu.forget_exception()
+
+
+def _tss_stack64(cpu: Cpu, offset: int) -> int:
+    tss = cpu.table("tr")
+    if offset + 7 > tss.limit:
+        raise Fault(INVALID_TSS, tss.selector & 0xFFFC)
+    return int(struct.unpack("<Q", _read(cpu, tss.base + offset, 8))[0])
+
+
+def _tss_stack32(cpu: Cpu, level: int, ext: int) -> tuple[int, Segment]:
+    """ESP and SS for ring ``level`` from a 32-bit TSS (SDM Vol. 3A figure 7-2)."""
+    tss = cpu.table("tr")
+    if 4 + 8 * level + 5 > tss.limit:
+        raise Fault(INVALID_TSS, (tss.selector & 0xFFFC) + ext)
+    sp, selector = struct.unpack("<IH", _read(cpu, tss.base + 4 + 8 * level, 6))
+    if not selector & 0xFFFC or selector & 3 != level:
+        raise Fault(INVALID_TSS, (selector & 0xFFFC) + ext)
+    segment = read_descriptor(cpu, selector, INVALID_TSS)
+    writable_data = segment.flags & (1 << 12) and not segment.flags & (1 << 11) and segment.flags & (1 << 9)
+    if segment.dpl != level or not writable_data:
+        raise Fault(INVALID_TSS, (selector & 0xFFFC) + ext)
+    if not segment.flags & (1 << 15):
+        raise Fault(STACK_FAULT, (selector & 0xFFFC) + ext)
+    return sp, segment
+
+
+def _enter_real_mode(cpu: Cpu, vector: int, return_rip: int) -> None:
+    """Real-address mode: the vector table at IDTR.base (SDM Vol. 3A §20.1.4)."""
+    idt = cpu.table("idt")
+    if vector * 4 + 3 > idt.limit:
+        raise Fault(DOUBLE_FAULT if vector != DOUBLE_FAULT else GENERAL_PROTECTION)
+    offset, selector = struct.unpack("<HH", _read(cpu, idt.base + vector * 4, 4))
+    top = (cpu.gpr(RSP) - 6) & 0xFFFF
+    frame = struct.pack("<HHH", return_rip & 0xFFFF, cpu.selector(CS), cpu.eflags & 0xFFFF)
+    _write(cpu, cpu.segment(SS).base + top, frame, user=False)
+    cpu.set_gpr(RSP, top, 2)
+    cpu.set_segment(CS, Segment(selector, selector << 4, 0xFFFF, cpu.segment(CS).flags))
+    cpu.eflags = cpu.eflags & ~(IF | TF)
+    cpu.hflags &= ~HF_SHADOW
+    cpu.rip = offset
+    cpu.forget_exception()

@@ -1,0 +1,138 @@
+"""The small interface behind which every technique lives.
+
+A strategy owns one machine and runs one guest on it. To write one, subclass :class:`Strategy` (or an
+existing technique, to change how it handles one instruction) and name it in the entry-point group
+``vmlab.strategies``, or pass ``--strategy FILE:CLASS``. ``docs/writing-a-strategy.md`` walks through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import ClassVar
+
+from vmlab.guests import GuestImage
+from vmlab.ledger import Counts, Snapshot
+from vmlab.machine.cpu import Cpu
+from vmlab.machine.pc import Machine, Stop
+from vmlab.machine.state import CS, DS, ES, FS, GS, SS
+from vmlab.parameters import Parameter, Value
+
+#: What every technique gives its guest: 16 MiB of RAM from guest-physical address 0.
+GUEST_MEMORY = 16 << 20
+
+
+@dataclass(frozen=True)
+class GuestState:
+    """The guest's CPU as the guest believes it to be: virtual flags, virtual privilege, its own selectors."""
+
+    gpr: tuple[int, ...]
+    rip: int
+    eflags: int
+    selectors: tuple[int, ...]
+    cr0: int
+    cr2: int
+    cr3: int
+    cr4: int
+    gdt: tuple[int, int]
+    idt: tuple[int, int]
+
+    def digest(self) -> bytes:
+        """A canonical byte string of the whole state."""
+        flat: list[int] = []
+        for value in astuple(self):
+            flat.extend(value) if isinstance(value, tuple) else flat.append(value)
+        return struct.pack(f"<{len(flat)}Q", *flat)
+
+
+class Strategy(ABC):
+    """One way to run a guest. Class variables say what it is; the methods run it."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    #: What can be chosen about it, beside the guest's own parameters.
+    parameters: ClassVar[Mapping[str, Parameter]] = {}
+    #: Whether the whole guest state, not only its outcome, must equal the bare machine's.
+    full_virtualization: ClassVar[bool] = True
+
+    def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
+        self.machine = machine
+        self.chosen: dict[str, Value] = {key: p.default for key, p in self.parameters.items()}
+        for key, value in (parameters or {}).items():
+            if key in self.parameters:
+                self.chosen[key] = self.parameters[key].check(key, value)
+        #: What the VMM reports of its own work; the machine counts everything else.
+        self.counts = Counts("vmm")
+        #: What the guest tried and was refused, in words.
+        self.refused: list[str] = []
+
+    @classmethod
+    def platform(cls, parameters: Mapping[str, Value]) -> str:
+        """What a CPU must offer to run this: "x86", or "svm" for hardware assistance."""
+        return "x86"
+
+    @classmethod
+    def unfaithful(cls, workload: str, parameters: Mapping[str, Value]) -> str | None:
+        """Why this technique is known to change this workload's outcome, or None."""
+        return None
+
+    # ---- the four things a strategy does
+    @abstractmethod
+    def load(self, image: GuestImage, command_line: str) -> None:
+        """Put the guest into memory and the CPU at its entry point."""
+
+    def run(self, budget: int | None = None) -> Stop:
+        """Run until the guest ends; the stop says why. ``budget`` is in guest instructions."""
+        return self.machine.run(budget)
+
+    @abstractmethod
+    def deliver_interrupt(self, vector: int) -> None:
+        """Make an interrupt pending for the guest's CPU; it arrives when the guest allows it."""
+
+    @abstractmethod
+    def guest_state(self) -> GuestState:
+        """The guest's state, precise at every stop."""
+
+    # ---- what the lab asks of it
+    @abstractmethod
+    def watch(self, address: int, callback: object) -> None:
+        """Have the machine call ``callback`` when the guest is about to run the instruction at this address."""
+
+    def frame_address(self, gpa: int) -> int:
+        """Where guest-physical ``gpa`` lies in machine memory (hpa)."""
+        return gpa
+
+    def read_guest(self, gpa: int, size: int) -> bytes:
+        """Guest-physical memory."""
+        return self.machine.ram.read(self.frame_address(gpa), size)
+
+    def snapshot(self, upto: int | None = None) -> Snapshot:
+        """Everything counted so far, machine's and VMM's together."""
+        machine = self.machine.snapshot(upto)
+        machine.events.update(self.counts)
+        machine.user += self.counts.get("emulated.user", 0)
+        machine.kernel += self.counts.get("emulated.kernel", 0)
+        return machine
+
+    def state_digest(self) -> str:
+        """SHA-256 over registers and all guest memory."""
+        digest = hashlib.sha256(self.guest_state().digest())
+        base = self.frame_address(0)
+        digest.update(self.machine.ram.bytes[base:base + GUEST_MEMORY])
+        return digest.hexdigest()
+
+
+def physical_state(cpu: Cpu) -> GuestState:
+    """The physical CPU's state, for techniques under which it is the guest's own."""
+    cpu.load()
+    gdt, idt = cpu.table("gdt"), cpu.table("idt")
+    return GuestState(
+        gpr=tuple(cpu.gpr(i) & 0xFFFFFFFF for i in range(8)),
+        rip=cpu.rip, eflags=cpu.eflags,
+        selectors=tuple(cpu.selector(i) for i in (ES, CS, SS, DS, FS, GS)),
+        cr0=cpu.cr(0), cr2=cpu.cr2, cr3=cpu.cr(3), cr4=cpu.cr(4),
+        gdt=(gdt.base, gdt.limit), idt=(idt.base, idt.limit),
+    )
