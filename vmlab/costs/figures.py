@@ -133,19 +133,23 @@ def figure(key: str, data: object, file: Path, known_sources: Mapping[str, objec
         raise ConfigError(f"{where}: source {missing[0]!r} is not in the bibliography")
     place, note = text(data, "where", where, required=False), text(data, "note", where, required=False)
     measured_on = None
+    kind: FigureProvenance
     if provenance == "cited":
+        kind = "cited"
         if not sources or not place:
             raise ConfigError(f"{where}: a cited figure needs 'source' and 'where' (table, section, message)")
     elif provenance == "assumed":
+        kind = "assumed"
         if not note:
             raise ConfigError(f"{where}: an assumed figure needs a 'note' with the reason")
         if low * ASSUMED_FACTOR > value * (1 + 1e-9) or high < value * ASSUMED_FACTOR * (1 - 1e-9):
             raise ConfigError(f"{where}: an assumed figure needs a range of at least ×/÷ {ASSUMED_FACTOR:g} "
                               f"(here {value / ASSUMED_FACTOR:g} to {value * ASSUMED_FACTOR:g} or wider)")
     elif provenance == "measured":
+        kind = "measured"
         measured_on = (text(data, "machine", where), text(data, "command", where), str(data.get("date", "")))
         if not measured_on[2]:
             raise ConfigError(f"{where}: a measured figure needs 'machine', 'command' and 'date'")
     else:
         raise ConfigError(f"{where}: provenance must be cited, assumed or measured, not {provenance!r}")
-    return Figure(key, value, low, high, provenance, sources, place, note, texts(data, "calibrates", where), measured_on)
+    return Figure(key, value, low, high, kind, sources, place, note, texts(data, "calibrates", where), measured_on)

@@ -94,7 +94,8 @@ def slowdown(
 ) -> Ratio | Unsupported:
     """The price of ``events`` over that of ``native_events``, both under the same samples of the costs.
 
-    Any two runs may be compared, not only with native. Errors as for :func:`price`.
+    Any two runs may be compared, not only with native. Errors as for :func:`price`. The range of a ratio says what
+    the costs leave open on *one* CPU; it does not vary the counts, which are exact.
     """
     profile = profile.with_values(override) if override else profile
     counts, base = _priced(events), _priced(native_events)

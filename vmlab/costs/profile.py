@@ -67,7 +67,8 @@ class Profile:
     def figure(self, key: str) -> Figure | None:
         """The figure that prices ``key``, falling back to the family's default; None where there is none."""
         shared = path_table()
-        for name in (key, f"{key.split('.')[0]}.default"):
+        # Only a key that a profile may hold has a default: a misspelt one must not be priced by it.
+        for name in (key, f"{key.split('.')[0]}.default") if key in _ALLOWED else (key,):
             for table in (self.overrides, self.costs, shared.paths, shared.shared):
                 if name in table:
                     return table[name]

@@ -70,12 +70,16 @@ def _rules() -> dict[str, Rule]:
         rules[f"machine.{name}"] = _rule("guest instructions", f"class.{name}")
     for op in SYSTEM_INSTRUCTIONS:
         if op not in _ELSEWHERE:
-            cause = "interrupts and faults" if op == "iret" else "sensitive instructions"
-            rules[f"machine.{op}"] = _rule(cause, f"insn.{op}")
+            rules[f"machine.{op}"] = _rule("sensitive instructions", f"insn.{op}")
         emulation = [_LONG_EMULATIONS.get(op, "path.emulate")]
         if op in _REAL_WORK:
             emulation.append(_REAL_WORK[op])
         rules[f"emulate.{op}"] = _rule("VMM emulation", *emulation)
+    # A port's latency is the bus's and the device's, in time, and waited for by the IN or OUT that reaches it.
+    # A VMM's own model of a device has no bus: it is priced as vmm.device.
+    for op in ("in", "out", "ins", "outs"):
+        rules[f"machine.{op}"] = _rule("devices", f"insn.{op}", "shared.port_latency_ns")
+    rules["machine.iret"] = _rule("interrupts and faults", "insn.iret")
     rules["emulate.other"] = _rule("VMM emulation", "path.emulate")
     # A trap is a round trip: delivery to ring 0, the VMM's entry and exit code, IRET back.
     for vector, name in EXCEPTIONS.items():
@@ -87,8 +91,6 @@ def _rules() -> dict[str, Rule]:
     rules["interrupt.window"] = _rule("interrupts and faults", "path.window")
     rules["vmm.inject"] = _rule("interrupts and faults", "path.inject")
     rules["event.upcall"] = _rule("interrupts and faults", "path.upcall")
-    # The port's latency is the bus's and the device's, in time; the instruction itself is insn.in.
-    rules["io.device"] = _rule("devices", "shared.port_latency_ns")
     rules["vmm.device"] = _rule("devices", "path.device")
     rules["entry"] = _rule("VM exits", "entry")
     for reason in EXIT_REASONS:
@@ -127,6 +129,7 @@ def _not_priced() -> dict[str, str]:
     return reasons | {
         "interrupt.injected": "the VMM's work is priced as vmm.inject or event.upcall",
         "vmm.emulate": "the sum of emulate.*, which is priced by instruction",
+        "io.device": "priced with the IN or OUT that reached the port, or as vmm.device where a VMM models the device",
         "idle": "waiting costs no work: the clock of the lab skips to the next event",
         "bt.translate.unit": "the published cost is per instruction and includes the unit's",
         "bt.translate.bytes_in": "a size, not work", "bt.translate.bytes_out": "a size, not work",
