@@ -1,0 +1,66 @@
+"""A guest image as the rest of the lab sees it: bytes to place, where to start, what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vmlab.errors import GuestImageError
+from vmlab.parameters import Parameter
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Bytes to place at guest-physical ``paddr``; the rest up to ``memsz`` bytes is zero."""
+
+    paddr: int
+    data: bytes
+    memsz: int
+
+
+@dataclass(frozen=True)
+class PvNotes:
+    """What the Xen ELF notes say (xen/include/public/elfnote.h). Addresses are virtual."""
+
+    entry: int
+    hypercall_page: int | None
+    virt_base: int
+    paddr_offset: int
+    guest_os: str
+    xen_version: str
+    loader: str
+    pae_mode: str
+    features: str
+
+
+@dataclass(frozen=True)
+class GuestImage:
+    """An ELF32 i386 kernel with a Multiboot header, and perhaps a paravirtual entry."""
+
+    name: str
+    segments: tuple[Segment, ...]
+    entry: int
+    pv: PvNotes | None
+    symbols: Mapping[str, int]
+    sha256: str
+
+    @property
+    def end(self) -> int:
+        """First guest-physical address behind the image."""
+        return max(s.paddr + s.memsz for s in self.segments)
+
+    def symbol(self, name: str) -> int:
+        """The symbol's address; :class:`GuestImageError` if the image has none of that name."""
+        try:
+            return self.symbols[name]
+        except KeyError:
+            raise GuestImageError(f"guest image {self.name!r} has no symbol {name!r}; the lab needs it to measure") from None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing that a guest can be told to do, with the parameters that it takes."""
+
+    name: str
+    summary: str
+    parameters: Mapping[str, Parameter]
