@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"vmlab: {error}", file=sys.stderr)
         return USAGE if isinstance(error, ConfigError | GuestImageError) else FAILED
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         if debug:
             traceback.print_exc()
         print(f"vmlab: internal error: {type(error).__name__}: {error}\n"

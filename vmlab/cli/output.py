@@ -43,7 +43,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns aligned with spaces: numbers to the right, words to the left, a rule below the head."""
     lines = [[_text(field) for field in row] for row in rows]
     number = [
-        bool(lines) and all(not row[i] or row[i][0].isdigit() or row[i][0] in "-." and len(row[i]) > 1 for row in lines)
+        bool(lines) and all(not row[i] or row[i][0].isdigit() or (row[i][0] in "-." and len(row[i]) > 1) for row in lines)
         for i in range(len(head))
     ]
     widths = [max([len(title), *(len(row[i]) for row in lines)]) for i, title in enumerate(head)]

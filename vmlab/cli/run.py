@@ -1,0 +1,99 @@
+"""``vmlab run``: one workload under one technique, and its ledger."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from vmlab.cli.output import print_json, table
+
+EXAMPLE = """\
+examples:
+  vmlab run cli_sti --technique trap-and-emulate --iterations 1000 --density 100
+  vmlab run rdtsc --technique binary-translation --set emulation=callout --profile prescott-2005
+  vmlab run compute --technique native --json
+
+The native run of the same work is made along with it, for slowdown and fidelity.
+'vmlab list workloads' and 'vmlab list techniques' name what can be run.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.epilog = EXAMPLE
+    parser.add_argument("workload", help="what the guest does")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--technique", help="how it is virtualized ('native': not at all)")
+    how.add_argument("--strategy", metavar="FILE.py:CLASS", help="a technique of your own, from a file")
+    parser.add_argument("--guest", default="nano", help="a built-in guest, or an image file (default: nano)")
+    parser.add_argument("--iterations", help="how often the workload's loop runs")
+    parser.add_argument("--density", help="the workload's own instructions per 1000 others")
+    parser.add_argument("--set", dest="sets", metavar="KEY=VALUE", action="append", default=[],
+                        help="another parameter; may be repeated")
+    parser.add_argument("--profile", dest="profiles", metavar="NAME", action="append",
+                        help="price on this profile (default: on all); may be repeated")
+    parser.add_argument("--json", action="store_true", help="print the cell as results.json holds it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the cell and print it. Exit status 1 when the cell failed."""
+    from vmlab.errors import ConfigError
+    from vmlab.experiment import schema, single
+    from vmlab.experiment.lab import Lab
+    from vmlab.parameters import Value
+
+    parameters: dict[str, Value] = {}
+    for key, text in (("iterations", arguments.iterations), ("density", arguments.density)):
+        if text is not None:
+            parameters[key] = schema.word_or_number(text)
+    for text in arguments.sets:
+        key, values = schema.parse_set(text)
+        if len(values) != 1 or key in ("technique", "workload", "guest"):
+            raise ConfigError(f"--set {text}: one value for one parameter; 'vmlab experiment' sweeps")
+        parameters[key] = values[0]
+    lab = Lab([arguments.strategy] if arguments.strategy else [])
+    cell = single.run(
+        arguments.technique or arguments.strategy, arguments.workload, guest=arguments.guest,
+        profiles=arguments.profiles, parameters=parameters, lab=lab,
+    )
+    if arguments.json:
+        print_json(cell)
+    elif cell["status"] == "ok":
+        print(ledger(cell))
+    if cell["status"] != "ok":
+        print(f"vmlab: {cell['status']}: {cell['id']}: {cell['error']}", file=sys.stderr)
+    return 1 if cell["status"] == "failed" else 0
+
+
+def ledger(cell: dict[str, Any]) -> str:
+    """A finished cell in words: what was counted, what it costs, whether it came out as natively."""
+    from vmlab.ledger import EVENTS
+
+    guest, work = cell["instructions"]["guest"], cell["work"]
+    parts = [
+        cell["id"],
+        f"{work.get('operations', 0):,} operations; guest instructions: {guest['kernel']:,} kernel, {guest['user']:,} user; "
+        f"machine instructions: {cell['instructions']['machine']:,}",
+        "",
+        table(["event", "count", "in words"], [
+            [kind, count, EVENTS[kind].words if kind in EVENTS else ""] for kind, count in cell["events"].items()
+        ]),
+    ]
+    if cell["cycles"]:
+        parts += ["", table(["profile", "cycles", "slowdown", "5 %", "95 %"], [_price_row(cell, p) for p in cell["cycles"]])]
+    fidelity = cell["fidelity"]
+    if fidelity.get("matches_native") is False:
+        declared = fidelity.get("declared")
+        parts += ["", f"The outcome differs from the native run's: {fidelity['first_difference']}"
+                      + (f" (expected: {declared})" if declared else "")]
+    elif fidelity.get("matches_native"):
+        parts += ["", "The outcome is the native run's."]
+    return "\n".join(parts)
+
+
+def _price_row(cell: dict[str, Any], profile: str) -> list[Any]:
+    price, ratio = cell["cycles"][profile], cell["slowdown"].get(profile, {})
+    if "total" not in price:
+        return [profile, f"unsupported: {price.get('reason', '')}", "", "", ""]
+    return [profile, round(price["total"]), ratio.get("value"), ratio.get("low"), ratio.get("high")]

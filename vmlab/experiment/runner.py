@@ -1,0 +1,204 @@
+"""Runs an experiment: the order of events, from a checked configuration to a report on disk."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vmlab.errors import ConfigError, ExperimentError, VmlabError
+from vmlab.experiment import store
+from vmlab.experiment.lab import Lab, host
+from vmlab.experiment.matrix import Cell
+from vmlab.experiment.pricing import complete
+from vmlab.experiment.schema import Experiment
+from vmlab.experiment.store import RunDirectory
+from vmlab.experiment.worker import Record
+from vmlab.experiment.workers import Pool
+
+#: Called with each finished cell's id, status and seconds.
+Observer = Callable[[str, str, float], None]
+
+
+@dataclass
+class Options:
+    """How to run, as against what: nothing here changes a count."""
+
+    jobs: int = 2
+    out: Path | None = None
+    results: Path = field(default_factory=lambda: Path("results"))
+    resume: bool = False
+    quick: bool = False
+
+
+@dataclass
+class Outcome:
+    """A finished run: where it is, what ``results.json`` holds, and what went wrong."""
+
+    directory: Path
+    results: dict[str, Any]
+    failed: list[dict[str, Any]]
+    not_evaluated: list[dict[str, Any]]
+    unexpected: list[str]
+    reused: int
+    report: Path | None
+
+
+class Run:
+    """One run of one experiment."""
+
+    def __init__(self, experiment: Experiment, lab: Lab, options: Options) -> None:
+        self.experiment, self.lab, self.options = experiment, lab, options
+        self.versions = lab.versions()
+        # An image that is missing or broken is found here, before anything is written.
+        guests = sorted({str(cell.parameters["guest"]) for cell in experiment.cells})
+        self.images = {guest: lab.image(guest) for guest in guests}
+        self.config_hash = experiment.hash()
+        self.records: dict[str, Record] = {}
+        self.directory = self._directory()
+        self.reused = self._reuse()
+
+    # --- before ------------------------------------------------------------------------------------
+
+    def _directory(self) -> RunDirectory:
+        out, results = self.options.out, self.options.results
+        if not self.options.resume:
+            if out is not None:
+                return RunDirectory.create(out)
+            return RunDirectory.fresh(results, self.experiment.name, self.config_hash)
+        if out is None:
+            old = RunDirectory.unfinished(results, self.experiment.name, self.config_hash)
+            return old or RunDirectory.fresh(results, self.experiment.name, self.config_hash)
+        if not out.exists():
+            return RunDirectory.create(out)
+        old = RunDirectory(out)
+        if old.manifest().get("config_hash") != self.config_hash:
+            raise ConfigError(f"{out} holds no run of this configuration: resume it with the same file and options")
+        return old
+
+    def _reuse(self) -> int:
+        for cell in self.experiment.cells:
+            found = self.directory.cell(self.content(cell)) if self.options.resume else None
+            if found is not None:
+                self.records[cell.id] = found
+        return len(self.records)
+
+    def content(self, cell: Cell) -> str:
+        """The cell's content hash."""
+        return store.content_hash(cell, self.images[str(cell.parameters["guest"])], self.versions)
+
+    @property
+    def todo(self) -> list[Cell]:
+        """Cells that have no result yet, in the order of the matrix."""
+        return [cell for cell in self.experiment.cells if cell.id not in self.records]
+
+    # --- the run -----------------------------------------------------------------------------------
+
+    def execute(self, observer: Observer) -> Outcome:
+        """Run what is left to run, complete it, judge it, draw it.
+
+        :raises KeyboardInterrupt: finished cells are on disk; ``--resume`` goes on from there.
+        :raises ExperimentError: something cannot be written; the same holds.
+        """
+        try:
+            store.write(self.directory.path / "config.yaml", self._config())
+            self._manifest("running")
+        except ExperimentError as error:
+            raise ConfigError(str(error)) from error  # nothing has run yet: the place is wrong, not the run
+        try:
+            self._cells(observer)
+            outcome = self._finish()
+        except BaseException as error:
+            # Whatever it was, it goes on to the caller; only the note on disk is made here.
+            self._manifest_if_possible("interrupted" if isinstance(error, KeyboardInterrupt) else "stopped")
+            raise
+        self._manifest("failed" if outcome.failed else "finished")
+        return outcome
+
+    def _cells(self, observer: Observer) -> None:
+        todo = self.todo
+        with Pool(self.lab.cell_function, min(self.options.jobs, len(todo))) as pool:
+            for cell, record in pool.run(todo):
+                record = {"id": cell.id, "technique": cell.technique, "parameters": dict(cell.parameters)} | {
+                    k: v for k, v in record.items() if k not in ("id", "technique", "parameters")
+                }
+                self.directory.write_cell(self.content(cell), record)
+                self.records[cell.id] = record
+                observer(cell.id, str(record.get("status")), float(record.get("host_seconds", 0.0)))
+
+    def _finish(self) -> Outcome:
+        experiment, path = self.experiment, self.directory.path
+        cells = complete(experiment.cells, self.records, experiment.profiles, self.lab)
+        for cell, completed in zip(experiment.cells, cells, strict=True):
+            self.directory.write_cell(self.content(cell), completed)
+        claims = [self._judge(claim, cells) for claim in experiment.claims]
+        results = {
+            "schema_version": store.SCHEMA_VERSION, "experiment": experiment.name, "cells": cells, "claims": claims,
+        }
+        store.write_json(path / "results.json", results)
+        store.write(path / "results.csv", store.tidy_csv(results))
+        written = self.lab.write_report(path, results, self._resolved())
+        report = next((file for file in written if file.name == "report.html"), None)
+        return Outcome(
+            path, results,
+            failed=[cell for cell in cells if cell["status"] == "failed"],
+            not_evaluated=[claim for claim in claims if "error" in claim],
+            unexpected=unexpected(claims, experiment.expect),
+            reused=self.reused, report=report,
+        )
+
+    def _judge(self, claim: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        """One verdict. A claim whose check breaks must not take the run's other results along."""
+        try:
+            return self.lab.evaluate([claim], cells, self.experiment.profiles)[0]
+        except VmlabError as error:
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"internal error: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+        return {
+            "id": claim, "statement": "", "source": "", "kind": "counted", "verdict": "undecided", "by_profile": {},
+            "figures": {}, "calibrated": False, "reason": f"could not be evaluated: {reason}", "error": reason,
+        }
+
+    # --- what is written beside the cells ------------------------------------------------------------
+
+    def _resolved(self) -> dict[str, Any]:
+        return self.experiment.resolved()
+
+    def _config(self) -> str:
+        text = yaml.safe_dump(self._resolved(), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        return f"# {self.experiment.name}, resolved: 'vmlab experiment config.yaml' runs exactly these cells.\n{text}"
+
+    def _manifest(self, state: str) -> None:
+        statuses = collections.Counter(str(record.get("status")) for record in self.records.values())
+        paths = {str(record["machine_path"]) for record in self.records.values() if record.get("machine_path")}
+        manifest = {
+            "schema_version": store.SCHEMA_VERSION, "experiment": self.experiment.name, "state": state,
+            "config_hash": self.config_hash, "quick": self.options.quick,
+            "versions": self.versions, "images": {Path(name).name: sha for name, sha in self.images.items()},
+            "seeds": self.lab.seeds(), "machine_path": sorted(paths), "host": host(), "jobs": self.options.jobs,
+            "cells": {"total": len(self.experiment.cells), **dict(sorted(statuses.items()))},
+            "files": {cell.id: self.content(cell) for cell in self.experiment.cells if cell.id in self.records},
+        }
+        store.write_json(self.directory.path / "manifest.json", manifest)
+
+    def _manifest_if_possible(self, state: str) -> None:
+        # When the disk is what failed, the error that is under way says so.
+        with contextlib.suppress(ExperimentError):
+            self._manifest(state)
+
+
+def unexpected(claims: list[dict[str, Any]], expect: Mapping[str, str]) -> list[str]:
+    """Verdicts other than the configuration expects, one sentence each; ``--strict`` makes them failures."""
+    verdicts = {claim["id"]: claim["verdict"] for claim in claims}
+    return [
+        f"{claim}: expected {wanted}, found {verdicts[claim]}"
+        for claim, wanted in expect.items() if verdicts[claim] != wanted
+    ]

@@ -1,0 +1,159 @@
+"""A run's directory: where it is, what is in it, and that nothing in it is ever half a file.
+
+    results/<experiment>/<UTC time>-<hash8>/
+        manifest.json  config.yaml  cells/<hash>.json  results.json  results.csv  plots/  report.html
+
+A cell's file is written as soon as the cell is done. Its name is the cell's *content hash*, over
+technique, parameters, the image's hash and versions, so a file that is found under that name is that cell's
+result, whichever run made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vmlab.errors import ConfigError, ExperimentError
+from vmlab.experiment.matrix import Cell
+
+SCHEMA_VERSION = 1
+
+
+def write(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` has all of it or is as it was before.
+
+    :raises ExperimentError: disk full, no permission, no such place.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the place itself is the trouble, and that is reported below
+            temporary.unlink(missing_ok=True)
+        raise ExperimentError(f"{path} cannot be written: {error.strerror or error}; finished cells are kept") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, whole or not at all."""
+    write(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
+
+
+def content_hash(cell: Cell, image: str, versions: Mapping[str, str]) -> str:
+    """The cell's identity for reuse. The guest counts by its image, not by its name or path."""
+    parameters = {k: v for k, v in cell.parameters.items() if k != "guest"}
+    identity = {"technique": cell.technique, "parameters": parameters, "image": image, "versions": dict(versions)}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class RunDirectory:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path) -> RunDirectory:
+        """Use ``path``, which must be absent or empty.
+
+        :raises ConfigError: it is a file, holds something, or cannot be made.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise ConfigError(f"{path} is not empty; give another --out, or --resume to continue the run in it")
+            (path / "cells").mkdir()  # also shows that the place can be written to
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be used for results: {error.strerror or error}") from error
+        return cls(path)
+
+    @classmethod
+    def fresh(cls, results: Path, experiment: str, config_hash: str) -> RunDirectory:
+        """A new directory below ``results``, named by time (UTC) and configuration."""
+        name = f"{time.strftime('%Y-%m-%dT%H%M%SZ', time.gmtime())}-{config_hash[:8]}"
+        for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+            path = results / experiment / f"{name}{suffix}"
+            if not path.exists():
+                return cls.create(path)
+        raise ExperimentError(f"{results / experiment} holds a hundred runs of this second")
+
+    @classmethod
+    def unfinished(cls, results: Path, experiment: str, config_hash: str) -> RunDirectory | None:
+        """The newest run of this configuration that did not come to its end."""
+        for path in sorted((results / experiment).glob(f"*-{config_hash[:8]}*"), reverse=True):
+            run = cls(path)
+            manifest = run.manifest()
+            if manifest.get("config_hash") == config_hash and manifest.get("state") != "finished":
+                return run
+        return None
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest, or nothing where there is none that can be read."""
+        try:
+            value = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def cell(self, content: str) -> dict[str, Any] | None:
+        """A finished cell by its content hash; one that failed counts as not finished."""
+        path = self.path / "cells" / f"{content}.json"
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ExperimentError(f"{path} cannot be read: {error}; remove it and resume") from error
+        return value if value.get("status") in ("ok", "unsupported") else None
+
+    def write_cell(self, content: str, record: Mapping[str, Any]) -> None:
+        """Keep a cell."""
+        write_json(self.path / "cells" / f"{content}.json", record)
+
+
+def tidy_csv(results: Mapping[str, Any]) -> str:
+    """``results`` as one table of single values: a row for each cell, quantity and profile."""
+    cells = results["cells"]
+    names = sorted({name for cell in cells for name in cell["parameters"]})
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["id", "technique", *names, "status", "quantity", "name", "profile", "value", "low", "high"])
+    for cell in cells:
+        head = [cell["id"], cell["technique"], *(cell["parameters"].get(name, "") for name in names), cell["status"]]
+        for row in _quantities(cell):
+            table.writerow(head + row)
+    return out.getvalue()
+
+
+def _quantities(cell: Mapping[str, Any]) -> list[list[Any]]:
+    rows: list[list[Any]] = []
+    for name, value in cell["work"].items():
+        rows.append(["work", name, "", value, "", ""])
+    guest = cell["instructions"].get("guest", {})
+    for name, value in [*guest.items(), ("machine", cell["instructions"].get("machine"))]:
+        if value is not None:
+            rows.append(["instructions", name, "", value, "", ""])
+    for name, value in cell["events"].items():
+        rows.append(["events", name, "", value, "", ""])
+    for name, value in cell["efficiency"].items():
+        rows.append(["efficiency", name, "", value, "", ""])
+    for profile, price in cell["cycles"].items():
+        if "total" in price:
+            rows.append(["cycles", "total", profile, price["total"], price["low"], price["high"]])
+            rows += [["cycles", cause, profile, value, "", ""] for cause, value in price["breakdown"].items()]
+    for profile, ratio in cell["slowdown"].items():
+        if "value" in ratio:
+            rows.append(["slowdown", "native", profile, ratio["value"], ratio["low"], ratio["high"]])
+    return rows
