@@ -19,7 +19,7 @@ NANO = Path(guests.__file__).parent / "nano" / "nano.elf"
 def test_nano_loads_with_both_entries() -> None:
     image = guests.load("nano")
     assert image.name == "nano"
-    assert image.segments[0].paddr == 0x100000
+    assert image.segments[0].address == 0x100000
     assert image.end < 4 << 20
     assert image.pv is not None
     assert (image.pv.virt_base, image.pv.pae_mode, image.pv.guest_os) == (0, "yes", "nano")

@@ -21,10 +21,10 @@ OPCODES = {0: b"\xfa", 1: b"\xfb", 2: b"\x9c", 3: b"\x9d", 4: b"\xec", 5: b"\xee
 
 def _memory() -> tuple[int, bytes]:
     image = guests.load("nano")
-    base = image.segments[0].paddr
+    base = image.segments[0].address
     memory = bytearray(image.end - base)
     for segment in image.segments:
-        memory[segment.paddr - base : segment.paddr - base + len(segment.data)] = segment.data
+        memory[segment.address - base : segment.address - base + len(segment.data)] = segment.data
     return base, bytes(memory)
 
 

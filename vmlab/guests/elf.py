@@ -50,7 +50,7 @@ def parse(name: str, data: bytes) -> GuestImage:
     except (ELFError, struct.error, ValueError, KeyError, AttributeError, UnicodeDecodeError, OverflowError) as error:
         raise GuestImageError(f"guest image {name!r} is truncated or damaged: {error or type(error).__name__}") from error
     _check_multiboot(name, data)
-    if not any(s.paddr <= entry < s.paddr + s.memsz for s in segments):
+    if not any(s.address <= entry < s.address + s.memory_size for s in segments):
         raise GuestImageError(f"guest image {name!r}: the entry point {entry:#x} lies in no segment")
     return GuestImage(name, segments, entry, notes, MappingProxyType(symbols), hashlib.sha256(data).hexdigest())
 

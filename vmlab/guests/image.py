@@ -11,11 +11,11 @@ from vmlab.parameters import Parameter
 
 @dataclass(frozen=True)
 class Segment:
-    """Bytes to place at guest-physical ``paddr``; the rest up to ``memsz`` bytes is zero."""
+    """Bytes to place at guest-physical ``address``; the rest up to ``memory_size`` bytes is zero."""
 
-    paddr: int
+    address: int
     data: bytes
-    memsz: int
+    memory_size: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class GuestImage:
     @property
     def end(self) -> int:
         """First guest-physical address behind the image."""
-        return max(s.paddr + s.memsz for s in self.segments)
+        return max(s.address + s.memory_size for s in self.segments)
 
     def symbol(self, name: str) -> int:
         """The symbol's address; :class:`GuestImageError` if the image has none of that name."""

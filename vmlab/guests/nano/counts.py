@@ -48,7 +48,7 @@ RAISE_AND_WAIT = 50
 ENTER_USER = 9
 USER_COMPUTE = 989
 USER_MIXED = 62
-_RAISE = {"cli": 1, "out": 4, "in": 2, "sti": 1, "hlt": 1, "iret": 2}
+_RAISE = {"cli": 1, "out": 6, "in": 2, "sti": 1, "hlt": 1, "iret": 2}
 
 
 def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
