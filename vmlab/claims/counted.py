@@ -1,0 +1,148 @@
+"""Predicates that need counts and digests only: no price enters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vmlab.claims.evidence import Cell, Evidence, Finding, Missing, Verdict, count, describe
+
+Arguments = Mapping[str, Any]
+
+
+def outcome_goes_wrong(evidence: Evidence, arguments: Arguments) -> Finding:
+    """The ``wrong`` variant of a technique ends with another outcome than native, the ``right`` one does not."""
+    technique, workload = arguments["technique"], arguments["workload"]
+    wrong = evidence.densest(technique, workload, **arguments["wrong"])
+    right = evidence.densest(technique, workload, **arguments["right"])
+    digest = _outcome(evidence.native_of(wrong))
+    figures = {
+        "native": digest, "silent": _outcome(wrong), "trapping": _outcome(right),
+        "first_difference": wrong["fidelity"].get("first_difference"),
+    }
+    differs = _outcome(wrong) != digest
+    agrees = _outcome(right) == _outcome(evidence.native_of(right))
+    if differs and agrees:
+        reason = "the deprivileged guest ends otherwise than on the bare machine; once the instruction traps, it does not"
+    elif not differs:
+        reason = f"{describe(wrong)} ended exactly as on the bare machine"
+    else:
+        reason = f"{describe(right)} went wrong too, so the silent instruction is not what decides"
+    return Finding("holds" if differs and agrees else "fails", reason, figures=figures)
+
+
+def _outcome(cell: Cell) -> str:
+    digest = cell.get("fidelity", {}).get("outcome")
+    if not digest:
+        raise Missing(f"{describe(cell)} left no outcome digest")
+    return str(digest)
+
+
+def faithful(evidence: Evidence, arguments: Arguments) -> Finding:
+    """Every finished cell ends as native does, but for the declared exceptions, which are listed."""
+    declared: list[Mapping[str, Any]] = list(arguments["exceptions"])
+    kept, excused, broken = 0, [], []
+    for cell in evidence.find():
+        if cell["technique"] == "native":
+            continue
+        same = _outcome(cell) == _outcome(evidence.native_of(cell))
+        if cell["fidelity"].get("declared") or any(_excuses(exception, cell) for exception in declared):
+            excused.append({
+                "cell": describe(cell), "matches_native": same,
+                "declared": cell["fidelity"].get("declared"), "first_difference": cell["fidelity"].get("first_difference"),
+            })
+        elif same:
+            kept += 1
+        else:
+            broken.append({"cell": describe(cell), "first_difference": cell["fidelity"].get("first_difference")})
+    unfinished = [describe(cell) for cell in evidence.cells if cell.get("status") == "failed"]
+    figures = {"agreeing": kept, "declared": excused, "broken": broken, "failed": unfinished}
+    if broken:
+        return Finding("fails", f"{broken[0]['cell']} did not end as the bare machine does", figures=figures)
+    if unfinished:
+        return Finding("undecided", f"{unfinished[0]} did not finish", figures=figures)
+    if not kept:
+        raise Missing("no finished cell of a technique that claims to be faithful")
+    apart = f"; {len(excused)} declared unfaithful and listed" if excused else ""
+    return Finding("holds", f"{kept} cells end exactly as the bare machine does{apart}", figures=figures)
+
+
+def _excuses(exception: Mapping[str, Any], cell: Cell) -> bool:
+    if cell["technique"] != exception["technique"] or cell["parameters"].get("workload") not in exception["workloads"]:
+        return False
+    return all(cell["parameters"].get(name) == value for name, value in exception["with"].items())
+
+
+def runs_directly(evidence: Evidence, arguments: Arguments) -> Finding:
+    """On plain computing at most ``emulated`` of the guest's instructions are emulated and most run unmodified."""
+    shares: dict[str, Any] = {}
+    worst: list[str] = []
+    for cell in evidence.find(workload=arguments["workload"]):
+        if cell["technique"] == "native":
+            continue
+        share = cell["efficiency"]
+        shares[describe(cell)] = dict(share)
+        unmodified = float(share["retired"]) + float(share["translated"])
+        if float(share["emulated"]) > arguments["emulated"] or unmodified < arguments["unmodified"]:
+            worst.append(f"{describe(cell)}: {100 * float(share['emulated']):.2g} % emulated")
+    if not shares:
+        raise Missing(f"no finished cell on {arguments['workload']}")
+    verdict: Verdict = "fails" if worst else "holds"
+    least = min(float(share["retired"]) + float(share["translated"]) for share in shares.values())
+    reason = worst[0] if worst else f"at least {100 * least:.2f} % of the guest's instructions ran on the CPU, the rest emulated"
+    return Finding(verdict, reason, figures=shares)
+
+
+def monitor_regains(evidence: Evidence, arguments: Arguments) -> Finding:
+    """A guest that says CLI and loops is still interrupted, and its own interrupts wait for its STI."""
+    seen: dict[str, Any] = {}
+    lost: list[str] = []
+    for cell in evidence.cells:
+        if cell["parameters"].get("workload") != arguments["workload"] or cell["technique"] == "native":
+            continue
+        taken, injected = (count(cell.get("events") or {}, arguments[key]) for key in ("regained", "handed_on"))
+        seen[describe(cell)] = {"machine interrupts taken": taken, "handed to the guest": injected}
+        if taken < arguments["at_least"] or injected:
+            lost.append(f"{describe(cell)}: the machine took {taken} interrupts, the guest was handed {injected}")
+    if not seen:
+        raise Missing(f"no cell on {arguments['workload']}, the guest that says CLI and loops")
+    reason = lost[0] if lost else "the machine's interrupts reached every monitor while the guest had its own held off"
+    return Finding("fails" if lost else "holds", reason, figures=seen)
+
+
+def trapping_would_not_do(evidence: Evidence, arguments: Arguments) -> Finding:
+    """Probe: some sensitive instructions neither trap at CPL 1 nor at CPL 3; compared with the published lists."""
+    rows = _probe_rows(evidence)
+    violators = sorted(name for name, row in rows.items() if row["verdict"] != "traps")
+    published: dict[str, dict[str, Any]] = {}
+    for label, names in arguments["published"].items():
+        probed = [name for name in names if name in rows]
+        published[label] = {
+            "count": len(names), "probed": len(probed),
+            "confirmed": sorted(name for name in probed if name in violators),
+            "trapped": sorted(name for name in probed if name not in violators),
+        }
+    figures = {"probed": len(rows), "violators": violators, "count": len(violators), "published": published}
+    if not violators:
+        return Finding("fails", f"all {len(rows)} probed instructions trapped outside CPL 0", figures=figures)
+    counts = ", ".join(f"{len(p['confirmed'])} of the {p['count']} of {label}" for label, p in published.items())
+    return Finding("holds", f"{len(violators)} of {len(rows)} sensitive instructions do not trap: {counts}", figures=figures)
+
+
+def shows_the_ring(evidence: Evidence, arguments: Arguments) -> Finding:
+    """Probe: every one of the named instructions answers a deprivileged guest instead of trapping."""
+    rows = _probe_rows(evidence)
+    absent = [name for name in arguments["instructions"] if name not in rows]
+    if absent:
+        raise Missing(f"the probe did not run {', '.join(absent)}")
+    figures = {name: dict(rows[name]) for name in arguments["instructions"]}
+    hidden = [name for name in arguments["instructions"] if rows[name]["verdict"] == "traps"]
+    if hidden:
+        return Finding("fails", f"{', '.join(hidden)} trapped, so a monitor could hide the truth", figures=figures)
+    return Finding("holds", "each of them ran outside CPL 0 without a trap and told of the machine's state", figures=figures)
+
+
+def _probe_rows(evidence: Evidence) -> dict[str, Mapping[str, Any]]:
+    if not evidence.probe or not evidence.probe.get("rows"):
+        raise Missing("no probe: run `vmlab probe` and judge its result")
+    return {str(row["instruction"]).lower(): row for row in evidence.probe["rows"]}

@@ -1,0 +1,77 @@
+"""The report of a run: charts, page, summary, terminal table; all computed from results.json.
+
+Nothing here runs a guest, and matplotlib is imported only when a chart is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vmlab.errors import ExperimentError
+from vmlab.report.findings import summary
+from vmlab.report.table import terminal_table
+
+__all__ = ["charts", "draw", "summary", "terminal_table", "write"]
+
+
+def charts() -> list[str]:
+    """The names of the charts that can be drawn."""
+    from vmlab.report.charts import CHARTS
+
+    return list(CHARTS)
+
+
+def draw(results: Mapping[str, Any], names: list[str] | None = None) -> dict[str, tuple[str, dict[str, bytes]]]:
+    """Chart name -> (its title, its bytes as ``png`` and ``svg``).
+
+    :param names: the charts wanted; None or empty for all. A chart that the run has no data for is left out.
+    """
+    from vmlab.report.canvas import our_settings, render
+    from vmlab.report.charts import CHARTS, TITLES, drawable
+    from vmlab.report.view import View
+
+    view = View(results)
+    made = {}
+    with our_settings():
+        for name in drawable(view):
+            if not names or name in names:
+                made[name] = (TITLES[name](view), render(CHARTS[name](view)))
+    return made
+
+
+def write(run_dir: Path, results: Mapping[str, Any], config: Mapping[str, Any]) -> list[Path]:
+    """Write ``plots/<chart>.png|svg`` and ``report.html`` into a run's directory; the paths, the page last.
+
+    :raises ExperimentError: the directory cannot be written.
+    """
+    drawn = draw(results, list(config.get("charts") or []))
+    written = [
+        _write(run_dir / "plots" / f"{name}.{form}", data)
+        for name, (_, forms) in drawn.items() for form, data in forms.items()
+    ]
+    from vmlab.report.page import page
+
+    text = page(results, config, [(name, title, forms["svg"]) for name, (title, forms) in drawn.items()], _manifest(run_dir))
+    return [*written, _write(run_dir / "report.html", text.encode("utf-8"))]
+
+
+def _manifest(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / "manifest.json"
+    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return manifest
+
+
+def _write(path: Path, data: bytes) -> Path:
+    """Write the whole file or leave what was there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be written: {error.strerror or error}; the run's results are kept") from error
+    return path

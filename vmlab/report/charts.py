@@ -1,0 +1,312 @@
+"""The four charts, each a function ``(View) -> Figure``.
+
+Rules they all keep: a ratio is a dot with whiskers (5th to 95th percentile of the sampled costs) on a log axis with
+a line at 1× "native"; stacks are linear and get a panel of their own where scales differ; the title is the finding,
+computed from the run; the caption says how to read the chart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vmlab.report import findings
+from vmlab.report.canvas import Sheet
+from vmlab.report.findings import Variant, name, short
+from vmlab.report.style import CAUSES, FAINT, INK, OTHER_CAUSE, RULE, look
+from vmlab.report.view import Generation, View, cycles, operations, ratio, times
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+WHISKERS = "Dots are nominal costs, whiskers the 5th and 95th percentile of 1000 sampled costs."
+#: Bars whose totals differ by more than this share no panel: the shorter could not be read.
+SCALE = 8.0
+
+
+def slowdown(view: View) -> Figure:
+    """Slowdown per technique: a panel per workload, oldest generation, densest cells."""
+    workloads = view.workloads[:8]
+    generation = view.generations[0]
+    rows = view.rows(workloads)
+    columns = 1 if len(workloads) == 1 else 2
+    lines = -(-len(workloads) // columns)
+    caption = (f"Time relative to the bare machine on {generation.words}; left of the line is faster than native. {WHISKERS} "
+               "Each panel is a workload at its densest; a missing dot means that the run was not made or not priced there.")
+    sheet = Sheet(findings.slowdown_title(view), caption, [0.31 * len(rows) + 0.25] * lines, columns, left=2.35, gap=0.72)
+    limits = _limits([r for w in workloads for v in rows for r in [_at(view, w, v, generation)] if r])
+    for i, axes in enumerate(axes for line in sheet.axes for axes in line):
+        if i >= len(workloads):
+            axes.remove()
+            continue
+        workload = workloads[i]
+        _ratio_axis(axes, "x", limits)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_yticks(range(len(rows)), [name(v) for v in rows] if i % columns == 0 else [""] * len(rows))
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(_what(view, workload), loc="left", fontsize=11)
+        for y, variant in enumerate(rows):
+            axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
+            found = _at(view, workload, variant, generation)
+            if found:
+                value, low, high = found
+                axes.errorbar([value], [y], xerr=[[value - low], [high - value]], **_dot(variant, view, workload))
+                right = high < limits[1] / 6
+                axes.annotate(times(value), (high if right else low, y), xytext=(7 if right else -7, 0), va="center",
+                              textcoords="offset points", fontsize=9.5, ha="left" if right else "right",
+                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85})
+    return sheet.figure
+
+
+def causes(view: View) -> Figure:
+    """Cycles per operation by cause: oldest and newest generation, a row of panels per scale."""
+    workload = view.headline
+    ends = list(dict.fromkeys((view.intel[0], view.intel[-1])))
+    totals = {}
+    for variant in view.variants(workload):
+        cell = view.densest(workload, variant)
+        price = cycles(cell, ends[0].name)
+        if price:
+            totals[variant] = float(price["total"]) / max(operations(cell), 1)
+    groups = _by_scale(totals)
+    used = [c for c in CAUSES if any(
+        (cycles(view.densest(workload, v), g.name) or {}).get("breakdown", {}).get(c, 0) for v in totals for g in ends)]
+    counted = operations(view.densest(workload, next(iter(totals)))) > 0
+    unit = "operation (one execution of the named instruction)" if counted else "run"
+    caption = (f"Cycles per {unit} of {_what(view, workload)}, nominal costs. Stacks are linear and can be "
+               "compared within a row of panels; each row has its own scale, because a bar would vanish on another's.")
+    sheet = Sheet(findings.causes_title(view), caption, [0.36 * len(group) + 0.15 for group in groups], len(ends), left=2.35,
+                  legend_rows=-(-len(used) // 3), side=0.35, foot=0.5)
+    from matplotlib.patches import Patch
+
+    sheet.legend([Patch(facecolor=CAUSES[c], edgecolor="white", label=c) for c in used])
+    for line, group in zip(sheet.axes, groups, strict=True):
+        top = 0.0
+        for axes, generation in zip(line, ends, strict=True):
+            for y, variant in enumerate(group):
+                top = max(top, _stack(axes, y, view, workload, variant, generation))
+        for axes, generation in zip(line, ends, strict=True):
+            axes.set_xlim(0, top * 1.22)
+            axes.set_ylim(len(group) - 0.45, -0.55)
+            axes.set_yticks(range(len(group)), [name(v) for v in group] if axes is line[0] else [""] * len(group))
+            axes.tick_params(axis="y", length=0)
+            axes.locator_params(axis="x", nbins=4)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:g}")
+            if line is sheet.axes[0]:
+                axes.set_title(short(generation), loc="left", fontsize=11)
+            if line is sheet.axes[-1]:
+                axes.set_xlabel("cycles per operation" if counted else "cycles")
+    return sheet.figure
+
+
+def density(view: View) -> Figure:
+    """Slowdown against density: oldest and newest generation side by side."""
+    from matplotlib.ticker import NullLocator
+
+    workload = view.headline
+    ends = list(dict.fromkeys((view.intel[0], view.intel[-1])))
+    variants = [v for v in view.variants(workload) if v[0] != "native"]
+    caption = (f"Density: executions of the named instruction of {workload} per 1000 other instructions of the guest. {WHISKERS} "
+               "Below the line the technique is faster than the bare machine.")
+    sheet = Sheet(findings.density_title(view), caption, [3.1], len(ends), left=0.8,
+                  legend_rows=-(-len(variants) // 2), foot=0.5)
+    sheet.legend(_handles(view, workload, variants), 2)
+    found = [r for v in variants for c in view.column(workload, v) for g in ends for r in [_ratio(c, g)] if r]
+    limits, ticks = _limits(found), view.densities(workload)
+    wide = len(ticks) > 1 and ticks[0] > 0 and ticks[-1] / ticks[0] >= 20
+    for axes, generation in zip(sheet.axes[0], ends, strict=True):
+        _ratio_axis(axes, "y", limits, labelled=axes is sheet.axes[0][0])
+        if wide:
+            axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(short(generation), loc="left")
+        axes.set_xlabel("per 1000 other instructions")
+        for i, variant in enumerate(variants):
+            points = [(_beside(float(c["parameters"].get("density") or 0), i - (len(variants) - 1) / 2, ticks, wide), r)
+                      for c in view.column(workload, variant) for r in [_ratio(c, generation)] if r]
+            _line(axes, [x for x, _ in points], [r for _, r in points], variant, view, workload)
+    sheet.axes[0][0].set_ylabel("slowdown")
+    return sheet.figure
+
+
+def generations(view: View) -> Figure:
+    """Slowdown against CPU generation, with the places where two techniques change places."""
+    workload, line = view.headline, view.intel
+    others = [g for g in view.generations if g not in line]
+    variants = [v for v in view.variants(workload) if v[0] != "native"]
+    found = findings.crossings(view, workload)
+    key = " ".join(
+        f"{chr(65 + i)}: {name(c.second)} overtakes {name(c.first)} between {short(c.before)} and {short(c.after)}."
+        for i, c in enumerate(found)
+    )
+    caption = (f"{_what(view, workload)}. Lines join successive generations of one maker"
+               f"{'; ' + others[0].vendor + ' stands apart' if others else ''}. {WHISKERS} "
+               + (f"Rings mark crossings, interpolated, where the ranges are apart on one side at least. {key}" if found
+                  else "No two lines cross with their ranges apart."))
+    sheet = Sheet(findings.generations_title(view), caption, [3.3], left=0.85,
+                  legend_rows=-(-len(variants) // 2), foot=0.42)
+    sheet.legend(_handles(view, workload, variants), 2)
+    axes = sheet.axes[0][0]
+    shown = [*line, *others]
+    xs = {g.name: i + (0.35 if g in others else 0.0) for i, g in enumerate(shown)}
+    ratios = {(v, g.name): r for v in variants for g in shown for r in [_at(view, workload, v, g)] if r}
+    _ratio_axis(axes, "y", _limits(list(ratios.values())))
+    axes.set_ylabel("slowdown")
+    axes.set_xticks(list(xs.values()), [short(g).replace(" ", "\n") for g in shown])
+    axes.set_xlim(-0.45, max(xs.values()) + 0.45)
+    # Side by side, or whiskers of equal value would hide one another.
+    step = 0.05
+    for i, variant in enumerate(variants):
+        shift = (i - (len(variants) - 1) / 2) * step
+        for part in (line, *([g] for g in others)):
+            points = [(xs[g.name] + shift, ratios[variant, g.name]) for g in part if (variant, g.name) in ratios]
+            _line(axes, [x for x, _ in points], [r for _, r in points], variant, view, workload)
+    for i, crossing in enumerate(found):
+        pair = [v for v in (crossing.first, crossing.second) if v in variants]
+        shifts = [step * (variants.index(v) - (len(variants) - 1) / 2) for v in pair]
+        where = (xs[crossing.before.name] + crossing.position + sum(shifts) / max(len(shifts), 1), crossing.value)
+        axes.plot(*where, marker="o", markersize=13, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.2, zorder=6)
+        axes.annotate(chr(65 + i), where, xytext=(9, 8), textcoords="offset points", fontsize=10.5, fontweight="bold")
+    if others:
+        axes.axvline(len(line) - 0.5 + 0.17, color=RULE, linewidth=1)
+    return sheet.figure
+
+
+#: Chart by file name, in the order of the report.
+CHARTS: dict[str, Callable[[View], Any]] = {
+    "slowdown": slowdown, "causes": causes, "density": density, "generations": generations,
+}
+
+#: Title by chart: the finding.
+TITLES: dict[str, Callable[[View], str]] = {
+    "slowdown": findings.slowdown_title, "causes": findings.causes_title, "density": findings.density_title,
+    "generations": findings.generations_title,
+}
+
+
+def drawable(view: View) -> list[str]:
+    """The charts that this run has the data for."""
+    if not view.generations or not any(v[0] != "native" for v in view.variants(view.headline)):
+        return []
+    enough = {
+        "slowdown": True,
+        "causes": True,
+        "density": len(view.densities(view.headline)) > 1,
+        "generations": len(view.generations) > 1,
+    }
+    return [chart for chart in CHARTS if enough[chart]]
+
+
+def _what(view: View, workload: str) -> str:
+    densities = view.densities(workload)
+    return f"{workload}, density {densities[-1]:g}" if densities and densities[-1] else workload
+
+
+def _ratio(cell: Any, generation: Generation) -> tuple[float, float, float] | None:
+    found = ratio(cell, generation.name)
+    return (found.value, found.low, found.high) if found else None
+
+
+def _at(view: View, workload: str, variant: Variant, generation: Generation) -> tuple[float, float, float] | None:
+    column = view.column(workload, variant)
+    return _ratio(column[-1], generation) if column else None
+
+
+def _beside(x: float, place: float, ticks: list[float], wide: bool) -> float:
+    """``x`` moved a little, so that whiskers of several techniques at one density do not hide one another."""
+    if wide:
+        return float(x * (ticks[-1] / ticks[0]) ** (0.012 * place))
+    return x + 0.012 * place * (ticks[-1] - ticks[0])
+
+
+def _limits(ratios: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """Log-axis limits with some room, always with 1 inside."""
+    low = min([0.8, *(low for _, low, _ in ratios)])
+    high = max([1.25, *(high for _, _, high in ratios)])
+    room = (high / low) ** 0.08
+    return low / room, high * room
+
+
+def _ratio_axis(axes: Axes, which: str, limits: tuple[float, float], labelled: bool = True) -> None:
+    """A log axis of slowdowns with the line at 1× and ticks in words."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    (axes.set_xlim if which == "x" else axes.set_ylim)(*limits)
+    narrow = limits[1] / limits[0] < 30
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: "" if not labelled else "native" if value == 1 else f"{value:g}×"))
+    axes.grid(axis="x" if which == "x" else "y")
+    (axes.axvline if which == "x" else axes.axhline)(1.0, color=INK, linewidth=1.3, zorder=1)
+
+
+def _hollow(variant: Variant, view: View, workload: str) -> bool:
+    """The second variant of a technique is drawn hollow and dashed, in the technique's colour."""
+    siblings = [v for v in view.variants(workload) if v[0] == variant[0]]
+    return variant in siblings and siblings.index(variant) > 0
+
+
+def _dot(variant: Variant, view: View, workload: str) -> dict[str, Any]:
+    style = look(variant[0])
+    fill = "white" if _hollow(variant, view, workload) else style.colour
+    return {"marker": style.marker, "color": style.colour, "markerfacecolor": fill, "markeredgecolor": style.colour,
+            "markersize": 7, "markeredgewidth": 1.5, "capsize": 3, "elinewidth": 1.4, "linestyle": "none", "zorder": 3}
+
+
+def _line(
+    axes: Axes, xs: list[float], ratios: list[tuple[float, float, float]], variant: Variant, view: View, workload: str,
+) -> None:
+    if not xs:
+        return
+    values = [value for value, _, _ in ratios]
+    errors = [[value - low for value, low, _ in ratios], [high - value for value, _, high in ratios]]
+    style = _dot(variant, view, workload) | {"linestyle": "--" if _hollow(variant, view, workload) else "-", "linewidth": 1.6}
+    axes.errorbar(xs, values, yerr=errors, **style)
+
+
+def _handles(view: View, workload: str, variants: list[Variant]) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
+    made = []
+    for variant in variants:
+        style, hollow = look(variant[0]), _hollow(variant, view, workload)
+        made.append(Line2D(
+            [], [], color=style.colour, marker=style.marker, markersize=7, markeredgewidth=1.5, linewidth=1.6,
+            label=name(variant), markerfacecolor="white" if hollow else style.colour, linestyle="--" if hollow else "-",
+        ))
+    return made
+
+
+def _by_scale(totals: dict[Variant, float]) -> list[list[Variant]]:
+    """Variants by ascending total, cut where a bar would be too short beside the longest of its group."""
+    groups: list[list[Variant]] = []
+    for variant in sorted(totals, key=lambda v: totals[v]):
+        if groups and totals[variant] <= SCALE * max(totals[groups[-1][0]], 1e-9):
+            groups[-1].append(variant)
+        else:
+            groups.append([variant])
+    return groups
+
+
+def _stack(axes: Axes, y: int, view: View, workload: str, variant: Variant, generation: Generation) -> float:
+    """One bar; returns its length, 0 where there is no price."""
+    cell = view.densest(workload, variant)
+    price = cycles(cell, generation.name)
+    if not price:
+        axes.annotate("not on this CPU", (0, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9, color=FAINT)
+        return 0.0
+    per, left = max(operations(cell), 1), 0.0
+    breakdown = price["breakdown"]
+    for cause in [*(c for c in CAUSES if c in breakdown), *(c for c in breakdown if c not in CAUSES)]:
+        width = breakdown[cause] / per
+        axes.barh(y, width, left=left, height=0.68, color=CAUSES.get(cause, OTHER_CAUSE), edgecolor="white", linewidth=0.6)
+        left += width
+    axes.annotate(f"{left:,.0f}" if left >= 10 else f"{left:.1f}", (left, y), xytext=(4, 0), textcoords="offset points",
+                  va="center", fontsize=9.5)
+    return left

@@ -1,0 +1,164 @@
+"""A run as the report reads it: which cells tell the story, and how things are called in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vmlab.errors import ConfigError
+from vmlab.report.style import order
+
+Cell = Mapping[str, Any]
+
+#: Parameters that say what the guest does; the others say how the technique does it.
+WORK_KEYS = ("guest", "workload", "iterations", "density", "budget")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A slowdown against native: nominal value, 5th and 95th percentile."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A cost profile as an axis shows it."""
+
+    name: str
+    words: str
+    vendor: str
+    year: int
+
+
+class View:
+    """The finished cells of a run, indexed as the charts need them."""
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.results = results
+        self.all: list[Cell] = list(results.get("cells") or [])
+        self.cells = [cell for cell in self.all if cell.get("status") == "ok"]
+        self._spread = _spread(self.cells)
+        self.generations = sorted(
+            (_generation(name) for name in {name for cell in self.cells for name in cell.get("cycles") or {}}),
+            key=lambda g: (g.year, g.vendor != "Intel", g.name),
+        )
+
+    @property
+    def intel(self) -> list[Generation]:
+        """Successive generations of the vendor with most profiles: a line may join them."""
+        vendors = [g.vendor for g in self.generations]
+        main = max(dict.fromkeys(vendors), key=vendors.count, default="")
+        return [g for g in self.generations if g.vendor == main]
+
+    @property
+    def workloads(self) -> list[str]:
+        """Workloads in the order of the cells, the headline first."""
+        seen = list(dict.fromkeys(str(cell["parameters"].get("workload")) for cell in self.cells))
+        return sorted(seen, key=lambda name: -len(self.densities(name)))
+
+    @property
+    def headline(self) -> str:
+        """The workload that the run varies most, which the titles speak of. Empty for an empty run."""
+        return next(iter(self.workloads), "")
+
+    def densities(self, workload: str) -> list[float]:
+        """The densities of that workload, ascending."""
+        return sorted({
+            float(cell["parameters"]["density"]) for cell in self.cells
+            if cell["parameters"].get("workload") == workload and "density" in cell["parameters"]
+        })
+
+    def variant(self, cell: Cell) -> tuple[str, str]:
+        """Technique, and what tells this cell from the technique's others on the same work ("" if nothing does)."""
+        technique = str(cell["technique"])
+        told = [str(cell["parameters"][key]) for key in self._spread.get(technique, ()) if key in cell["parameters"]]
+        return technique, ", ".join(told)
+
+    def variants(self, workload: str) -> list[tuple[str, str]]:
+        """The variants that ran this workload, in the order in which they are always shown.
+
+        Variants of a technique whose events are the same there (the parameter has no effect on this work) are one.
+        """
+        found: dict[tuple[str, str], list[Cell]] = {}
+        for cell in self.cells:
+            if cell["parameters"].get("workload") == workload:
+                found.setdefault(self.variant(cell), []).append(cell)
+        ledgers: dict[str, list[Any]] = {}
+        for (technique, _), cells in found.items():
+            ledgers.setdefault(technique, []).append([cell.get("events") for cell in cells])
+        same = {technique for technique, seen in ledgers.items() if all(one == seen[0] for one in seen)}
+        # The order within a technique is that of the run.
+        return sorted(dict.fromkeys((t, "" if t in same else told) for t, told in found), key=lambda v: order(v[0]))
+
+    def rows(self, workloads: list[str]) -> list[tuple[str, str]]:
+        """The variants of several workloads together, without native; told apart where any workload tells them apart."""
+        every = [variant for workload in workloads for variant in self.variants(workload) if variant[0] != "native"]
+        told = {technique for technique, words in every if words}
+        return sorted(dict.fromkeys(v for v in every if v[1] or v[0] not in told), key=lambda v: order(v[0]))
+
+    def column(self, workload: str, variant: tuple[str, str]) -> list[Cell]:
+        """The cells of one variant on one workload, by ascending density."""
+        of = [c for c in self.cells if c["parameters"].get("workload") == workload and c["technique"] == variant[0]]
+        found = [cell for cell in of if self.variant(cell) == variant]
+        if of and not found:  # variants that are one: any of them will do
+            found = [cell for cell in of if self.variant(cell) == self.variant(of[0])]
+        return sorted(found, key=lambda cell: float(cell["parameters"].get("density") or 0))
+
+    def densest(self, workload: str, variant: tuple[str, str]) -> Cell:
+        """The cell where the workload's own instruction weighs most."""
+        return self.column(workload, variant)[-1]
+
+
+def ratio(cell: Cell, profile: str) -> Ratio | None:
+    """The cell's slowdown on a profile; None where it was not priced. Native is 1 by definition."""
+    found = (cell.get("slowdown") or {}).get(profile)
+    if found and "value" in found:
+        return Ratio(float(found["value"]), float(found["low"]), float(found["high"]))
+    return Ratio(1.0, 1.0, 1.0) if cell["technique"] == "native" and cycles(cell, profile) else None
+
+
+def cycles(cell: Cell, profile: str) -> Mapping[str, Any] | None:
+    """The cell's price on a profile; None where it was refused."""
+    found: Mapping[str, Any] | None = (cell.get("cycles") or {}).get(profile)
+    return found if found and "total" in found else None
+
+
+def operations(cell: Cell) -> int:
+    """Operations that the guest counted; 0 where it counted none."""
+    return int((cell.get("work") or {}).get("operations") or 0)
+
+
+def times(value: float) -> str:
+    """A ratio for people: two figures that mean something, as ``0.31×``, ``4.2×``, ``38×``, ``1,240×``."""
+    if value >= 100:
+        return f"{float(f'{value:.3g}'):,.0f}×"
+    if value >= 9.95:
+        return f"{value:.0f}×"
+    return f"{value:.2f}×" if value < 1.95 else f"{value:.1f}×"
+
+
+def _spread(cells: list[Cell]) -> dict[str, list[str]]:
+    """By technique, the parameters that are not about the work and take several values in this run."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for cell in cells:
+        of = values.setdefault(str(cell["technique"]), {})
+        for key, value in cell["parameters"].items():
+            if key not in WORK_KEYS:
+                of.setdefault(key, set()).add(str(value))
+    return {technique: sorted(key for key, seen in of.items() if len(seen) > 1) for technique, of in values.items()}
+
+
+def _generation(name: str) -> Generation:
+    from vmlab import costs
+
+    try:
+        profile = costs.load(name)
+    except ConfigError:
+        # A run from elsewhere may name a profile that is not here: its name has to do.
+        stem, _, year = name.rpartition("-")
+        return Generation(name, name, stem or name, int(year) if year.isdigit() else 0)
+    return Generation(name, profile.words, profile.vendor, profile.year)
