@@ -25,9 +25,8 @@ SIZE = {
     "iterations": Parameter("times", 1000, minimum=1),
     "density": Parameter("per 1000", 10, minimum=1, maximum=1000),
 }
-WORKLOADS: dict[str, dict[str, Parameter]] = {
-    name: SIZE for name in ("cli_sti", "popf", "abort", "raise", "hang", "triple", "unsupported", "slow", "exit")
-}
+WORKLOADS: dict[str, dict[str, Parameter]] = dict.fromkeys(
+    ("cli_sti", "popf", "abort", "raise", "hang", "triple", "unsupported", "exit"), SIZE)
 WORKLOADS["compute"] = {"iterations": SIZE["iterations"]}
 
 
@@ -142,8 +141,6 @@ def run_cell(technique: str, parameters: dict[str, Any]) -> dict[str, Any]:
             raise UnsupportedByStrategy("this technique cannot do that")
     if workload == "environment":
         return {"status": "ok", "console": os.environ.get("VMLAB_MACHINE", "")}
-    if workload == "slow":
-        time.sleep(0.3)
     print("a library prints this to stdout; it must not be taken for an answer")
     traps = 0 if technique == "native" else 2 * iterations
     broken = workload == "popf" and parameters.get("sensitive") == "silent"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,9 +107,7 @@ def test_interrupt_is_130_and_says_how_to_go_on(
     monkeypatch.setattr(output.Progress, "finished", interrupted)
     assert vm("experiment", "small.yaml", "--out", "out", "--jobs", "1") == 130
     assert "1 of 2 cells are kept in out; go on with the same command and --resume" in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.setattr(lab_module, "Lab", FakeLab)
-    monkeypatch.chdir(Path("out").resolve().parent if Path("out").exists() else ROOT)
+    assert len(list(Path("out/cells").iterdir())) == 1
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
@@ -247,7 +246,8 @@ def test_every_help_has_an_example(verb: list[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--help"], ["--version"], ["experiment", "--help"], ["list"], ["validate", "cli_heavy"], ["experiment", "cli_heavy", "--dry-run"],
+    ["--help"], ["--version"], ["experiment", "--help"], ["list"], ["validate", "cli_heavy"],
+    ["experiment", "cli_heavy", "--dry-run"],
 ])
 def test_commands_without_a_guest_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -281,6 +281,15 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert child.stderr.read() == b""
     child.stderr.close()
     assert child.wait(timeout=60) == 0
+
+
+def test_everything_that_is_not_code_is_shipped_too() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["vmlab"]
+    package = ROOT / "vmlab"
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    present = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", ".tmp")}
+    assert sorted(str(path.relative_to(package)) for path in present - shipped) == []
 
 
 def test_tables_align_numbers_to_the_right() -> None:

@@ -79,7 +79,8 @@ def test_experiment_parameters_are_shared_and_a_block_may_replace_them() -> None
 
 
 def test_exclusions() -> None:
-    text = SWEEP.replace("profiles:", "    exclude:\n      - {technique: trap-and-emulate, sensitive: trap, density: [1]}\nprofiles:")
+    rule = "    exclude:\n      - {technique: trap-and-emulate, sensitive: trap, density: [1]}\n"
+    text = SWEEP.replace("profiles:", rule + "profiles:")
     assert len(load(text).cells) == 5
     with pytest.raises(ConfigError, match=r"f\.yaml:10: matrix\[0\]\.exclude\[0\]: .*matches no combination"):
         load(text.replace("density: [1]}", "density: [77]}"))
@@ -116,7 +117,8 @@ def test_the_resolved_configuration_is_the_same_experiment() -> None:
      "f.yaml:3: matrix[0].technique[1]: 'trap-and-emulat' is not a technique; did you mean 'trap-and-emulate'?"),
     (("sensitive: [", "sensitiv: ["), "f.yaml:5: matrix[0].sensitiv: unknown key; did you mean 'sensitive'?"),
     (("sensitive: [silent, trap]", "emulation: callout"), "no technique of this block has the parameter 'emulation'"),
-    (("[silent, trap]", "[silent, tarp]"), "f.yaml:5: matrix[0].sensitive: sensitive: 'tarp' is not allowed; did you mean 'trap'?"),
+    (("[silent, trap]", "[silent, tarp]"),
+     "f.yaml:5: matrix[0].sensitive: sensitive: 'tarp' is not allowed; did you mean 'trap'?"),
     (("[silent, trap]", "[]"), "matrix[0].sensitive: the list is empty"),
     (("[silent, trap]", "{a: 1}"), "matrix[0].sensitive: a word or a whole number is needed"),
     (("cli_sti", "cli_stl"), "f.yaml:4: matrix[0].workload: 'cli_stl' is not a workload of nano; did you mean 'cli_sti'?"),

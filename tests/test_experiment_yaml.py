@@ -42,7 +42,7 @@ def test_an_error_names_file_line_and_key() -> None:
     ("a: " + "9" * 5000, "is no int"),
 ])
 def test_refused(text: str, says: str) -> None:
-    with pytest.raises(ConfigError, match="f.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"f\.yaml") as caught:
         yamlfile.parse(text, "f.yaml")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)

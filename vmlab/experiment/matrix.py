@@ -140,18 +140,22 @@ class Expander:
         technique = str(assignment["technique"])
         guest = str(assignment.get("guest", DEFAULT_GUEST))
         workloads = self.lab.workloads(guest)
-        if "workload" not in assignment:
-            raise self.document.error(block.where, f"no workload is named{nearest('', workloads)}")
-        workload = str(assignment["workload"])
-        if workload not in workloads:
-            raise refuse("workload", f"{workload!r} is not a workload of {guest}{nearest(workload, workloads)}")
-        declared: dict[str, Parameter] = {**workloads[workload], **self.lab.parameters(technique)}
-        parameters: Assignment = {"guest": guest, "workload": workload}
+        parameters: Assignment = {"guest": guest}
+        declared: dict[str, Parameter] = {}
+        if workloads:  # a kernel from a file has none: it does what it does
+            if "workload" not in assignment:
+                raise self.document.error(block.where, f"no workload is named{nearest('', workloads)}")
+            workload = str(assignment["workload"])
+            if workload not in workloads:
+                raise refuse("workload", f"{workload!r} is not a workload of {guest}{nearest(workload, workloads)}")
+            parameters["workload"] = workload
+            declared |= workloads[workload]
+        declared |= self.lab.parameters(technique)
         for key, parameter in declared.items():
             try:
                 parameters[key] = parameter.check(key, assignment.get(key, parameter.default))
             except ConfigError as error:
-                raise refuse(key, f"{error} ({technique}, {workload})") from error
+                raise refuse(key, f"{error} (under {technique})") from error
         if "budget" in assignment:
             parameters["budget"] = BUDGET.check("budget", assignment["budget"])
         return Cell(technique, dict(sorted(parameters.items())))

@@ -47,7 +47,7 @@ def _cell(cell: Cell, records: Mapping[str, Record], profiles: Sequence[str], la
     result["fidelity"] = _digests(record)
     result["fidelity"] |= compare(record, native) if native is not None and has_native else NOT_COMPARED
     if cell.technique != BASELINE:
-        workload = str(cell.parameters.get("workload"))
+        workload = str(cell.parameters.get("workload", ""))
         result["fidelity"]["declared"] = lab.unfaithful(cell.technique, workload, cell.parameters)
     return result
 
