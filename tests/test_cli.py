@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -108,6 +109,34 @@ def test_interrupt_is_130_and_says_how_to_go_on(
     assert vm("experiment", "small.yaml", "--out", "out", "--jobs", "1") == 130
     assert "1 of 2 cells are kept in out; go on with the same command and --resume" in capsys.readouterr().err
     assert len(list(Path("out/cells").iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_a_real_ctrl_c_ends_the_workers_and_keeps_what_is_done(tmp_path: Path) -> None:
+    text = FILE.replace("workload: [cli_sti]", "workload: [cli_sti, hang]")
+    (tmp_path / "small.yaml").write_text(text, encoding="utf-8")
+    code = (
+        "import fake_lab, sys\nfrom vmlab.experiment import lab\nfrom vmlab.cli.main import main\n"
+        "lab.Lab = fake_lab.FakeLab\nsys.exit(main(['experiment', 'small.yaml', '--out', 'out', '--jobs', '2']))\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+    )
+    assert child.stderr is not None
+    said = ""
+    while "[3/4]" not in said:
+        line = child.stderr.readline()
+        assert line, said
+        said += line
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+    said += child.stderr.read()
+    child.stderr.close()
+    assert child.wait(timeout=30) == 130
+    assert "interrupted; 3 of 4 cells are kept" in said
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["state"] == "interrupted"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)  # nobody of the group is left
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

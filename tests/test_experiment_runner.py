@@ -239,6 +239,17 @@ def test_a_full_disk_in_the_middle_stops_the_run_and_keeps_what_is_whole(monkeyp
     assert start(resume=True).reused == 2
 
 
+def test_a_full_disk_at_the_start_is_a_wrong_place_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def replace(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = start(out=tmp_path / "out")
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        run.execute(lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "file.json"
     store.write(target, "old")

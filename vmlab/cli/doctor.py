@@ -27,7 +27,7 @@ example:
 """
 
 #: What each technique runs: small, and it uses what the technique is for.
-WORKLOAD = {"workload": "cli_sti", "iterations": 20, "density": 100}
+WORKLOAD: dict[str, str | int] = {"workload": "cli_sti", "iterations": 20, "density": 100}
 LIBRARIES = ("unicorn", "capstone", "yaml", "matplotlib", "elftools")
 
 
@@ -98,7 +98,7 @@ def _cell(lab: Lab, technique: str, environment: dict[str, str] | None = None) -
     from vmlab.experiment.single import expand
     from vmlab.experiment.workers import Pool
 
-    size = {key: WORKLOAD[key] for key in ("iterations", "density")}
+    size: dict[str, str | int | bool] = {key: WORKLOAD[key] for key in ("iterations", "density")}
     try:
         cell = expand(technique, str(WORKLOAD["workload"]), "nano", size, lab)[0]
         with Pool(lab.cell_function, 1, environment, seconds=60) as pool:

@@ -110,7 +110,10 @@ class Run:
             store.write(self.directory.path / "config.yaml", self._config())
             self._manifest("running")
         except ExperimentError as error:
-            raise ConfigError(str(error)) from error  # nothing has run yet: the place is wrong, not the run
+            # Nothing has run yet: the place is wrong, not the run. Leave it as it was found.
+            if not self.options.resume:
+                self.directory.remove()
+            raise ConfigError(str(error)) from error
         try:
             self._cells(observer)
             outcome = self._finish()

@@ -99,6 +99,14 @@ class RunDirectory:
                 return run
         return None
 
+    def remove(self) -> None:
+        """Take back a directory in which nothing was run."""
+        for name in ("manifest.json", "config.yaml"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is not empty is not ours to remove
+            (self.path / "cells").rmdir()
+            self.path.rmdir()
+
     def manifest(self) -> dict[str, Any]:
         """The manifest, or nothing where there is none that can be read."""
         try:

@@ -46,7 +46,7 @@ class Worker:
         try:
             self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
             self.process = subprocess.Popen(
-                [sys.executable, "-X", "utf8", "-c", BOOTSTRAP, json.dumps(sys.path)],
+                [sys.executable, "-P", "-X", "utf8", "-c", BOOTSTRAP, json.dumps(sys.path)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, encoding="utf-8",
                 env={**os.environ, **self.environment},
             )
