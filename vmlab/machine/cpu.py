@@ -237,6 +237,10 @@ class Cpu:
         self.rip = rip
         self.store()
 
+    def clear_shadow(self) -> None:
+        """End the interrupt shadow."""
+        self.hflags &= ~HF_SHADOW
+
     def set_cpl(self, cpl: int) -> None:
         self.hflags = (self.hflags & ~HF_CPL) | cpl
 

@@ -12,7 +12,7 @@ import struct
 from vmlab.errors import TripleFault
 from vmlab.machine.cpu import IF, NT, RF, TF, VM, Cpu, Segment, unpack_descriptor
 from vmlab.machine.paging import PageFault
-from vmlab.machine.state import CS, HF_CS64, HF_SHADOW, HF_SS32, RSP, SS
+from vmlab.machine.state import CS, RSP, SS
 
 DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK_FAULT, GENERAL_PROTECTION, PAGE_FAULT = 8, 10, 11, 12, 13, 14
 HAS_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17})
@@ -154,12 +154,9 @@ def _enter(cpu: Cpu, vector: int, error_code: int | None, return_rip: int, *, so
         cpu.set_gpr(RSP, top, 4 if mask > 0xFFFF else 2)
     if new_ss is not None:
         cpu.set_segment(SS, new_ss)
-        if long_mode:
-            cpu.hflags |= HF_SS32
     cpu.set_segment(CS, Segment((selector & 0xFFFC) | new_cpl, code.base, code.limit, code.flags | 0x100))
-    cpu.hflags = (cpu.hflags & ~(3 | HF_SHADOW)) | new_cpl
-    if long_mode:
-        cpu.hflags |= HF_CS64
+    cpu.set_cpl(new_cpl)
+    cpu.clear_shadow()
     new_flags = flags & ~(TF | NT | RF | VM)
     if gate in _INTERRUPT_GATES:
         new_flags &= ~IF
@@ -204,6 +201,6 @@ def _enter_real_mode(cpu: Cpu, vector: int, return_rip: int) -> None:
     cpu.set_gpr(RSP, top, 2)
     cpu.set_segment(CS, Segment(selector, selector << 4, 0xFFFF, cpu.segment(CS).flags))
     cpu.eflags = cpu.eflags & ~(IF | TF)
-    cpu.hflags &= ~HF_SHADOW
+    cpu.clear_shadow()
     cpu.rip = offset
     cpu.forget_exception()

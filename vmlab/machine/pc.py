@@ -8,6 +8,7 @@ behind its own IDT. Either way the CPU got there by a real exception at a real p
 from __future__ import annotations
 
 import enum
+import functools
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Machine:
         #: Device writes in order, without times: part of the guest-visible outcome.
         self.device_log: list[tuple[int, int, int]] = []
 
+        self._attention = self._requested = False
         self.ports = PortBus()
         self.pic = PicPair(self._interrupt_line)
         self.pic.attach(self.ports)
@@ -101,12 +103,15 @@ class Machine:
         self.guest_mode_intercept: Callable[[str, Instruction | None], bool] = lambda what, instruction: False
         #: The time stamp counter's offset (a VMM may hide its own time; TSC_OFFSET of AMD-V).
         self.tsc_offset = 0
-        self._watched: dict[int, Callable[[], None]] = {}
+        #: The instruction that just faulted, as decoded before its block first ran (None: not known).
+        self.faulting: Instruction | None = None
+        #: A monitor that asked by :meth:`request_attention` is called at block starts; True when it moved RIP.
+        self.on_attention: Callable[[], bool] = lambda: False
+        self._watched: dict[int, Callable[[int], None]] = {}
         self._gates: dict[int, Callable[[], None]] = {}
         self._hooked: dict[int, tuple[int, Instruction | None]] = {}
         self._stop: Stop | None = None
         self._failure: BaseException | None = None
-        self._attention = False
 
         self.counter = self._wire_counter(wanted, address)
         engine = self.engine
@@ -188,9 +193,13 @@ class Machine:
     def _guest_exit(self, code: int) -> None:
         self.stop(Stop(StopReason.EXIT, code))
 
+    def idle(self) -> None:
+        """The CPU waits in HLT (a monitor calls this when it halts on its guest's behalf)."""
+        self.events["idle"] += 1
+
     def _halted(self) -> None:
         """HLT was executed at CPL 0: wait for an interrupt, or for ever."""
-        self.events["idle"] += 1
+        self.idle()
         if self.pic.pending and self.cpu.system_flags & IF:
             self._take_interrupt()
             self.cpu.store()
@@ -198,8 +207,8 @@ class Machine:
         self._stop = Stop(StopReason.HALTED)
 
     # ---- watched addresses and gates
-    def watch(self, address: int, callback: Callable[[], None]) -> None:
-        """Call ``callback`` whenever the instruction at this guest address is about to run; costs the guest nothing."""
+    def watch(self, address: int, callback: Callable[[int], None]) -> None:
+        """Call ``callback(address)`` whenever the instruction at this address is about to run; costs the guest nothing."""
         self._watched[address] = callback
 
     def gate(self, address: int, callback: Callable[[], None]) -> None:
@@ -299,7 +308,7 @@ class Machine:
                 return
             watcher = self._watched.get(address)
             if watcher is not None:
-                watcher()
+                watcher(address)
             gate = self._gates.get(address)
             instruction = self._hooked[address][1]
             if gate is not None:
@@ -358,7 +367,7 @@ class Machine:
         self._end()
 
     def _fault(self, address: int, vector: int, error_code: int | None) -> None:
-        self.counter.leave(address)
+        self.faulting = self.counter.leave(address)
         self._take(vector, error_code, software=False)
         self._end()
 
@@ -436,7 +445,7 @@ class Machine:
                 last = counter.last_instruction()
                 self._software_interrupt(vector, last)
             else:
-                counter.leave(cpu.rip + cpu.segment(hidden.CS).base)
+                self.faulting = counter.leave(cpu.rip + cpu.segment(hidden.CS).base)
                 self._take(vector, error_code, software=False)
             cpu.store()
             counter.set_cpl(cpu.cpl)
@@ -446,13 +455,13 @@ class Machine:
     def _software_interrupt(self, vector: int, last: tuple[int, Instruction] | None) -> None:
         cpu = self.cpu
         start = cpu.rip - (last[1].size if last else 2)
-        if self.monitor is not None:
+        if self.monitor is not None and vector not in self.direct_gates:
             if cpu.cpl <= self.software_gates.get(vector, 0):
                 self.counter.current = None
                 self._take(vector, None, software=True)
             else:  # the monitor's gate is more privileged: #GP, the instruction did not retire
                 cpu.rip = start
-                self.counter.leave(start + cpu.segment(hidden.CS).base)
+                self.faulting = self.counter.leave(start + cpu.segment(hidden.CS).base)
                 self._take(13, vector * 8 + 2, software=False)
             return
         self.counter.current = None
@@ -464,6 +473,8 @@ class Machine:
 
     #: The monitor's IDT, as far as INT n is concerned: vector → DPL of its gate; all others have DPL 0.
     software_gates: dict[int, int] = {}  # noqa: RUF012 - replaced, never changed
+    #: Vectors whose INT n goes through the IDT in machine memory though there is a monitor: its own choice of gate.
+    direct_gates: frozenset[int] = frozenset()
 
     def _on_invalid(self, _uc: int, _data: int) -> bool:
         try:
@@ -492,25 +503,34 @@ class Machine:
         self.events[f"fault.delivered.{delivered}"] += 1
 
     def _interrupt_line(self) -> None:
-        self._attention = self.pic.pending
+        self._update_attention()
+
+    def request_attention(self, on: bool) -> None:
+        """A monitor wants to be asked (``on_attention``) before the next block runs."""
+        self._requested = on
+        self._update_attention()
+
+    def _update_attention(self) -> None:
+        self._attention = self._requested or self.pic.pending
         self.counter_attention(self._attention)
 
     def counter_attention(self, on: bool) -> None:
         """Tell a counter kept outside Python that the next block start needs attention."""
+        self.counter.attention = on
 
     def _interruptible(self, pc: int, size: int) -> bool:
-        """At a block's start with INTR up: take the interrupt if the CPU may; True when it was taken."""
+        """At a block's start with INTR up, or a monitor that asked; True when RIP was moved."""
         cpu = self.cpu
         cpu.load()
-        if not self.pic.pending:
-            return False
-        if not cpu.system_flags & IF or cpu.shadow:
-            return False
         cpu.rip = pc - cpu.segment(hidden.CS).base
-        if self.counter.continues(pc + size):
+        in_string = self.counter.continues(pc + size)
+        if self.pic.pending and cpu.system_flags & IF and not cpu.shadow:
+            self._take_interrupt()
+        elif not (self._requested and self.on_attention()):
+            return False
+        if in_string:
             self.counter.interrupted_string()
         self.counter.current = None
-        self._take_interrupt()
         self._end()
         return True
 
@@ -529,6 +549,26 @@ class Machine:
         for kind, n in self.events.items():
             events[kind] = events.get(kind, 0) + n
         return Snapshot(events, counted.user, counted.kernel, counted.machine)
+
+
+@functools.cache
+def _scratch() -> Engine:
+    engine = Engine()
+    engine.uc.mem_map(0, 0x1000)
+    engine.uc.mem_write(0, b"\x0f\xa2\xf4")
+    return engine
+
+
+@functools.cache
+def cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+    """(EAX, EBX, ECX, EDX) as the physical CPU answers CPUID: a VMM that emulates it executes it."""
+    engine = _scratch()
+    engine.write_register(x86.UC_X86_REG_RAX, leaf)
+    engine.write_register(x86.UC_X86_REG_RCX, subleaf)
+    engine.start(0)
+    a, b, c, d = (engine.read_register(r) & 0xFFFFFFFF for r in (
+        x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX))
+    return a, b, c, d
 
 
 def port_operands(instruction: Instruction, cpu: Cpu) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from typing import ClassVar
 
@@ -97,9 +97,12 @@ class Strategy(ABC):
         """The guest's state, precise at every stop."""
 
     # ---- what the lab asks of it
-    @abstractmethod
-    def watch(self, address: int, callback: object) -> None:
-        """Have the machine call ``callback`` when the guest is about to run the instruction at this address."""
+    def watch(self, address: int, callback: Callable[[int], None]) -> None:
+        """Have the machine call ``callback`` when the guest is about to run the instruction at this guest address.
+
+        The callback gets the machine address, to be handed to :meth:`snapshot`. Costs the guest nothing.
+        """
+        self.machine.watch(address, callback)
 
     def frame_address(self, gpa: int) -> int:
         """Where guest-physical ``gpa`` lies in machine memory (hpa)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from vmlab.guests import GuestImage
 from vmlab.machine.cpu import Segment
@@ -36,6 +36,3 @@ class Native(Strategy):
 
     def guest_state(self) -> GuestState:
         return physical_state(self.machine.cpu)
-
-    def watch(self, address: int, callback: Callable[[], None]) -> None:  # type: ignore[override]
-        self.machine.watch(address, callback)

@@ -1,0 +1,162 @@
+"""One cell: a technique runs a guest once, and everything counted becomes an unpriced record.
+
+Runs inside a worker. Phases are cut where the guest passes its own markers: symbols recognised by
+address (``vmlab_roi_begin``, ``vmlab_roi_warm``, ``vmlab_roi_end``), at no cost to any technique.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vmlab import guests, strategies
+from vmlab.errors import GuestError, VmlabError
+from vmlab.ledger import Snapshot
+from vmlab.machine.pc import Machine, Stop, StopReason
+from vmlab.parameters import Value
+from vmlab.strategies.base import Strategy
+
+#: Guest instructions after which a run counts as an endless loop, unless the cell says otherwise.
+DEFAULT_BUDGET = 2_000_000_000
+#: Workloads with asynchronous interrupts: when they arrive differs by technique, so the full state may too.
+ASYNCHRONOUS = frozenset({"interrupt", "mixed"})
+_MARKERS = ("vmlab_roi_begin", "vmlab_roi_warm", "vmlab_roi_end")
+_PHASES = ("boot", "roi.cold", "roi.warm", "exit")
+
+Cell = dict[str, Any]
+
+
+class Run:
+    """A guest loaded under a technique, its markers watched. ``marks`` are the counts at each marker passed."""
+
+    def __init__(self, technique: str, parameters: Mapping[str, Value], *, path: str | None = None) -> None:
+        self.parameters = dict(parameters)
+        self.kind = strategies.load(technique)
+        self.guest = str(parameters.get("guest", "nano"))
+        self.image = guests.load(self.guest)
+        self.workload = str(parameters.get("workload", ""))
+        self.machine = Machine(path=path)
+        self.strategy: Strategy = self.kind(self.machine, parameters)
+        self.marks: dict[str, Snapshot] = {}
+        line = guests.command_line(parameters) if guests.workloads(self.guest) else str(parameters.get("append", ""))
+        for marker in _MARKERS:
+            if marker in self.image.symbols:
+                self.strategy.watch(self.image.symbols[marker], self._marker(marker))
+        self.strategy.load(self.image, line)
+
+    def _marker(self, name: str) -> Callable[[int], None]:
+        def passed(address: int) -> None:
+            if name not in self.marks:
+                self.marks[name] = self.strategy.snapshot(address)
+        return passed
+
+    def go(self) -> Stop:
+        """Run to the end of the guest or of its budget."""
+        budget = self.parameters.get("budget", DEFAULT_BUDGET)
+        return self.strategy.run(int(budget))
+
+    def phases(self) -> dict[str, Snapshot]:
+        """The counts of each phase; a guest without markers, or that ended early, has what it reached."""
+        end = self.strategy.snapshot()
+        begin = self.marks.get("vmlab_roi_begin", Snapshot() if not any(m in self.image.symbols for m in _MARKERS) else end)
+        finish = self.marks.get("vmlab_roi_end", end)
+        warm = self.marks.get("vmlab_roi_warm", finish)
+        return dict(zip(_PHASES, (begin, warm.minus(begin), finish.minus(warm), end.minus(finish)), strict=True))
+
+    def outcome(self, exit_code: int | None) -> str:
+        """SHA-256 of what the guest let the world see: console, exit code, outcome bytes, device writes in order."""
+        digest = hashlib.sha256()
+
+        def part(name: str, data: bytes) -> None:
+            digest.update(f"{name} {len(data)}\n".encode() + data)
+
+        part("console", bytes(self.machine.console))
+        part("exit", repr(exit_code).encode())
+        start, stop = (self.image.symbols.get(f"vmlab_outcome_{end}") for end in ("start", "end"))
+        if start is not None and stop is not None:
+            part("outcome", self.strategy.read_guest(start, stop - start))
+        return digest.hexdigest()
+
+    def work(self) -> dict[str, int] | None:
+        """Operations and iterations as the guest counted them."""
+        at = self.image.symbols.get("vmlab_work")
+        if at is None:
+            return None
+        raw = self.strategy.read_guest(at, 8)
+        return {"operations": int.from_bytes(raw[:4], "little"), "iterations": int.from_bytes(raw[4:], "little")}
+
+
+def run_cell(technique: str, parameters: Mapping[str, Value]) -> Cell:
+    """Run one cell; returns its unpriced record (see docs/experiments.md for the fields).
+
+    A guest that ends badly gives status ``failed`` and a sentence; for a pair that the technique
+    declares unfaithful that same end is the expected finding, and the status stays ``ok``.
+    """
+    started = time.perf_counter()
+    run = Run(technique, parameters)
+    declared = run.kind.unfaithful(run.workload, parameters)
+    exit_code: int | None = None
+    error: str | None = None
+    try:
+        stop = run.go()
+        exit_code = stop.exit_code
+        if stop.reason is StopReason.HALTED:
+            error = "the guest halted with nothing left to wake it"
+        elif exit_code not in (0, None):
+            error = f"the guest ended with exit code {exit_code}: {_last_line(run.machine.console)}"
+    except GuestError as ended:
+        error = str(ended)
+    phases = run.phases()
+    region = phases["roi.cold"].plus(phases["roi.warm"])
+    deterministic_state = run.kind.full_virtualization and run.workload not in ASYNCHRONOUS and error is None
+    record: Cell = {
+        "technique": technique, "parameters": dict(parameters),
+        "status": "ok" if error is None or declared else "failed", "error": error,
+        "platform": run.kind.platform(parameters), "work": run.work(),
+        "instructions": _instructions(region), "events": region.events,
+        "phases": {name: {"events": s.events, "instructions": _instructions(s)} for name, s in phases.items()},
+        "fidelity": {"outcome": run.outcome(exit_code), "state": run.strategy.state_digest() if deterministic_state else None,
+                     "declared": declared},
+        "safety": {"refused": run.strategy.refused},
+        "efficiency": efficiency(region),
+        "exit_code": exit_code, "console": run.machine.console.decode("ascii", "replace"),
+        "machine_path": run.machine.path,
+        "host_seconds": round(time.perf_counter() - started, 6),
+    }
+    if declared:
+        record["fidelity"]["first_difference"] = _divergence(technique, parameters)
+    return record
+
+
+def _divergence(technique: str, parameters: Mapping[str, Value]) -> dict[str, Any] | None:
+    """The first diverging instruction of a declared infidelity, found on a small run of the same cell."""
+    from vmlab.experiment.divergence import first_divergence
+
+    small = {**parameters, "iterations": 2}
+    try:
+        return first_divergence(technique, small)
+    except VmlabError as error:
+        return {"error": str(error)}
+
+
+def _instructions(snapshot: Snapshot) -> dict[str, Any]:
+    return {"guest": {"user": snapshot.user, "kernel": snapshot.kernel}, "machine": snapshot.machine}
+
+
+def efficiency(snapshot: Snapshot) -> dict[str, float]:
+    """Shares of the guest's instructions: at their own address, in the translation cache, by the VMM."""
+    events = snapshot.events
+    retired = events.get("retired.user", 0) + events.get("retired.kernel", 0)
+    ident, incache = events.get("translated.ident", 0), events.get("translated.incache", 0)
+    emulated = events.get("emulated.user", 0) + events.get("emulated.kernel", 0)
+    everything = retired + ident + incache + emulated
+    if not everything:
+        return {"retired": 0.0, "translated": 0.0, "emulated": 0.0}
+    return {"retired": retired / everything, "translated": (ident + incache) / everything, "emulated": emulated / everything}
+
+
+def _last_line(console: bytes | bytearray) -> str:
+    lines = bytes(console).decode("ascii", "replace").strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"

@@ -1,0 +1,508 @@
+"""System instructions carried out on the virtual CPU, as the SDM's Vol. 2 describes each.
+
+:meth:`Emulator.emulate` executes one instruction that trapped (or was called out) and moves RIP past
+it. What the bare machine would have refused raises :class:`~vmlab.machine.delivery.Fault`, and the VMM
+reflects that to the guest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vmlab.errors import UnsupportedByStrategy
+from vmlab.ledger import Counts
+from vmlab.machine.cpu import DF, IF, IOPL, ZF, Segment
+from vmlab.machine.decode import Instruction
+from vmlab.machine.delivery import Fault, read_descriptor
+from vmlab.machine.paging import CR0_PG
+from vmlab.machine.pc import Machine, cpuid, port_operands
+from vmlab.machine.state import CS, RAX, RBX, RCX, RDI, RDX, RSI, RSP, SS
+from vmlab.vmm.operands import CONTROL, DEBUG, REGISTERS, SEGMENTS, effective_address, read_operand, write_operand
+from vmlab.vmm.platform import VirtualPlatform
+from vmlab.vmm.vcpu import CHANGEABLE, VirtualCpu
+
+GP = 13
+
+
+class Emulator:
+    """Emulation of every system instruction that a 32-bit guest kernel of one CPU may use."""
+
+    def __init__(self, machine: Machine, vcpu: VirtualCpu, platform: VirtualPlatform, counts: Counts) -> None:
+        self.machine, self.vcpu, self.platform, self.counts = machine, vcpu, platform, counts
+        #: HLT with nothing pending: the VMM decides what waiting means.
+        self.on_halt: Callable[[], None] = lambda: None
+        self.debug_registers = [0] * 8
+        self.msrs: dict[int, int] = {0x10: 0, 0xC0000080: 0}
+        self._by_op: dict[str, Callable[[Instruction], None]] = {
+            "cli": self._cli, "sti": self._sti, "hlt": self._hlt, "in": self._in, "out": self._out, "ins": self._ins, "outs": self._outs,
+            "pushf": self._pushf, "popf": self._popf, "iret": self._iret, "cpuid": self._cpuid, "rdtsc": self._rdtsc, "rdtscp": self._rdtsc,
+            "mov_to_cr": self._mov_to_cr, "mov_from_cr": self._mov_from_cr, "mov_to_dr": self._mov_to_dr, "mov_from_dr": self._mov_from_dr,
+            "lgdt": self._lgdt, "lidt": self._lidt, "lldt": self._lldt, "ltr": self._ltr,
+            "sgdt": self._sgdt, "sidt": self._sidt, "sldt": self._sldt, "str": self._str,
+            "smsw": self._smsw, "lmsw": self._lmsw, "clts": self._clts, "invlpg": self._nothing, "invd": self._nothing, "wbinvd": self._nothing,
+            "rdmsr": self._rdmsr, "wrmsr": self._wrmsr,
+            "lar": self._lar, "lsl": self._lsl, "verr": self._verr, "verw": self._verw,
+            "mov_from_seg": self._mov_from_seg, "push_seg": self._push_seg, "mov_to_seg": self._mov_to_seg, "pop_seg": self._pop_seg,
+            "jmp_far": self._jmp_far, "call_far": self._call_far, "ret_far": self._ret_far, "load_far": self._load_far,
+        }
+
+    def knows(self, op: str | None) -> bool:
+        """Whether :meth:`emulate` can carry this instruction out."""
+        return op in self._by_op
+
+    def emulate(self, instruction: Instruction) -> None:
+        """Carry out the instruction at the virtual CPU's RIP and move RIP on; raises Fault, RIP unmoved."""
+        op = instruction.op
+        assert op is not None
+        at = self.vcpu.rip
+        user = self.vcpu.cpl == 3
+        self._next = (at + instruction.size) & 0xFFFFFFFF
+        self._by_op[op](instruction)
+        self.vcpu.rip = self._next
+        self.count(op, user)
+        if op != "sti" and self.vcpu.shadow_at == at:
+            self.vcpu.shadow_at = None
+
+    def count(self, op: str, user: bool) -> None:
+        """One guest instruction was completed by the VMM."""
+        self.counts[f"emulate.{op}"] += 1
+        self.counts["vmm.emulate"] += 1
+        self.counts["emulated.user" if user else "emulated.kernel"] += 1
+        self.machine.counter.time += 1
+
+    # ---- rights
+    def _privileged(self) -> None:
+        if self.vcpu.cpl != 0:
+            raise Fault(GP, 0)
+
+    def _io_right(self, port: int | None, size: int) -> None:
+        """CPL against IOPL, then the guest's own I/O bitmap (SDM Vol. 1 §19.5)."""
+        vcpu = self.vcpu
+        if vcpu.cpl <= vcpu.iopl:
+            return
+        if port is not None and vcpu.tr.limit >= 0x67:
+            base = int.from_bytes(vcpu.read_linear(vcpu.tr.base + 0x66, 2), "little")
+            if base + port // 8 + 1 <= vcpu.tr.limit:
+                bits = int.from_bytes(vcpu.read_linear(vcpu.tr.base + base + port // 8, 2), "little")
+                if not (bits >> (port % 8)) & ((1 << size) - 1):
+                    return
+        raise Fault(GP, 0)
+
+    # ---- interrupt flag
+    def _cli(self, _: Instruction) -> None:
+        self._io_right(None, 1)
+        self.vcpu.set_interrupt_flag(False)
+
+    def _sti(self, instruction: Instruction) -> None:
+        self._io_right(None, 1)
+        if not self.vcpu.interrupts_enabled:
+            self.vcpu.shadow_at = self._next
+        self.vcpu.set_interrupt_flag(True)
+
+    def _hlt(self, _: Instruction) -> None:
+        self._privileged()
+        self.on_halt()
+
+    # ---- the stack and the flags
+    def push(self, value: int, size: int = 4) -> None:
+        """PUSH on the guest's stack."""
+        vcpu = self.vcpu
+        wide = bool(vcpu.segment(SS).flags & (1 << 22))
+        mask = 0xFFFFFFFF if wide else 0xFFFF
+        top = (vcpu.gpr(RSP) - size) & mask
+        vcpu.write_linear((vcpu.segment(SS).base + top) & 0xFFFFFFFF, (value & ((1 << (8 * size)) - 1)).to_bytes(size, "little"),
+                          user=vcpu.cpl == 3)
+        vcpu.set_gpr(RSP, top, 4 if wide else 2)
+
+    def _peek(self, offset: int, size: int = 4) -> int:
+        vcpu = self.vcpu
+        mask = 0xFFFFFFFF if vcpu.segment(SS).flags & (1 << 22) else 0xFFFF
+        address = vcpu.segment(SS).base + ((vcpu.gpr(RSP) + offset) & mask)
+        return int.from_bytes(vcpu.read_linear(address & 0xFFFFFFFF, size, user=vcpu.cpl == 3), "little")
+
+    def _drop(self, size: int) -> None:
+        wide = bool(self.vcpu.segment(SS).flags & (1 << 22))
+        self.vcpu.set_gpr(RSP, self.vcpu.gpr(RSP) + size, 4 if wide else 2)
+
+    def _pushf(self, instruction: Instruction) -> None:
+        self.push(self.vcpu.eflags & 0xFCFFFF, _operand_size(instruction))
+
+    def _popf(self, instruction: Instruction) -> None:
+        size = _operand_size(instruction)
+        value = self._peek(0, size)
+        self._drop(size)
+        self._set_flags(value, size, self.vcpu.cpl)
+
+    def _set_flags(self, value: int, size: int, cpl: int) -> None:
+        """What POPF and IRET at privilege ``cpl`` let through (SDM Vol. 2, POPF, table 4-16)."""
+        vcpu = self.vcpu
+        changeable = CHANGEABLE
+        if cpl == 0:
+            changeable |= IOPL | IF
+        elif cpl <= vcpu.iopl:
+            changeable |= IF
+        if size == 2:
+            changeable &= 0xFFFF
+        old = vcpu.eflags
+        vcpu.eflags = (old & ~changeable) | (value & changeable)
+
+    def _iret(self, instruction: Instruction) -> None:
+        """IRET within the kernel, or out to user mode (SDM Vol. 2, IRET, PROTECTED-MODE-RETURN)."""
+        vcpu = self.vcpu
+        size = _operand_size(instruction)
+        cpl = vcpu.cpl
+        rip, selector, flags = self._peek(0, size), self._peek(size, size) & 0xFFFF, self._peek(2 * size, size)
+        code = self._code_segment(selector)
+        if selector & 3 < cpl or (not code.flags & (1 << 10) and code.dpl != selector & 3):
+            raise Fault(GP, selector & 0xFFFC)
+        if selector & 3 > cpl:
+            new_sp, new_ss = self._peek(3 * size, size), self._peek(4 * size, size) & 0xFFFF
+            stack = self._stack_segment(new_ss, selector & 3)
+            self._set_flags(flags, size, cpl)
+            vcpu.set_segment(CS, Segment(selector, code.base, code.limit, code.flags | 0x100))
+            vcpu.set_segment(SS, stack)
+            vcpu.set_cpl(selector & 3)
+            vcpu.set_gpr(RSP, new_sp, 4)
+        else:
+            self._drop(3 * size)
+            self._set_flags(flags, size, cpl)
+            vcpu.set_segment(CS, Segment(selector, code.base, code.limit, code.flags | 0x100))
+        self._next = rip
+
+    def _code_segment(self, selector: int) -> Segment:
+        if not selector & 0xFFFC:
+            raise Fault(GP, 0)
+        code = read_descriptor(self.vcpu, selector)
+        if not code.flags & (1 << 12) or not code.flags & (1 << 11):
+            raise Fault(GP, selector & 0xFFFC)
+        if not code.flags & (1 << 15):
+            raise Fault(11, selector & 0xFFFC)
+        return code
+
+    def _stack_segment(self, selector: int, cpl: int) -> Segment:
+        if not selector & 0xFFFC or selector & 3 != cpl:
+            raise Fault(GP, selector & 0xFFFC)
+        stack = read_descriptor(self.vcpu, selector)
+        writable = stack.flags & (1 << 12) and not stack.flags & (1 << 11) and stack.flags & (1 << 9)
+        if not writable or stack.dpl != cpl:
+            raise Fault(GP, selector & 0xFFFC)
+        if not stack.flags & (1 << 15):
+            raise Fault(12, selector & 0xFFFC)
+        return Segment(selector, stack.base, stack.limit, stack.flags | 0x100)
+
+    # ---- ports
+    def _in(self, instruction: Instruction) -> None:
+        port, size = port_operands(instruction, self.vcpu.cpu)
+        self._io_right(port, size)
+        self.counts["vmm.device"] += 1
+        self.vcpu.set_gpr(RAX, self.platform.port_read(port, size), size)
+
+    def _out(self, instruction: Instruction) -> None:
+        port, size = port_operands(instruction, self.vcpu.cpu)
+        self._io_right(port, size)
+        self.counts["vmm.device"] += 1
+        self.platform.port_write(port, size, self.vcpu.gpr(RAX))
+
+    def _ins(self, instruction: Instruction) -> None:
+        self._string_io(instruction, RDI)
+
+    def _outs(self, instruction: Instruction) -> None:
+        self._string_io(instruction, RSI)
+
+    def _string_io(self, instruction: Instruction, pointer: int) -> None:
+        """INS and OUTS, with REP to the end: one element at a time through memory and bus."""
+        vcpu = self.vcpu
+        port, size = port_operands(instruction, vcpu.cpu)
+        self._io_right(port, size)
+        left = vcpu.gpr(RCX) & 0xFFFFFFFF if instruction.rep else 1
+        step = -size if vcpu.eflags & DF else size
+        while left:
+            address = vcpu.gpr(pointer) & 0xFFFFFFFF
+            self.counts["vmm.device"] += 1
+            if pointer == RDI:
+                value = self.platform.port_read(port, size)
+                vcpu.write_linear(address, value.to_bytes(size, "little"), user=vcpu.cpl == 3)
+            else:
+                self.platform.port_write(port, size, int.from_bytes(vcpu.read_linear(address, size, user=vcpu.cpl == 3), "little"))
+            vcpu.set_gpr(pointer, address + step)
+            left -= 1
+            if instruction.rep:
+                vcpu.set_gpr(RCX, left)
+
+    # ---- identification and time
+    def _cpuid(self, _: Instruction) -> None:
+        """The physical CPU's own answer: nothing is masked."""
+        values = cpuid(self.vcpu.gpr(RAX) & 0xFFFFFFFF, self.vcpu.gpr(RCX) & 0xFFFFFFFF)
+        for register, value in zip((RAX, RBX, RCX, RDX), values, strict=True):
+            self.vcpu.set_gpr(register, value)
+
+    def _rdtsc(self, instruction: Instruction) -> None:
+        if self.vcpu.cr4 & 4 and self.vcpu.cpl != 0:
+            raise Fault(GP, 0)
+        tsc = self.machine.read_tsc()
+        self.vcpu.set_gpr(RAX, tsc)
+        self.vcpu.set_gpr(RDX, tsc >> 32)
+        if instruction.op == "rdtscp":
+            self.vcpu.set_gpr(RCX, 0)
+
+    # ---- control, debug and model-specific registers
+    def _mov_to_cr(self, instruction: Instruction) -> None:
+        self._privileged()
+        target, source = instruction.cs.operands
+        number, value = CONTROL[target.reg], read_operand(self.vcpu, instruction, source)
+        self.write_cr(number, value)
+
+    def write_cr(self, number: int, value: int) -> None:
+        """A guest's write to CR0, CR2, CR3 or CR4. Paging stays the VMM's: a guest that turns it on needs shadow tables."""
+        if number == 0:
+            if value & CR0_PG:
+                raise UnsupportedByStrategy("memory=static carries unpaged guests only; this guest turned paging on")
+            self.vcpu.cr0 = (value & 0xE005003F) | 0x10
+        elif number in (2, 3, 4):
+            setattr(self.vcpu, f"cr{number}", value)
+        else:
+            raise Fault(6)
+
+    def _mov_from_cr(self, instruction: Instruction) -> None:
+        self._privileged()
+        target, source = instruction.cs.operands
+        number = CONTROL[source.reg]
+        if number not in (0, 2, 3, 4):
+            raise Fault(6)
+        write_operand(self.vcpu, instruction, target, self.vcpu.cr(number))
+
+    def _mov_to_dr(self, instruction: Instruction) -> None:
+        self._privileged()
+        target, source = instruction.cs.operands
+        self.debug_registers[DEBUG[target.reg]] = read_operand(self.vcpu, instruction, source)
+
+    def _mov_from_dr(self, instruction: Instruction) -> None:
+        self._privileged()
+        target, source = instruction.cs.operands
+        write_operand(self.vcpu, instruction, target, self.debug_registers[DEBUG[source.reg]])
+
+    def _lmsw(self, instruction: Instruction) -> None:
+        self._privileged()
+        value = read_operand(self.vcpu, instruction, instruction.cs.operands[0], 2)
+        self.vcpu.cr0 = (self.vcpu.cr0 & ~0xE) | (value & 0xE) | (value & 1)
+
+    def _smsw(self, instruction: Instruction) -> None:
+        write_operand(self.vcpu, instruction, instruction.cs.operands[0], self.vcpu.cr0, 2)
+
+    def _clts(self, _: Instruction) -> None:
+        self._privileged()
+        self.vcpu.cr0 &= ~8
+
+    def _nothing(self, _: Instruction) -> None:
+        """INVLPG, INVD, WBINVD: this guest has no tables and the machine no caches."""
+        self._privileged()
+
+    def _rdmsr(self, _: Instruction) -> None:
+        self._privileged()
+        number = self.vcpu.gpr(RCX) & 0xFFFFFFFF
+        if number not in self.msrs:
+            raise Fault(GP, 0)
+        value = self.machine.read_tsc() if number == 0x10 else self.msrs[number]
+        self.vcpu.set_gpr(RAX, value)
+        self.vcpu.set_gpr(RDX, value >> 32)
+
+    def _wrmsr(self, _: Instruction) -> None:
+        self._privileged()
+        number = self.vcpu.gpr(RCX) & 0xFFFFFFFF
+        if number not in self.msrs:
+            raise Fault(GP, 0)
+        self.msrs[number] = (self.vcpu.gpr(RAX) & 0xFFFFFFFF) | (self.vcpu.gpr(RDX) & 0xFFFFFFFF) << 32
+
+    # ---- descriptor tables
+    def _table_operand(self, instruction: Instruction) -> tuple[int, int]:
+        address = effective_address(self.vcpu, instruction, instruction.cs.operands[0])
+        raw = self.vcpu.read_linear(address, 6, user=self.vcpu.cpl == 3)
+        limit, base = int.from_bytes(raw[:2], "little"), int.from_bytes(raw[2:], "little")
+        return base & (0xFFFFFF if _operand_size(instruction) == 2 else 0xFFFFFFFF), limit
+
+    def _lgdt(self, instruction: Instruction) -> None:
+        self._privileged()
+        base, limit = self._table_operand(instruction)
+        self.counts["vmm.shadow_descriptor"] += self.vcpu.load_gdt(base, limit)
+
+    def _lidt(self, instruction: Instruction) -> None:
+        self._privileged()
+        base, limit = self._table_operand(instruction)
+        self.vcpu.idt = Segment(0, base, limit, 0)
+
+    def _store_table(self, instruction: Instruction, table: Segment) -> None:
+        address = effective_address(self.vcpu, instruction, instruction.cs.operands[0])
+        self.vcpu.write_linear(address, table.limit.to_bytes(2, "little") + table.base.to_bytes(4, "little"), user=self.vcpu.cpl == 3)
+
+    def _sgdt(self, instruction: Instruction) -> None:
+        self._store_table(instruction, self.vcpu.gdt)
+
+    def _sidt(self, instruction: Instruction) -> None:
+        self._store_table(instruction, self.vcpu.idt)
+
+    def _sldt(self, instruction: Instruction) -> None:
+        write_operand(self.vcpu, instruction, instruction.cs.operands[0], self.vcpu.ldt.selector, 2)
+
+    def _str(self, instruction: Instruction) -> None:
+        write_operand(self.vcpu, instruction, instruction.cs.operands[0], self.vcpu.tr.selector, 2)
+
+    def _lldt(self, instruction: Instruction) -> None:
+        self._privileged()
+        selector = read_operand(self.vcpu, instruction, instruction.cs.operands[0], 2)
+        if selector & 0xFFFC:
+            raise UnsupportedByStrategy("a local descriptor table is not shadowed by this VMM; the guest loaded one with LLDT")
+        self.vcpu.ldt = Segment(selector, 0, 0, 0)
+
+    def _ltr(self, instruction: Instruction) -> None:
+        self._privileged()
+        selector = read_operand(self.vcpu, instruction, instruction.cs.operands[0], 2)
+        if not selector & 0xFFFC or selector & 4:
+            raise Fault(GP, selector & 0xFFFC)
+        task = read_descriptor(self.vcpu, selector)
+        if (task.flags >> 8) & 0x1F not in (0x1, 0x9):
+            raise Fault(GP, selector & 0xFFFC)
+        if not task.flags & (1 << 15):
+            raise Fault(11, selector & 0xFFFC)
+        self.vcpu.tr = Segment(selector, task.base, task.limit, task.flags | 0x200)
+        busy = self.vcpu.gdt.base + (selector & 0xFFF8) + 4
+        self.vcpu.write_linear(busy, (task.flags | 0x200).to_bytes(4, "little"))
+
+    # ---- looking at descriptors
+    def _look(self, instruction: Instruction) -> tuple[int, Segment | None]:
+        source = instruction.cs.operands[-1]
+        selector = read_operand(self.vcpu, instruction, source, 2) & 0xFFFF
+        found = self.vcpu.guest_descriptor(selector)
+        if found is not None:
+            conforming = found.flags & 0x1C00 == 0x1C00
+            if not conforming and (found.dpl < self.vcpu.cpl or found.dpl < selector & 3):
+                found = None
+        return selector, found
+
+    def _zero_flag(self, on: bool) -> None:
+        flags = self.vcpu.eflags
+        self.vcpu.eflags = flags | ZF if on else flags & ~ZF
+
+    def _lar(self, instruction: Instruction) -> None:
+        _, found = self._look(instruction)
+        ok = found is not None and (bool(found.flags & (1 << 12)) or (found.flags >> 8) & 0xF in (1, 2, 3, 4, 5, 9, 0xB, 0xC))
+        if ok and found is not None:
+            write_operand(self.vcpu, instruction, instruction.cs.operands[0], found.flags & 0x00F0FF00)
+        self._zero_flag(ok)
+
+    def _lsl(self, instruction: Instruction) -> None:
+        _, found = self._look(instruction)
+        ok = found is not None and (bool(found.flags & (1 << 12)) or (found.flags >> 8) & 0xF in (1, 2, 3, 9, 0xB))
+        if ok and found is not None:
+            write_operand(self.vcpu, instruction, instruction.cs.operands[0], found.limit)
+        self._zero_flag(ok)
+
+    def _verr(self, instruction: Instruction) -> None:
+        _, found = self._look(instruction)
+        self._zero_flag(found is not None and bool(found.flags & (1 << 12)) and (not found.flags & (1 << 11) or bool(found.flags & (1 << 9))))
+
+    def _verw(self, instruction: Instruction) -> None:
+        _, found = self._look(instruction)
+        self._zero_flag(found is not None and bool(found.flags & (1 << 12)) and not found.flags & (1 << 11) and bool(found.flags & (1 << 9)))
+
+    # ---- segment registers
+    def _mov_from_seg(self, instruction: Instruction) -> None:
+        target, source = instruction.cs.operands
+        write_operand(self.vcpu, instruction, target, self.vcpu.selector(SEGMENTS[source.reg]), 2)
+
+    def _push_seg(self, instruction: Instruction) -> None:
+        self.push(self.vcpu.selector(SEGMENTS[instruction.cs.operands[0].reg]), _operand_size(instruction))
+
+    def _mov_to_seg(self, instruction: Instruction) -> None:
+        target, source = instruction.cs.operands
+        self.load_segment(SEGMENTS[target.reg], read_operand(self.vcpu, instruction, source, 2) & 0xFFFF)
+
+    def _pop_seg(self, instruction: Instruction) -> None:
+        size = _operand_size(instruction)
+        self.load_segment(SEGMENTS[instruction.cs.operands[0].reg], self._peek(0, size) & 0xFFFF)
+        self._drop(size)
+
+    def _load_far(self, instruction: Instruction) -> None:
+        target, source = instruction.cs.operands
+        size = REGISTERS[target.reg][1]
+        address = effective_address(self.vcpu, instruction, source)
+        raw = self.vcpu.read_linear(address, size + 2, user=self.vcpu.cpl == 3)
+        name = instruction.cs.mnemonic[1:]
+        self.load_segment({"es": 0, "ss": SS, "ds": 3, "fs": 4, "gs": 5}[name], int.from_bytes(raw[size:], "little"))
+        write_operand(self.vcpu, instruction, target, int.from_bytes(raw[:size], "little"))
+
+    def load_segment(self, number: int, selector: int) -> None:
+        """MOV to a segment register other than CS (SDM Vol. 2, MOV)."""
+        vcpu = self.vcpu
+        if number == SS:
+            vcpu.set_segment(SS, self._stack_segment(selector, vcpu.cpl))
+            return
+        if number == CS:
+            raise Fault(6)
+        if not selector & 0xFFFC:
+            vcpu.set_segment(number, Segment(selector, 0, 0, 0))
+            return
+        found = read_descriptor(vcpu, selector)
+        readable = found.flags & (1 << 12) and (not found.flags & (1 << 11) or found.flags & (1 << 9))
+        conforming = found.flags & 0x0C00 == 0x0C00
+        if not readable or (not conforming and (found.dpl < selector & 3 or found.dpl < vcpu.cpl)):
+            raise Fault(GP, selector & 0xFFFC)
+        if not found.flags & (1 << 15):
+            raise Fault(11, selector & 0xFFFC)
+        vcpu.set_segment(number, Segment(selector, found.base, found.limit, found.flags | 0x100))
+
+    # ---- far transfers within a ring (call gates and task switches are not for this guest)
+    def _far_target(self, instruction: Instruction) -> tuple[int, int]:
+        operands = instruction.cs.operands
+        if len(operands) == 2:
+            return int(operands[1].imm) & 0xFFFFFFFF, int(operands[0].imm) & 0xFFFF
+        size = _operand_size(instruction)
+        address = effective_address(self.vcpu, instruction, operands[0])
+        raw = self.vcpu.read_linear(address, size + 2, user=self.vcpu.cpl == 3)
+        return int.from_bytes(raw[:size], "little"), int.from_bytes(raw[size:], "little")
+
+    def _enter_code(self, selector: int, rip: int) -> None:
+        vcpu = self.vcpu
+        code = self._code_segment(selector)
+        conforming = bool(code.flags & (1 << 10))
+        if (conforming and code.dpl > vcpu.cpl) or (not conforming and (selector & 3 > vcpu.cpl or code.dpl != vcpu.cpl)):
+            raise Fault(GP, selector & 0xFFFC)
+        vcpu.set_segment(CS, Segment((selector & 0xFFFC) | vcpu.cpl, code.base, code.limit, code.flags | 0x100))
+        self._next = rip
+
+    def _jmp_far(self, instruction: Instruction) -> None:
+        rip, selector = self._far_target(instruction)
+        self._enter_code(selector, rip)
+
+    def _call_far(self, instruction: Instruction) -> None:
+        rip, selector = self._far_target(instruction)
+        size = _operand_size(instruction)
+        old_cs, old_next = self.vcpu.selector(CS), self._next
+        self._code_segment(selector)
+        self.push(old_cs, size)
+        self.push(old_next, size)
+        self._enter_code(selector, rip)
+
+    def _ret_far(self, instruction: Instruction) -> None:
+        vcpu = self.vcpu
+        size = _operand_size(instruction)
+        rip, selector = self._peek(0, size), self._peek(size, size) & 0xFFFF
+        release = int(instruction.cs.operands[0].imm) if instruction.cs.operands else 0
+        code = self._code_segment(selector)
+        if selector & 3 < vcpu.cpl:
+            raise Fault(GP, selector & 0xFFFC)
+        if selector & 3 > vcpu.cpl:
+            new_sp, new_ss = self._peek(2 * size + release, size), self._peek(3 * size + release, size) & 0xFFFF
+            stack = self._stack_segment(new_ss, selector & 3)
+            vcpu.set_segment(CS, Segment(selector, code.base, code.limit, code.flags | 0x100))
+            vcpu.set_segment(SS, stack)
+            vcpu.set_cpl(selector & 3)
+            vcpu.set_gpr(RSP, new_sp + release, 4)
+        else:
+            self._drop(2 * size + release)
+            vcpu.set_segment(CS, Segment(selector, code.base, code.limit, code.flags | 0x100))
+        self._next = rip
+
+
+def _operand_size(instruction: Instruction) -> int:
+    """4, or 2 with the operand-size prefix."""
+    return 2 if 0x66 in bytes(instruction.cs.prefix) else 4

@@ -1,0 +1,218 @@
+"""A VMM over a deprivileged guest: what trap-and-emulate and binary translation have in common.
+
+The guest's kernel at CPL 1, its users at CPL 3, on page tables that the VMM owns; exceptions decoded,
+emulated or reflected; a virtual interrupt controller; interrupts injected when the virtual IF allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vmlab.errors import GuestRefused
+from vmlab.guests import GuestImage
+from vmlab.machine.cpu import IF, Segment
+from vmlab.machine.decode import Instruction, decode
+from vmlab.machine.delivery import HAS_ERROR_CODE, Fault, deliver
+from vmlab.machine.pc import CR4_TSD, Machine, Stop, StopReason
+from vmlab.machine.state import CS, DS, ES, FS, GS, RAX, RBX, SS
+from vmlab.parameters import Value
+from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy
+from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
+from vmlab.vmm.emulate import Emulator
+from vmlab.vmm.platform import VirtualPlatform
+from vmlab.vmm.space import GUEST_FRAMES, PAGE_DIRECTORY, StaticSpace
+from vmlab.vmm.vcpu import KERNEL_RING, VirtualCpu
+
+#: Flat ring-1 descriptors: what the VMM gives a guest that has not loaded its own GDT yet.
+_FLAT_CODE = Segment(0x08 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9B00 | KERNEL_RING << 13)
+_FLAT_DATA = Segment(0x10, 0, 0xFFFFFFFF, 0x00CF9300 | KERNEL_RING << 13)
+_FLAT_STACK = Segment(0x10 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9300 | KERNEL_RING << 13)
+_CR4_PSE = 1 << 4
+
+
+class DeprivilegingMonitor(Strategy):
+    """Base of the techniques that run the guest's kernel at CPL 1. Subclasses say how instructions are handled."""
+
+    #: CR4.TSD makes RDTSC trap outside ring 0, so that the guest's time can be virtual.
+    trap_tsc = True
+    true_selectors = False
+
+    def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
+        super().__init__(machine, parameters)
+        machine.monitor = self
+        self.space = StaticSpace(machine.ram, GUEST_MEMORY)
+        self.vcpu = VirtualCpu(machine.cpu, self.space, true_selectors=self.true_selectors)
+        self.platform_devices = VirtualPlatform(machine)
+        self.emulator = Emulator(machine, self.vcpu, self.platform_devices, self.counts)
+        self.emulator.on_halt = self._halt
+        machine.on_attention = self.attend
+
+    # ---- loading
+    def load(self, image: GuestImage, command_line: str) -> None:
+        machine = self.machine
+        info = place_multiboot(image, command_line, GUEST_MEMORY, lambda gpa, data: machine.ram.write(GUEST_FRAMES + gpa, data))
+        cpu = machine.cpu
+        cpu.enter_protected(image.entry, _FLAT_CODE, _FLAT_DATA)
+        cpu.load()
+        cpu.set_segment(SS, _FLAT_STACK)
+        cpu.set_cr(4, _CR4_PSE | (CR4_TSD if self.trap_tsc else 0))
+        cpu.set_cr(3, PAGE_DIRECTORY)
+        cpu.set_cr(0, 0x80010011)  # PG, WP, ET, PE
+        cpu.set_cpl(KERNEL_RING)
+        cpu.eflags = 2 | IF
+        cpu.set_gpr(RAX, MULTIBOOT_MAGIC)
+        cpu.set_gpr(RBX, info)
+        cpu.store()
+
+    def frame_address(self, gpa: int) -> int:
+        return GUEST_FRAMES + gpa
+
+    # ---- exceptions
+    def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
+        """A trap out of the guest: the page and protection faults are the VMM's to look at first, the rest is the guest's."""
+        if vector == 13:
+            self.general_protection(error_code or 0)
+        elif vector == 14:
+            self.page_fault(error_code or 0)
+        else:
+            self.reflect(Fault(vector, error_code))
+
+    def general_protection(self, error_code: int) -> None:
+        """#GP: a sensitive instruction to emulate, INT n through a closed gate, a stale shadow descriptor, or the guest's own."""
+        instruction = self.decode_at(self.vcpu.rip)
+        if instruction is None:
+            self.reflect(Fault(13, error_code))
+        elif instruction.op in ("int", "int3", "into", "int1"):
+            self.software_interrupt(instruction)
+        elif instruction.op is not None and self.emulator.knows(instruction.op):
+            self.emulate(instruction)
+        elif error_code & 0xFFFC and not error_code & 2 and self._refresh_descriptor(error_code):
+            return
+        else:
+            self.reflect(Fault(13, error_code))
+
+    def decode_at(self, rip: int) -> Instruction | None:
+        """Fetch and decode the instruction at a linear address of the guest."""
+        self.counts["vmm.decode"] += 1
+        known = self.machine.faulting
+        if known is not None:  # the machine already decoded this block; same bytes, no second fetch
+            return known
+        code = self.vcpu.segment(CS)
+        return decode(self.vcpu.read_linear((code.base + rip) & 0xFFFFFFFF, 15), 32 if code.flags & (1 << 22) else 16)
+
+    def emulate(self, instruction: Instruction) -> None:
+        """Carry one instruction out on the virtual CPU, or reflect what it would have raised."""
+        try:
+            self.emulator.emulate(instruction)
+        except Fault as fault:
+            self.reflect(fault)
+        else:
+            self.inject_pending()
+
+    def software_interrupt(self, instruction: Instruction) -> None:
+        """INT n at the virtual CPU's RIP."""
+        vcpu = self.vcpu
+        vector = {"int3": 3, "into": 4, "int1": 1}.get(instruction.op or "", instruction.raw[-1])
+        at, user = vcpu.rip, vcpu.cpl == 3
+        self.counts["vmm.inject"] += 1
+        delivered = deliver(vcpu, vector, software=instruction.op != "int1", return_rip=at + instruction.size, fault_rip=at)
+        if delivered == vector:
+            self.emulator.count("int" if instruction.op == "int" else instruction.op or "int", user)
+        else:
+            self.counts[f"reflect.{delivered}"] += 1
+
+    def _refresh_descriptor(self, error_code: int) -> bool:
+        """The guest may have written its GDT since the shadow was made: copy the entry and let it retry."""
+        index = error_code >> 3
+        if error_code & 4 or 8 * index + 7 > self.vcpu.gdt.limit:
+            return False
+        if not self.vcpu.shadow_descriptor(index):
+            return False
+        self.counts["vmm.shadow_descriptor"] += 1
+        return True
+
+    def page_fault(self, error_code: int) -> None:
+        """#PF on the static tables: the guest reached beyond its RAM, or into the VMM's pages."""
+        address = self.machine.cpu.cr2
+        if self.space.in_hole(address):
+            self.refuse(f"{'store to' if error_code & 2 else 'fetch from' if error_code & 16 else 'access to'} "
+                        f"the VMM's memory at {address:#x}")
+        self.space.map_open_bus(address)
+
+    def refuse(self, what: str) -> None:
+        """End a guest that reached for what is not its own."""
+        message = f"the guest at {self.vcpu.rip:#x} was refused: {what}"
+        self.refused.append(message)
+        self.counts["safety.refused"] += 1
+        raise GuestRefused(message)
+
+    def reflect(self, fault: Fault) -> None:
+        """Give the guest the exception that is its own, through its own IDT."""
+        if fault.vector == 14 and fault.address is not None:
+            self.vcpu.cr2 = fault.address
+        error_code = fault.error_code
+        if error_code is None and fault.vector in HAS_ERROR_CODE:
+            error_code = 0
+        self.counts["vmm.inject"] += 1
+        delivered = deliver(self.vcpu, fault.vector, error_code)
+        self.counts[f"reflect.{delivered}"] += 1
+
+    # ---- interrupts
+    def interrupt(self) -> None:
+        """A physical interrupt: pass it to the virtual controller, and to the guest if it may be."""
+        self.platform_devices.physical_interrupt()
+        self.inject_pending()
+
+    def deliver_interrupt(self, vector: int) -> None:
+        self.platform_devices.pic.set_line((vector - self.platform_devices.pic.master.base) & 7, True)
+        self.machine.request_attention(True)
+
+    def inject_pending(self) -> bool:
+        """Inject a pending virtual interrupt if the guest accepts one now; else see to it that we are asked again."""
+        vcpu = self.vcpu
+        if not self.platform_devices.pending:
+            self.machine.request_attention(False)
+            return False
+        if not vcpu.interrupts_enabled:
+            self.machine.request_attention(False)
+            return False
+        if vcpu.shadow_at is not None:
+            self.counts["interrupt.window"] += 1
+            self.machine.request_attention(True)
+            return False
+        self.machine.request_attention(False)
+        self.inject(self.platform_devices.acknowledge())
+        return True
+
+    def inject(self, vector: int) -> None:
+        """Enter the guest's handler for an external interrupt."""
+        self.counts["interrupt.injected"] += 1
+        self.counts["vmm.inject"] += 1
+        deliver(self.vcpu, vector, external=True)
+
+    def attend(self) -> bool:
+        """The machine asks at a block's start, because :meth:`inject_pending` wanted it; True when RIP moved."""
+        vcpu = self.vcpu
+        if vcpu.shadow_at is not None:
+            if vcpu.shadow_at == vcpu.rip:
+                return False
+            vcpu.shadow_at = None
+        return self.inject_pending()
+
+    def _halt(self) -> None:
+        """HLT: if nothing is pending, and nothing can come (no device here acts by itself), the run is over."""
+        self.vcpu.shadow_at = None
+        self.machine.idle()
+        if not (self.platform_devices.pending and self.vcpu.interrupts_enabled):
+            self.machine.stop(Stop(StopReason.HALTED))
+
+    # ---- state
+    def guest_state(self) -> GuestState:
+        cpu, vcpu = self.machine.cpu, self.vcpu
+        cpu.load()
+        return GuestState(
+            gpr=tuple(cpu.gpr(i) & 0xFFFFFFFF for i in range(8)), rip=vcpu.rip, eflags=vcpu.eflags,
+            selectors=tuple(vcpu.shown_selector(cpu.selector(i)) if i in (CS, SS) else cpu.selector(i) for i in (ES, CS, SS, DS, FS, GS)),
+            cr0=vcpu.cr0, cr2=vcpu.cr2, cr3=vcpu.cr3, cr4=vcpu.cr4,
+            gdt=(vcpu.gdt.base, vcpu.gdt.limit), idt=(vcpu.idt.base, vcpu.idt.limit),
+        )

@@ -1,0 +1,85 @@
+"""Operands of decoded 32-bit instructions: registers by number and size, effective addresses, immediates."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from capstone import x86_const as cs_x86
+
+from vmlab.machine.decode import Instruction
+from vmlab.machine.state import CS, DS, ES, FS, GS, RBP, RSP, SS
+
+_NAMES = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
+#: Capstone register → (number, size in bytes, shift).
+REGISTERS: dict[int, tuple[int, int, int]] = {}
+for _number, _name in enumerate(_NAMES):
+    REGISTERS[getattr(cs_x86, f"X86_REG_E{_name.upper()}")] = (_number, 4, 0)
+    REGISTERS[getattr(cs_x86, f"X86_REG_{_name.upper()}")] = (_number, 2, 0)
+for _number, _name in enumerate("acdb"):
+    REGISTERS[getattr(cs_x86, f"X86_REG_{_name.upper()}L")] = (_number, 1, 0)
+    REGISTERS[getattr(cs_x86, f"X86_REG_{_name.upper()}H")] = (_number, 1, 8)
+SEGMENTS = {cs_x86.X86_REG_ES: ES, cs_x86.X86_REG_CS: CS, cs_x86.X86_REG_SS: SS,
+            cs_x86.X86_REG_DS: DS, cs_x86.X86_REG_FS: FS, cs_x86.X86_REG_GS: GS}
+CONTROL = {getattr(cs_x86, f"X86_REG_CR{i}"): i for i in range(9)}
+DEBUG = {getattr(cs_x86, f"X86_REG_DR{i}"): i for i in range(8)}
+
+
+class Registers(Protocol):
+    """What an operand needs of a CPU, physical or virtual."""
+
+    def gpr(self, number: int) -> int: ...
+
+    def set_gpr(self, number: int, value: int, size: int = 4) -> None: ...
+
+    def segment(self, number: int) -> Any: ...
+
+    def read_linear(self, address: int, size: int, *, user: bool = False) -> bytes: ...
+
+    def write_linear(self, address: int, data: bytes, *, user: bool = False) -> None: ...
+
+    @property
+    def cpl(self) -> int: ...
+
+
+def effective_address(cpu: Registers, instruction: Instruction, operand: Any) -> int:
+    """Linear address of a memory operand (SDM Vol. 1 §3.7.5), 32-bit wrap-around."""
+    memory = operand.mem
+    offset = int(memory.disp)
+    base = REGISTERS.get(memory.base)
+    if base is not None:
+        offset += cpu.gpr(base[0]) & ((1 << (8 * base[1])) - 1)
+    index = REGISTERS.get(memory.index)
+    if index is not None:
+        offset += (cpu.gpr(index[0]) & ((1 << (8 * index[1])) - 1)) * memory.scale
+    if memory.segment in SEGMENTS:
+        segment = SEGMENTS[memory.segment]
+    else:
+        segment = SS if base is not None and base[0] in (RBP, RSP) else DS
+    mask = 0xFFFFFFFF if instruction.cs.addr_size == 4 else 0xFFFF
+    return int(cpu.segment(segment).base + (offset & mask)) & 0xFFFFFFFF
+
+
+def read_operand(cpu: Registers, instruction: Instruction, operand: Any, size: int | None = None) -> int:
+    """The operand's value; ``size`` overrides the width of a memory operand."""
+    if operand.type == cs_x86.X86_OP_IMM:
+        return int(operand.imm)
+    if operand.type == cs_x86.X86_OP_REG:
+        number, width, shift = REGISTERS[operand.reg]
+        return (cpu.gpr(number) >> shift) & ((1 << (8 * width)) - 1)
+    raw = cpu.read_linear(effective_address(cpu, instruction, operand), size or operand.size, user=cpu.cpl == 3)
+    return int.from_bytes(raw, "little")
+
+
+def write_operand(cpu: Registers, instruction: Instruction, operand: Any, value: int, memory_size: int | None = None) -> None:
+    """Store into a register (by its own width) or memory operand."""
+    if operand.type == cs_x86.X86_OP_REG:
+        number, width, shift = REGISTERS[operand.reg]
+        if shift:
+            value = (cpu.gpr(number) & ~0xFF00) | (value & 0xFF) << 8
+            cpu.set_gpr(number, value, 4)
+        else:
+            cpu.set_gpr(number, value, width)
+        return
+    size = memory_size or operand.size
+    data = (value & ((1 << (8 * size)) - 1)).to_bytes(size, "little")
+    cpu.write_linear(effective_address(cpu, instruction, operand), data, user=cpu.cpl == 3)

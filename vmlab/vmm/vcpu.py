@@ -1,0 +1,198 @@
+"""The guest's virtual CPU under deprivileging: what the guest believes, kept beside what is true.
+
+The guest's kernel runs at CPL 1 and its users at CPL 3. General registers, data segments and arithmetic
+flags are the physical CPU's own; privileged state (IF and IOPL, control registers, descriptor tables,
+task register) is virtual and lives here. The class has the same surface as
+:class:`vmlab.machine.cpu.Cpu`, so that the machine's own delivery through an IDT serves to deliver into
+the guest as well: its tables are then the guest's, its privilege levels virtual.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmlab.errors import GuestRefused
+from vmlab.machine.cpu import AC, IF, IOPL, NT, RF, TF, VM, Cpu, Segment, unpack_descriptor
+from vmlab.machine.paging import PageFault
+from vmlab.machine.state import CS, SS
+from vmlab.vmm.space import HOLE, StaticSpace
+
+SHADOW_GDT = HOLE                   # linear; 64 KiB, the largest a GDT can be
+KERNEL_RING = 1
+_VIRTUAL_FLAGS = IF | IOPL
+_PRESENT, _CODE_OR_DATA = 1 << 15, 1 << 12
+_NO_TABLE = Segment(0, 0, 0, 0)
+
+
+def compress(segment: Segment) -> Segment:
+    """A descriptor as the deprivileged guest gets it: ring 0 becomes ring 1 (ring compression)."""
+    if segment.dpl == 0:
+        return Segment(segment.selector, segment.base, segment.limit, segment.flags | KERNEL_RING << 13)
+    return segment
+
+
+class VirtualCpu:
+    """Virtual privileged state over a physical :class:`~vmlab.machine.cpu.Cpu`.
+
+    ``true_selectors``: frames and stores show the guest its own selectors (possible only where every
+    instruction that uses them traps); otherwise they show ring 1, and IRET runs on the hardware.
+    """
+
+    def __init__(self, cpu: Cpu, space: StaticSpace, *, true_selectors: bool) -> None:
+        self.cpu, self.space, self.true_selectors = cpu, space, true_selectors
+        self.flags = 0                        # IF and IOPL as the guest set them
+        self.cr0, self.cr2, self.cr3, self.cr4 = 0x11, 0, 0, 0
+        self.gdt = self.idt = _NO_TABLE
+        self.ldt = Segment(0, 0, 0, 0x8200)
+        self.tr = Segment(0, 0, 0, 0x8900)
+        #: After STI: no interrupt while RIP is still here (the shadow of one instruction).
+        self.shadow_at: int | None = None
+        self.hidden_loads = 0
+
+    # ---- the surface that delivery needs; everything else is the physical CPU's
+    @property
+    def cpl(self) -> int:
+        """The privilege that the guest believes it has."""
+        physical = self.cpu.cpl
+        return 0 if physical == KERNEL_RING else physical
+
+    def set_cpl(self, cpl: int) -> None:
+        self.cpu.set_cpl(KERNEL_RING if cpl == 0 else cpl)
+
+    long_mode = False
+
+    def clear_shadow(self) -> None:
+        self.shadow_at = None
+
+    @property
+    def rip(self) -> int:
+        return self.cpu.rip
+
+    @rip.setter
+    def rip(self, value: int) -> None:
+        self.cpu.rip = value
+
+    def gpr(self, number: int) -> int:
+        return self.cpu.gpr(number)
+
+    def set_gpr(self, number: int, value: int, size: int = 4) -> None:
+        self.cpu.set_gpr(number, value, size)
+
+    @property
+    def eflags(self) -> int:
+        """EFLAGS as the guest should see them: physical arithmetic, virtual IF and IOPL."""
+        return (self.cpu.eflags & ~_VIRTUAL_FLAGS) | self.flags
+
+    @eflags.setter
+    def eflags(self, value: int) -> None:
+        self.flags = value & _VIRTUAL_FLAGS
+        # The physical IF stays on and IOPL stays 0: the machine's interrupts are the VMM's.
+        self.cpu.eflags = (value & ~(_VIRTUAL_FLAGS | VM)) | IF
+
+    @property
+    def interrupts_enabled(self) -> bool:
+        return bool(self.flags & IF)
+
+    def set_interrupt_flag(self, on: bool) -> None:
+        self.flags = self.flags | IF if on else self.flags & ~IF
+
+    @property
+    def iopl(self) -> int:
+        return (self.flags & IOPL) >> 12
+
+    def cr(self, number: int) -> int:
+        return {0: self.cr0, 2: self.cr2, 3: self.cr3, 4: self.cr4}[number]
+
+    def table(self, name: str) -> Segment:
+        found: Segment = {"gdt": self.gdt, "idt": self.idt, "ldt": self.ldt, "tr": self.tr}[name]
+        return found
+
+    def forget_exception(self) -> None:
+        """Bookkeeping of the physical CPU only."""
+
+    # ---- selectors and segments
+    def shown_selector(self, selector: int) -> int:
+        """A physical selector as the guest may see it."""
+        if self.true_selectors and selector & 3 == KERNEL_RING:
+            return selector & 0xFFFC
+        return selector
+
+    def selector(self, number: int) -> int:
+        physical = self.cpu.selector(number)
+        return self.shown_selector(physical) if number in (CS, SS) else physical
+
+    def segment(self, number: int) -> Segment:
+        return self.cpu.segment(number)
+
+    def set_segment(self, number: int, value: Segment) -> None:
+        """Load a segment with the guest's descriptor: CS and SS of ring 0 become ring 1."""
+        if number in (CS, SS) and value.selector & 3 == 0:
+            value = Segment(value.selector | KERNEL_RING, value.base, value.limit, value.flags)
+        self.cpu.set_segment(number, compress(value))
+
+    def physical_selector(self, selector: int) -> int:
+        """The selector to load into CS or SS for what the guest calls ``selector``."""
+        return selector | KERNEL_RING if selector & 3 == 0 and selector & 0xFFFC else selector
+
+    # ---- guest memory by linear address
+    def read_linear(self, address: int, size: int, *, user: bool = False) -> bytes:
+        return self._access(lambda: self.cpu.read_linear(address, size, user=user))
+
+    def write_linear(self, address: int, data: bytes, *, user: bool = False) -> None:
+        """Store for the guest; raises GuestRefused when it aims at the VMM's pages."""
+        if self.space.in_hole(address) or self.space.in_hole((address + len(data) - 1) & 0xFFFFFFFF):
+            raise GuestRefused(f"the guest at {self.rip:#x} tried to store into the VMM's memory at {address:#x}")
+        self._access(lambda: self.cpu.write_linear(address, data, user=user))
+
+    def _access(self, access: Any) -> Any:
+        while True:
+            try:
+                return access()
+            except PageFault as fault:
+                if self.space.in_hole(fault.address):
+                    raise GuestRefused(f"the guest at {self.rip:#x} reached the VMM's memory at {fault.address:#x}") from fault
+                self.space.map_open_bus(fault.address)
+
+    # ---- descriptor tables
+    def load_gdt(self, base: int, limit: int) -> int:
+        """LGDT: note the guest's table and give the CPU a shadow of it; returns the number of shadow descriptors made."""
+        self.gdt = Segment(0, base, limit & 0xFFFF, 0)
+        size = (limit & 0xFFFF) + 1
+        self.space.map_hole(SHADOW_GDT, 0x10000)
+        frame = self.space.hole_frame(SHADOW_GDT)
+        self.space.ram.write(frame, bytes(0x10000))
+        made = 0
+        for index in range(size // 8):
+            made += self.shadow_descriptor(index)
+        self.cpu.set_table("gdt", Segment(0, SHADOW_GDT, (size // 8) * 8 - 1 if size >= 8 else 0, 0))
+        self.cpu.engine.flush_tlb()
+        return made
+
+    def shadow_descriptor(self, index: int) -> bool:
+        """Make the shadow of the guest's descriptor ``index``; True when that changed it."""
+        raw = self.read_linear(self.gdt.base + 8 * index, 8)
+        high = int.from_bytes(raw[4:], "little")
+        if not high & _CODE_OR_DATA:
+            high &= ~_PRESENT            # gates, task and local tables never reach the hardware
+        elif not (high >> 13) & 3:
+            high |= KERNEL_RING << 13
+        at = self.space.hole_frame(SHADOW_GDT) + 8 * index
+        new = raw[:4] + high.to_bytes(4, "little")
+        old = self.space.ram.read(at, 8)
+        accessed = (1 << 8) if high & _CODE_OR_DATA else 0
+        if (int.from_bytes(old, "little") | accessed << 32) == (int.from_bytes(new, "little") | accessed << 32):
+            return False
+        self.space.ram.write(at, new)
+        return True
+
+    def guest_descriptor(self, selector: int) -> Segment | None:
+        """What the guest's own table says of ``selector``; None outside its limit or for a null selector."""
+        table = self.ldt if selector & 4 else self.gdt
+        offset = selector & ~7
+        if not selector & 0xFFFC or offset + 7 > table.limit:
+            return None
+        return unpack_descriptor(self.read_linear(table.base + offset, 8), selector)
+
+
+#: EFLAGS bits that POPF and IRET may change at virtual CPL 0, besides IF and IOPL.
+CHANGEABLE = 0xCD5 | TF | NT | AC | RF

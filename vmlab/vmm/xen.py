@@ -1,0 +1,146 @@
+"""The paravirtual interface as numbers and structures, for 32-bit guests with PAE.
+
+Facts from Xen's public headers, named at each item (xen/include/public/…). Nothing here acts.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from vmlab.machine.memory import PAGE, Ram
+
+# xen.h: __HYPERVISOR_*; 55 is __HYPERVISOR_arch_7, here the lab's own port_io(op, port, size, value).
+HYPERCALLS = {
+    0: "set_trap_table", 1: "mmu_update", 2: "set_gdt", 3: "stack_switch", 4: "set_callbacks", 5: "fpu_taskswitch",
+    10: "update_descriptor", 13: "multicall", 14: "update_va_mapping", 15: "set_timer_op", 17: "xen_version", 18: "console_io",
+    20: "grant_table_op", 21: "vm_assist", 23: "iret", 24: "vcpu_op", 26: "mmuext_op", 29: "sched_op", 32: "event_channel_op",
+    33: "physdev_op", 55: "port_io",
+}
+HYPERCALL_VECTOR = 0x82
+SYSCALL_VECTOR = 0x80               # the one vector that may go from ring 3 to ring 1 without the hypervisor
+
+# errno.h, negated as hypercalls return them
+ENOENT, EFAULT, EBUSY, EINVAL, ENOSYS = -2, -14, -16, -22, -38
+
+# arch-x86/xen-x86_32.h: selectors in the hypervisor's part of every GDT, and where the hypervisor's hole begins
+FLAT_RING1_CS, FLAT_RING1_DS = 0xE019, 0xE021
+FLAT_RING3_CS, FLAT_RING3_DS = 0xE02B, 0xE033
+HYPERVISOR_START = 0xF5800000
+M2P_START = 0xF5800000
+
+# event_channel.h, sched.h, version.h, xen.h
+EVTCHNOP_CLOSE, EVTCHNOP_BIND_PIRQ, EVTCHNOP_SEND, EVTCHNOP_UNMASK = 3, 2, 4, 9
+SCHEDOP_YIELD, SCHEDOP_BLOCK, SCHEDOP_SHUTDOWN = 0, 1, 2
+XENVER_VERSION, XENVER_GET_FEATURES = 0, 6
+CONSOLEIO_WRITE = 0
+SIF_PRIVILEGED = 1
+MAX_GUEST_CMDLINE = 1024
+EVENT_PORTS = 1024                  # 32 words of 32 bits
+
+#: Xen's forced-emulation prefix: UD2 and the letters "xen" before the instruction to emulate.
+EMULATE_PREFIX = b"\x0f\x0bxen"
+CPUID_CODE = b"\x0f\xa2"
+
+
+def signed(value: int) -> int:
+    """A 32-bit word as the hypervisor's ``long``."""
+    return value - (1 << 32) if value & 0x80000000 else value
+
+
+@dataclass(frozen=True)
+class Trap:
+    """struct trap_info: who may raise it by INT n, whether events are masked on the way, and the handler."""
+
+    level: int
+    mask_events: bool
+    cs: int
+    address: int
+
+
+def parse_trap(raw: bytes) -> tuple[int, Trap]:
+    """(vector, trap) from one 8-byte struct trap_info; an address of 0 ends the array."""
+    vector, flags, cs, address = struct.unpack("<BBHI", raw)
+    return vector, Trap(flags & 3, bool(flags & 4), cs if cs & 3 else cs | 1, address)
+
+
+def start_info(*, pages: int, shared_info: int, pt_base: int, pt_frames: int, mfn_list: int, command_line: str) -> bytes:
+    """struct start_info (xen.h), 32-bit: what the guest finds at ESI."""
+    text = command_line.encode("ascii")
+    if len(text) >= MAX_GUEST_CMDLINE:
+        raise ValueError(f"a command line has at most {MAX_GUEST_CMDLINE - 1} characters, not {len(text)}")
+    return struct.pack(
+        "<32sIIIIIIIIIIII1024sII",
+        b"xen-3.0-x86_32p", pages, shared_info, SIF_PRIVILEGED,
+        0, 0, 0, 0,                              # no store, no console ring
+        pt_base, pt_frames, mfn_list, 0, 0, text,
+        0, 0,                                    # the p2m list lies in the mapped region
+    )
+
+
+def hypercall_page() -> bytes:
+    """Stub n at n * 32: MOV EAX, n; INT 0x82; RET. The one for iret is jumped to and saves EAX first."""
+    page = bytearray(PAGE)
+    for number in range(PAGE // 32):
+        load = b"\xb8" + struct.pack("<I", number) + bytes((0xCD, HYPERCALL_VECTOR))
+        stub = b"\x50" + load if HYPERCALLS.get(number) == "iret" else load + b"\xc3"
+        page[number * 32 : number * 32 + len(stub)] = stub
+    return bytes(page)
+
+
+class SharedInfo:
+    """struct shared_info of a domain of one vCPU, in the machine page at ``frame`` (hpa)."""
+
+    _PENDING, _MASK, _SELECTOR, _CR2 = 0, 1, 4, 8     # struct vcpu_info: 64 bytes, 32 of them
+    _EVENTS, _EVENT_MASKS = 2048, 2048 + 128
+
+    def __init__(self, ram: Ram, frame: int) -> None:
+        self._ram, self.frame = ram, frame
+        ram.write(frame, bytes(PAGE))
+        self.masked = True          # a domain starts with upcalls masked
+
+    @property
+    def pending(self) -> bool:
+        """evtchn_upcall_pending: something waits for an upcall."""
+        return bool(self._ram.bytes[self.frame + self._PENDING])
+
+    @property
+    def masked(self) -> bool:
+        """evtchn_upcall_mask: the guest's interrupt flag, the other way round."""
+        return bool(self._ram.bytes[self.frame + self._MASK])
+
+    @masked.setter
+    def masked(self, value: bool) -> None:
+        self._ram.bytes[self.frame + self._MASK] = int(value)
+
+    def set_cr2(self, address: int) -> None:
+        """arch.cr2: where a page fault happened."""
+        self._ram.write32(self.frame + self._CR2, address)
+
+    def _bit(self, field: int, port: int) -> tuple[int, int]:
+        return self.frame + field + 4 * (port // 32), 1 << port % 32
+
+    def raise_event(self, port: int) -> None:
+        """Set the port pending; if that is new and the port is not masked, ask for an upcall."""
+        at, bit = self._bit(self._EVENTS, port)
+        word = self._ram.read32(at)
+        if word & bit:
+            return
+        self._ram.write32(at, word | bit)
+        self._select(port)
+
+    def _select(self, port: int) -> None:
+        at, bit = self._bit(self._EVENT_MASKS, port)
+        if self._ram.read32(at) & bit:
+            return
+        selector = self.frame + self._SELECTOR
+        self._ram.write32(selector, self._ram.read32(selector) | 1 << port // 32)
+        self._ram.bytes[self.frame + self._PENDING] = 1
+
+    def unmask(self, port: int) -> None:
+        """EVTCHNOP_unmask: an event that came meanwhile asks for its upcall now."""
+        at, bit = self._bit(self._EVENT_MASKS, port)
+        self._ram.write32(at, self._ram.read32(at) & ~bit)
+        at, bit = self._bit(self._EVENTS, port)
+        if self._ram.read32(at) & bit:
+            self._select(port)
