@@ -260,6 +260,20 @@ def test_a_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "sub"]
 
 
+def test_a_report_that_fails_keeps_results_and_can_be_resumed() -> None:
+    class Broken(FakeLab):
+        def write_report(self, directory: Path, results: dict[str, Any], config: dict[str, Any]) -> list[Path]:
+            assert manifest(directory)["state"] == "finished"
+            raise RuntimeError("cannot draw")
+
+    run = start(lab=Broken())
+    with pytest.raises(RuntimeError):
+        run.execute(lambda *_: None)
+    assert manifest(run.directory.path)["state"] == "stopped"
+    assert (run.directory.path / "results.json").exists()
+    assert finish(resume=True).reused == 6
+
+
 def test_a_verdict_other_than_expected_is_told() -> None:
     outcome = finish(TEXT.replace("sky-is-blue: holds", "sky-is-blue: fails"))
     assert outcome.unexpected == ["sky-is-blue: expected fails, found holds"]

@@ -116,13 +116,11 @@ class Run:
             raise ConfigError(str(error)) from error
         try:
             self._cells(observer)
-            outcome = self._finish()
+            return self._finish()
         except BaseException as error:
             # Whatever it was, it goes on to the caller; only the note on disk is made here.
             self._manifest_if_possible("interrupted" if isinstance(error, KeyboardInterrupt) else "stopped")
             raise
-        self._manifest("failed" if outcome.failed else "finished")
-        return outcome
 
     def _cells(self, observer: Observer) -> None:
         todo = self.todo
@@ -146,11 +144,14 @@ class Run:
         }
         store.write_json(path / "results.json", results)
         store.write(path / "results.csv", store.tidy_csv(results))
+        # The page quotes the manifest, so it has to be right by now; a report that fails sets it back to "stopped".
+        failed = [cell for cell in cells if cell["status"] == "failed"]
+        self._manifest("failed" if failed else "finished")
         written = self.lab.write_report(path, results, self._resolved())
         report = next((file for file in written if file.name == "report.html"), None)
         return Outcome(
             path, results,
-            failed=[cell for cell in cells if cell["status"] == "failed"],
+            failed=failed,
             not_evaluated=[claim for claim in claims if "error" in claim],
             unexpected=unexpected(claims, experiment.expect),
             reused=self.reused, report=report,
