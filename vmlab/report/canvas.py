@@ -28,6 +28,8 @@ RC: dict[str, Any] = {
     "font.family": "DejaVu Sans", "font.size": 10.5, "axes.titlesize": 11, "axes.labelsize": 10.5,
     "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT, "ytick.color": FAINT,
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
+    # A workload may be called anything; a dollar sign is no formula.
+    "text.parse_math": False,
     "axes.grid": False, "grid.color": RULE, "grid.linewidth": 0.7, "axes.axisbelow": True,
     # Byte-stable SVG: a constant salt for its ids; the date is removed when it is saved.
     "svg.hashsalt": "vmlab", "svg.fonttype": "path",
