@@ -198,6 +198,19 @@ def test_run_json_is_a_cell(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(cell["cycles"]) == ["new-cpu"] and cell["fidelity"]["matches_native"] is False
 
 
+def test_run_says_where_the_outcome_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    from vmlab.cli.run import difference
+
+    assert vm("run", "popf", "--technique", "trap-and-emulate") == 0
+    out = capsys.readouterr().out
+    assert "differs from the native run's, first in console line 2: 'if=1' natively, 'if=0' here." in out
+    assert "The technique says so itself: POPF drops IF." in out
+    found = {"address": 0x1000, "symbol": "loop+0x4", "instruction": "popfd", "step": 7, "registers": {"eax": [3, 515]}}
+    assert difference(found) == ", first by 'popfd' at 0x1000 (loop+0x4): eax 0x3 natively, 0x203 here."
+    assert difference({"error": "they differ at once"}).endswith("not found: they differ at once.")
+    assert difference(None) == "."
+
+
 def test_run_of_a_crashing_cell_is_status_1_and_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert vm("run", "abort", "--technique", "trap-and-emulate") == 1
     assert "the worker died" in one_message(capsys)

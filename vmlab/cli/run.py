@@ -85,11 +85,25 @@ def ledger(cell: dict[str, Any]) -> str:
     fidelity = cell["fidelity"]
     if fidelity.get("matches_native") is False:
         declared = fidelity.get("declared")
-        parts += ["", f"The outcome differs from the native run's: {fidelity['first_difference']}"
-                      + (f" (expected: {declared})" if declared else "")]
+        parts += ["", f"The outcome differs from the native run's{difference(fidelity['first_difference'])}"
+                      + (f"\nThe technique says so itself: {declared}." if declared else "")]
     elif fidelity.get("matches_native"):
         parts += ["", "The outcome is the native run's."]
     return "\n".join(parts)
+
+
+def difference(found: dict[str, Any] | None) -> str:
+    """Where two runs first part, as the end of a sentence."""
+    if not found:
+        return "."
+    if "instruction" in found:
+        parts = [f"{name} {there:#x} natively, {here:#x} here" for name, (there, here) in found.get("registers", {}).items()]
+        place = f" ({found['symbol']})" if found.get("symbol") else ""
+        return f", first by '{found['instruction']}' at {found['address']:#x}{place}" + (f": {'; '.join(parts)}." if parts else ".")
+    if "error" in found:
+        return f"; the first difference was not found: {found['error']}."
+    place = f" line {found['line']}" if "line" in found else ""
+    return f", first in {found['in']}{place}: {found['native']!r} natively, {found['here']!r} here."
 
 
 def _price_row(cell: dict[str, Any], profile: str) -> list[Any]:

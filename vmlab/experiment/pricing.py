@@ -17,7 +17,7 @@ from vmlab.experiment.worker import Record
 #: Every key of a cell, in the order of the file, with what stands there when the run gave nothing.
 SHAPE: Mapping[str, Any] = {
     "status": "failed", "error": None, "platform": None, "work": {}, "instructions": {}, "events": {}, "phases": {},
-    "cycles": {}, "slowdown": {}, "fidelity": {}, "efficiency": {}, "console": "", "machine_path": None, "host_seconds": 0.0,
+    "cycles": {}, "slowdown": {}, "fidelity": {}, "efficiency": {}, "safety": {}, "exit_code": None, "console": "", "machine_path": None, "host_seconds": 0.0,
 }
 
 
@@ -34,7 +34,8 @@ def _cell(cell: Cell, records: Mapping[str, Record], profiles: Sequence[str], la
     native = records.get(cell.baseline)
     result: dict[str, Any] = {"id": cell.id, "technique": cell.technique, "parameters": dict(cell.parameters)}
     for key, default in SHAPE.items():
-        result[key] = record.get(key, default)
+        value = record.get(key)
+        result[key] = default if value is None else value
     result["cycles"], result["slowdown"] = {}, {}
     if result["status"] != "ok":
         result["fidelity"] = {**_digests(record), "matches_native": None, "first_difference": None}
