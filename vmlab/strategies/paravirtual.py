@@ -51,7 +51,7 @@ class Paravirtualization(Strategy):
         flags = state.eflags & ~IF | (0 if self.domain.shared.masked else IF)
         return GuestState(**{**vars(state), "eflags": flags})
 
-    def watch(self, address: int, callback: Callable[[int], None]) -> None:  # type: ignore[override]
+    def watch(self, address: int, callback: Callable[[int], None]) -> None:
         self.machine.watch(address, callback)
 
     def frame_address(self, gpa: int) -> int:

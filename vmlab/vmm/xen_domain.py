@@ -17,11 +17,20 @@ from vmlab.errors import GuestImageError, UnsupportedByStrategy
 from vmlab.guests import GuestImage, PvNotes
 from vmlab.machine.cpu import IF, Cpu, Segment, unpack_descriptor
 from vmlab.machine.memory import PAGE, Ram
-from vmlab.machine.paging import CR4_PAE, NX, RW, US, P
+from vmlab.machine.paging import CR4_PAE, RW, US, P
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSI, RSP, SS
 from vmlab.vmm.xen import (
-    EINVAL, FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING3_CS, FLAT_RING3_DS, HYPERVISOR_START, M2P_START, SharedInfo, Trap,
-    hypercall_page, start_info,
+    EINVAL,
+    FLAT_RING1_CS,
+    FLAT_RING1_DS,
+    FLAT_RING3_CS,
+    FLAT_RING3_DS,
+    HYPERVISOR_START,
+    M2P_START,
+    SharedInfo,
+    Trap,
+    hypercall_page,
+    start_info,
 )
 
 GUEST_FRAMES = 16 << 20             # hpa of the guest's first frame
@@ -95,7 +104,7 @@ class Domain:
             raise UnsupportedByStrategy(f"guest {image.name!r} is not a PAE kernel mapped at its physical addresses")
         for name, address in (("entry", notes.entry), ("hypercall page", notes.hypercall_page)):
             if address is not None and not 0 < address <= image.end - (PAGE if name == "hypercall page" else 1):
-                raise GuestImageError(f"guest image {image.name!r}: the {name} of its notes, {address:#x}, lies outside the image")
+                raise GuestImageError(f"guest image {image.name!r}: {name} in its notes, {address:#x}, lies outside it")
         if any(feature.startswith("!") for feature in notes.features.split("|")):
             raise UnsupportedByStrategy(f"guest {image.name!r} requires {notes.features!r}, and no such feature is offered")
         return notes
@@ -188,7 +197,7 @@ class Domain:
     def write(self, gpa: int, data: bytes) -> None:
         """Store into the guest's memory while building it."""
         if gpa + len(data) > self.memory:
-            raise GuestImageError(f"the guest image reaches to {gpa + len(data):#x}, beyond its {self.memory >> 20} MiB of memory")
+            raise GuestImageError(f"the guest image reaches to {gpa + len(data):#x}, beyond its {self.memory >> 20} MiB")
         self.ram.write(self.machine(gpa), data)
 
     def update_mapping(self, address: int, entry: int) -> int:
@@ -202,7 +211,7 @@ class Domain:
             frame = entry & _FRAME_BITS
             pfn = (frame >> 12) - self.mfn(0)
             own = 0 <= pfn < self.pages
-            if entry & ~(_FRAME_BITS | NX | 0xFFF) or not (own or frame == self.shared.frame):
+            if entry & ~(_FRAME_BITS | 0xFFF) or not (own or frame == self.shared.frame):
                 return EINVAL
             if own and entry & RW and pfn in self._tables:
                 return EINVAL

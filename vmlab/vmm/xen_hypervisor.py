@@ -33,7 +33,7 @@ class Hypervisor:
     def __init__(self, machine: Machine, domain: Domain, counts: Counts, refused: list[str]) -> None:
         self.machine, self.domain, self.counts, self.refused = machine, domain, counts, refused
         self.cpu: Cpu = machine.cpu
-        self.platform = VirtualPlatform(machine)   # for the physical interrupt controller; the guest has none
+        VirtualPlatform(machine)    # sets up the physical interrupt controller; the guest has none
         self.traps: dict[int, xen.Trap] = {}
         self.kernel_stack = (xen.FLAT_RING1_DS, 0)
         self.event_callback: tuple[int, int] | None = None
@@ -89,9 +89,9 @@ class Hypervisor:
                 self._refuse(f"the guest at {self.cpu.rip:#x} reached for the hypervisor's memory at {self.cpu.cr2:#x}")
         if trap is None:
             raise GuestFault(vector, error_code, self.cpu.rip, "the paravirtual guest has set no handler")
-        self.counts[f"reflect.{vector}" if not software else "vmm.inject"] += 1
+        self.counts["vmm.inject"] += 1
         if not software:
-            self.counts["vmm.inject"] += 1
+            self.counts[f"reflect.{vector}"] += 1
         self._enter(trap.cs, trap.address, error_code if vector in HAS_ERROR_CODE and not software else None)
         if trap.mask_events:
             self.domain.shared.masked = True

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-OBJECTS = ("boot", "console", "paravirt", "generate", "workloads")
+OBJECTS = ("boot", "console", "paravirt", "generate", "workloads", "recipes")
 SOURCES = ("nano.inc", *(f"{name}.S" for name in OBJECTS), "nano.lds")
 IMAGE = "nano.elf"
 LOCK = "image.lock"

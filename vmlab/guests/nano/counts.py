@@ -1,6 +1,6 @@
 """How many instructions a workload of ``nano`` runs in its region of interest, by hand.
 
-This restates the recipes of workloads.S as arithmetic. It is checked against what a machine counts, so neither
+This restates the recipes of recipes.S as arithmetic. It is checked against what a machine counts, so neither
 can drift. "Named" are the instances that a density is about (CLI and STI are two); "other" is every further
 instruction from the first arrival at ``vmlab_roi_begin`` to the arrival at ``vmlab_roi_end``.
 

@@ -1,5 +1,5 @@
 # generate.S: builds a workload's loop at boot, so that its density is exact.
-# A recipe (workloads.S) lists the named instructions, the fixed instructions around them, and gaps.
+# A recipe (recipes.S) lists the named instructions, the fixed instructions around them, and gaps.
 # The gaps are filled with filler instructions until there are floor(named * 1000 / density) other
 # instructions a pass, the two of the loop included. Named instructions are copied in their native form,
 # and patched in the copy when paravirtual. Code lies on pages of its own, and is complete before it runs.
