@@ -99,7 +99,8 @@ def difference(found: dict[str, Any] | None) -> str:
     if "instruction" in found:
         parts = [f"{name} {there:#x} natively, {here:#x} here" for name, (there, here) in found.get("registers", {}).items()]
         place = f" ({found['symbol']})" if found.get("symbol") else ""
-        return f", first by '{found['instruction']}' at {found['address']:#x}{place}" + (f": {'; '.join(parts)}." if parts else ".")
+        said = f": {'; '.join(parts)}." if parts else "."
+        return f", first by '{found['instruction']}' at {found['address']:#x}{place}{said}"
     if "error" in found:
         return f"; the first difference was not found: {found['error']}."
     place = f" line {found['line']}" if "line" in found else ""
