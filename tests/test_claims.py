@@ -41,7 +41,9 @@ def altered(name: str, **values: float) -> dict[str, costs.Profile]:
     return {name: costs.load(name).with_values({key.replace("__", "."): value for key, value in values.items()})}
 
 
-def changed(cells: list[dict[str, Any]], technique: str, workload: str, way: made_up_run.Way, **told: str) -> list[dict[str, Any]]:
+def changed(
+    cells: list[dict[str, Any]], technique: str, workload: str, way: made_up_run.Way, **told: str,
+) -> list[dict[str, Any]]:
     """The run with one strategy broken: it does ``way`` for each of the workload's instructions."""
     made = []
     for cell in cells:
@@ -246,7 +248,8 @@ def test_popek_goldberg_is_falsified_by_a_cpu_on_which_all_trap() -> None:
 
 def test_the_ring_is_visible_and_umip_falsifies_it() -> None:
     assert judge("ring-visible", [], probe=PROBE)["verdict"] == "holds"
-    umip = {"rows": [row | {"verdict": "traps"} if row["instruction"] in ("smsw", "sgdt", "str") else row for row in PROBE["rows"]]}
+    trapping = ("smsw", "sgdt", "str")
+    umip = {"rows": [row | {"verdict": "traps"} if row["instruction"] in trapping else row for row in PROBE["rows"]]}
     assert judge("ring-visible", [], probe=umip)["verdict"] == "fails"
 
 

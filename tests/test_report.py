@@ -89,7 +89,10 @@ def test_the_summary_follows_the_numbers(results: dict[str, Any]) -> None:
     assert "paravirtualization 3" in after[0] and before[0] != after[0]
 
 
-@pytest.mark.parametrize("cells", [[], [{"id": "x", "technique": "native", "parameters": {}, "status": "failed", "error": "boom"}]])
+FAILED = {"id": "x", "technique": "native", "parameters": {}, "status": "failed", "error": "boom"}
+
+
+@pytest.mark.parametrize("cells", [[], [FAILED]])
 def test_a_run_without_finished_cells_has_three_sentences_too(cells: list[dict[str, Any]], tmp_path: Path) -> None:
     empty = {"schema_version": 1, "experiment": "e", "cells": cells, "claims": []}
     assert len(report.summary(empty)) == 3
@@ -194,13 +197,14 @@ def test_nothing_in_a_chart_leaves_the_sheet_or_covers_the_title(results: dict[s
             renderer = canvas.get_renderer()
             sheet = figure.bbox
             title, caption = (text.get_window_extent(renderer) for text in figure.texts)
-            boxes = [axes.get_tightbbox(renderer) for axes in figure.axes] + [one.get_window_extent(renderer) for one in figure.legends]
+            panels = [axes.get_tightbbox(renderer) for axes in figure.axes]
+            legends = [legend.get_window_extent(renderer) for legend in figure.legends]
+            boxes = [*panels, *legends]
             for box in (title, caption, *boxes):
                 assert box.x0 >= 0 and box.x1 <= sheet.x1 and box.y0 >= 0 and box.y1 <= sheet.y1, f"{name}: {box}"
             for box in boxes:
                 assert not box.overlaps(title) and not box.overlaps(caption), name
-            for legend in figure.legends:
-                assert not any(legend.get_window_extent(renderer).overlaps(axes.get_tightbbox(renderer)) for axes in figure.axes), name
+            assert not any(legend.overlaps(panel) for legend in legends for panel in panels), name
 
 
 def test_ratio_axes_are_logarithmic_and_stacks_are_not(results: dict[str, Any]) -> None:
@@ -224,7 +228,8 @@ def test_the_page_stands_alone_and_says_what_to_doubt(written: Path) -> None:
 
 def test_hostile_words_are_escaped_everywhere(results: dict[str, Any], tmp_path: Path) -> None:
     made = copy.deepcopy(results)
-    made["claims"][0] |= {"statement": HOSTILE, "reason": HOSTILE, "verdict": HOSTILE, "source": HOSTILE, "by_profile": {HOSTILE: HOSTILE}}
+    made["claims"][0] |= dict.fromkeys(("statement", "reason", "verdict", "source", "kind"), HOSTILE)
+    made["claims"][0]["by_profile"] = {HOSTILE: HOSTILE}
     made["cells"] = [cell for cell in made["cells"] if cell["parameters"]["workload"] == "cli_sti"]
     for cell in made["cells"]:
         cell["id"] = HOSTILE
