@@ -14,6 +14,9 @@ from vmlab import guests
 from vmlab.guests.nano import build
 from vmlab.guests.nano.counts import SHAPES, expected
 from vmlab.guests.nano.workloads import WORKLOADS
+from vmlab.ledger import Snapshot
+from vmlab.machine.pc import Machine
+from vmlab.strategies.native import Native
 
 SITE_LENGTHS = {0: 7, 1: 5, 2: 5, 3: 5, 4: 5, 5: 5, 6: 5, 7: 7, 8: 5, 9: 5, 10: 5}  # by kind: room for the replacement
 OPCODES = {0: b"\xfa", 1: b"\xfb", 2: b"\x9c", 3: b"\x9d", 4: b"\xec", 5: b"\xee", 6: b"\xef", 7: b"\x0f\xa2", 9: b"\xcf"}
@@ -119,3 +122,25 @@ def test_nano_runs_in_another_emulator(workload: str, tmp_path: Path) -> None:
     assert f"workload={workload} iterations=21" in run.stdout
     assert f"operations={counts.named} iterations=21" in run.stdout
     assert run.stdout.rstrip().endswith("ok")
+
+
+@pytest.mark.parametrize("path", ["portable", "auto"])
+@pytest.mark.parametrize("workload", sorted(WORKLOADS))
+@pytest.mark.parametrize(("iterations", "density"), [(1, 1000), (4, 50), (11, 200)])
+def test_the_machine_counts_what_the_hand_counts(workload: str, iterations: int, density: int, path: str) -> None:
+    image = guests.load("nano")
+    machine = Machine(path=path)
+    native = Native(machine)
+    native.load(image, guests.command_line({"workload": workload, "iterations": iterations, "density": density}))
+    marks: dict[str, Snapshot] = {}
+    for symbol in ("vmlab_roi_begin", "vmlab_roi_warm", "vmlab_roi_end"):
+        native.watch(image.symbol(symbol), lambda address, symbol=symbol: marks.update({symbol: native.snapshot(address)}))
+    assert native.run(10_000_000).exit_code == 0
+    assert list(marks) == ["vmlab_roi_begin", "vmlab_roi_warm", "vmlab_roi_end"]
+    region = marks["vmlab_roi_end"].minus(marks["vmlab_roi_begin"])
+    counts = expected(workload, iterations, density)
+    assert region.user + region.kernel == region.machine == counts.instructions
+    system = {kind.removeprefix("retired."): n for kind, n in region.events.items() if kind.startswith("retired.")}
+    assert {kind: n for kind, n in system.items() if kind not in ("user", "kernel")} == counts.mnemonics
+    operations, done = struct.unpack("<II", native.read_guest(image.symbol("vmlab_work"), 8))
+    assert (operations, done) == (counts.named, iterations)
