@@ -159,6 +159,17 @@ def test_empty_and_oversized(text: str, says: str) -> None:
     assert says in str(caught.value)
 
 
+def test_a_technique_that_cannot_be_loaded_stops_only_those_who_name_it() -> None:
+    class Broken(FakeLab):
+        def techniques(self) -> list[str]:
+            return [*super().techniques(), "broken"]
+
+    document = yamlfile.parse("name: x\nmatrix: {technique: [native, broken], workload: compute}", "f.yaml")
+    assert len(schema.load(document, Broken(), [schema.parse_set("technique=native")]).cells) == 1
+    with pytest.raises(ConfigError, match="no technique 'broken'"):
+        schema.load(document, Broken())
+
+
 @pytest.mark.parametrize(("text", "says"), [
     ("density", "write key=value"), ("=3", "write key=value"), ("density=1,,2", "write key=value"),
     ("densty=3", "--set densty: unknown key; did you mean 'density'?"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vmlab.cli.output import print_json, table
+from vmlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from vmlab.experiment.lab import Lab
@@ -50,11 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _techniques(lab: Lab) -> Rows:
     rows = []
     for name in lab.techniques():
+        try:
+            declared, summary = lab.parameters(name), lab.summary_of(name)
+        except ConfigError as error:
+            rows.append([name, str(error), ""])
+            continue
         parameters = "; ".join(
-            f"{key}: {'|'.join(p.choices) if p.choices else 'number'} (default {p.default})"
-            for key, p in lab.parameters(name).items()
+            f"{key}: {'|'.join(p.choices) if p.choices else 'number'} (default {p.default})" for key, p in declared.items()
         )
-        rows.append([name, lab.summary_of(name), parameters])
+        rows.append([name, summary, parameters])
     return ["name", "summary", "parameters"], rows
 
 

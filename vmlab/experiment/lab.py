@@ -6,14 +6,19 @@ Everything that the runner needs of strategies, guests, costs, claims and report
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vmlab.errors import ConfigError
 from vmlab.parameters import Parameter
+
+if TYPE_CHECKING:
+    from vmlab.strategies.base import Strategy
 
 #: Rooms whose code decides what is counted: a change there makes earlier cells stale.
 COUNTING_CODE = ("machine", "guests", "vmm", "strategies", "ledger.py", "experiment/cell.py")
@@ -37,22 +42,35 @@ class Lab:
         return [*strategies.names(), *self.extra]
 
     def parameters(self, technique: str) -> Mapping[str, Parameter]:
-        """What ``technique`` declares. :raises ConfigError: no such technique."""
+        """What ``technique`` declares. :raises ConfigError: no such technique, or it cannot be loaded."""
+        return self._load(technique).parameters
+
+    def loadable(self) -> dict[str, Mapping[str, Parameter]]:
+        """What each technique declares, those left out that cannot be loaded.
+
+        One broken technique from elsewhere must not stop the others; naming it is still an error.
+        """
+        found = {}
+        for name in self.techniques():
+            with contextlib.suppress(ConfigError):
+                found[name] = self.parameters(name)
+        return found
+
+    def _load(self, technique: str) -> type[Strategy]:
         from vmlab import strategies
 
-        return strategies.load(technique).parameters
+        try:
+            return strategies.load(technique)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"technique {technique!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
     def summary_of(self, technique: str) -> str:
         """The technique in one line."""
-        from vmlab import strategies
-
-        return strategies.load(technique).summary
+        return self._load(technique).summary
 
     def unfaithful(self, technique: str, workload: str, parameters: Mapping[str, Any]) -> str | None:
         """Why ``technique`` declares that it is not faithful here, or None where it claims to be."""
-        from vmlab import strategies
-
-        return strategies.load(technique).unfaithful(workload, dict(parameters))
+        return self._load(technique).unfaithful(workload, dict(parameters))
 
     def guests(self) -> list[str]:
         """Names of the built-in guests."""
@@ -174,7 +192,7 @@ class Lab:
             files |= {path} if path.is_file() else {*path.rglob("*.py"), *path.rglob("*.c")}
         for path in sorted(files):
             digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
-        for name in self.techniques():
+        for name in self.loadable():
             source = self._source(name)
             if not source.is_relative_to(PACKAGE):
                 digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -182,11 +200,9 @@ class Lab:
 
     def _source(self, technique: str) -> Path:
         """The file that a technique's class is in."""
-        from vmlab import strategies
-
         if technique in self.extra:
             return Path(technique.rpartition(":")[0]).resolve()
-        module = sys.modules[strategies.load(technique).__module__]
+        module = sys.modules[self._load(technique).__module__]
         return Path(str(module.__file__)).resolve()
 
 

@@ -89,7 +89,8 @@ class _Reader:
     def __init__(self, document: Document, lab: Lab) -> None:
         self.document, self.lab = document, lab
         self.techniques = lab.techniques()
-        self.declared = {name for technique in self.techniques for name in lab.parameters(technique)}
+        self.by_technique = lab.loadable()
+        self.declared = {name for parameters in self.by_technique.values() for name in parameters}
 
     # --- small helpers, each refusing with a place -------------------------------------------------
 
@@ -207,7 +208,7 @@ class _Reader:
     def somebody_has(self, block: Block, own: Mapping[str, Where]) -> None:
         """Refuse a parameter of the block that none of the block's techniques declares."""
         techniques = {str(row["technique"]) for axis in block.axes for row in axis.rows if "technique" in row}
-        known = {key for technique in techniques for key in self.lab.parameters(technique)}
+        known = {key for technique in techniques for key in self.by_technique.get(technique, ())}
         for key, where in own.items():
             if techniques and key not in known and key not in ("technique", *GUEST_KEYS):
                 names = ", ".join(sorted(techniques))
