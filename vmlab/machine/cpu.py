@@ -15,7 +15,7 @@ from vmlab.machine import paging
 from vmlab.machine.engine import Engine
 from vmlab.machine.memory import PAGE, Ram
 from vmlab.machine.state import (
-    AT_CR, AT_EFER, AT_EFLAGS, AT_EIP, AT_GDT, AT_HFLAGS, AT_IDT, AT_LDT, AT_SEGMENTS, AT_TR,
+    AT_CR, AT_EFER, AT_EFLAGS, AT_EIP, AT_GDT, AT_HFLAGS, AT_HFLAGS2, AT_IDT, AT_LDT, AT_SEGMENTS, AT_TR,
     CS, DS, ES, HF_ADDSEG, HF_CPL, HF_CS32, HF_CS64, HF_LMA, HF_PE, HF_SHADOW, HF_SS32, SS, Layout, Window,
 )
 
@@ -101,6 +101,15 @@ class Cpu:
         self._u32[AT_HFLAGS // 4] = value
 
     @property
+    def hflags2(self) -> int:
+        """AMD-V's global interrupt flag and what belongs to guest mode."""
+        return self._u32[AT_HFLAGS2 // 4]
+
+    @hflags2.setter
+    def hflags2(self, value: int) -> None:
+        self._u32[AT_HFLAGS2 // 4] = value
+
+    @property
     def long_mode(self) -> bool:
         return bool(self.hflags & HF_LMA)
 
@@ -141,6 +150,26 @@ class Cpu:
         self.store()
         self.engine.write_register(register, value)
         self.load()
+
+    def set_crs(self, cr0: int, cr3: int, cr4: int) -> None:
+        """CR4, CR3 and CR0 in one go, as a world switch loads them."""
+        self.store()
+        for register, value in ((x86.UC_X86_REG_CR4, cr4), (x86.UC_X86_REG_CR3, cr3), (x86.UC_X86_REG_CR0, cr0)):
+            self.engine.write_register(register, value)
+        self.load()
+
+    def debug_register(self, number: int) -> int:
+        return self._u64[self.layout.debug_registers // 8 + number]
+
+    def set_debug_register(self, number: int, value: int) -> None:
+        """The register alone: no breakpoint follows from it (the machine has none)."""
+        self._u64[self.layout.debug_registers // 8 + number] = value
+
+    def clear_intercepts(self) -> None:
+        """Outside guest mode nothing is intercepted: all sixteen bytes and the exceptions' four."""
+        at = self.layout.intercepts
+        for offset in range(0, 20, 4):
+            self._u32[(at + offset) // 4] = 0
 
     def set_efer(self, value: int) -> None:
         """Write EFER (and keep LMA in step); the CPU must not be running translated code of another mode."""

@@ -40,9 +40,10 @@ _STRING = {cs_x86.X86_INS_MOVSB, cs_x86.X86_INS_MOVSW, cs_x86.X86_INS_MOVSQ, cs_
 _STRING_OR_SSE = {cs_x86.X86_INS_MOVSD, cs_x86.X86_INS_CMPSD}  # the mnemonic also names an SSE instruction
 _MULDIV = {"mul", "imul", "div", "idiv"}
 _NO_ACCESS = {"lea", "nop"}
+_LOOPS = {"loop", "loope", "loopne"}  # Capstone does not put them into its group of jumps
 
 #: Instructions after which the CPU may be in another ring without the machine having been told.
-RING_CHANGERS = frozenset({"iret", "ret_far", "call_far", "jmp_far", "sysret", "sysexit"})
+RING_CHANGERS = frozenset({"vmrun", "iret", "ret_far", "call_far", "jmp_far", "sysret", "sysexit"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +131,8 @@ def _class(found: capstone.CsInsn, string: bool) -> str:
     operands = found.operands
     if string:
         return "alu"  # the elements are counted apart
+    if mnemonic in _LOOPS:
+        return "jcc"
     if found.group(_GROUP_CALL) or found.group(_GROUP_JUMP):
         if operands and operands[0].type == cs_x86.X86_OP_IMM:
             return "branch" if mnemonic in ("jmp", "call") else "jcc"

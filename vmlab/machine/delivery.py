@@ -8,6 +8,7 @@ or IST, frame, error code, then flags. A fault on the way becomes a double fault
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 from vmlab.errors import TripleFault
 from vmlab.machine.cpu import IF, NT, RF, TF, VM, Cpu, Segment, unpack_descriptor
@@ -28,14 +29,20 @@ class Fault(Exception):
         self.vector, self.error_code, self.address = vector, error_code, address
 
 
+#: (vector, error code, software, external) of the event under way, and the fault that its delivery raised.
+Diverter = Callable[[int, int | None, bool, bool, Fault], None]
+
+
 def deliver(cpu: Cpu, vector: int, error_code: int | None = None, *, software: bool = False,
-            return_rip: int | None = None, fault_rip: int | None = None, external: bool = False) -> int:
+            return_rip: int | None = None, fault_rip: int | None = None, external: bool = False,
+            on_fault: Diverter | None = None) -> int:
     """Enter the handler of ``vector``; returns the vector that was really delivered (8 after a double fault).
 
     :param software: INT n: the gate's DPL is checked against CPL.
     :param return_rip: pushed as the return address; default the CPU's RIP.
     :param fault_rip: where RIP points if a fault takes the place of a software interrupt.
     :param external: a device interrupt (sets EXT in error codes of faults on the way).
+    :param on_fault: told of each fault on the way before it takes effect; what it raises ends the delivery.
     :raises TripleFault: when the double fault cannot be delivered either.
     """
     return_rip = cpu.rip if return_rip is None else return_rip
@@ -45,15 +52,17 @@ def deliver(cpu: Cpu, vector: int, error_code: int | None = None, *, software: b
     except Fault as second:
         if fault_rip is not None:
             cpu.rip = fault_rip
+        if on_fault is not None:
+            on_fault(vector, error_code, software, external, second)
         if vector == DOUBLE_FAULT:
             raise TripleFault(_last_words(cpu, second)) from second
         if software or external:
-            return deliver(cpu, second.vector, second.error_code)
+            return deliver(cpu, second.vector, second.error_code, on_fault=on_fault)
         both_contribute = vector in _CONTRIBUTORY and second.vector in _CONTRIBUTORY
         after_page_fault = vector == PAGE_FAULT and (second.vector in _CONTRIBUTORY or second.vector == PAGE_FAULT)
         if both_contribute or after_page_fault:
-            return deliver(cpu, DOUBLE_FAULT, 0)
-        return deliver(cpu, second.vector, second.error_code)
+            return deliver(cpu, DOUBLE_FAULT, 0, on_fault=on_fault)
+        return deliver(cpu, second.vector, second.error_code, on_fault=on_fault)
 
 
 def _last_words(cpu: Cpu, fault: Fault) -> str:

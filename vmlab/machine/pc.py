@@ -65,6 +65,30 @@ class Monitor(Protocol):
         """The INTR line is up and the CPU took it; RIP is where the guest would have gone on."""
 
 
+class GuestMode(Protocol):
+    """What the machine asks of its AMD-V (svm.py) while the CPU is in guest mode. State is loaded before every call."""
+
+    def exit(self, code: int, info_1: int = 0, info_2: int | None = None) -> None:
+        """#VMEXIT: the guest into the VMCB, the host into the CPU, and the end of the run."""
+
+    def intercepts(self, op: str, instruction: Instruction) -> bool:
+        """Whether this instruction exits instead of being carried out; if so, it just did."""
+
+    def lets_interrupts_in(self) -> bool:
+        """Whether the CPU recognises a physical interrupt now, in guest mode or out of it."""
+
+    def takes_interrupt(self) -> bool:
+        """A physical interrupt in guest mode: True when it made an exit, False when it is the guest's own."""
+
+    def deliver(self, vector: int, error_code: int | None, *, software: bool = False, external: bool = False,
+                fault_rip: int | None = None) -> int | None:
+        """Through the guest's IDT: the vector delivered, or None when the attempt ended in an exit."""
+
+
+#: Above this, the number that Unicorn's exception hook gets is an exit code (QEMU: EXCP_VMEXIT).
+_VMEXIT = 0x100
+
+
 class Machine:
     """One emulated PC. ``path`` says how its CPU is reached: "portable" or "fast"."""
 
@@ -100,7 +124,7 @@ class Machine:
         #: System instructions that raise #GP above CPL 0 on this CPU though x86 lets them pass.
         self.trapping: Collection[str] = frozenset()
         #: What a guest-mode CPU (AMD-V) does about an instruction or interrupt before it happens; see svm.py.
-        self.guest_mode_intercept: Callable[[str, Instruction | None], bool] = lambda what, instruction: False
+        self.guest_mode: GuestMode | None = None
         #: The time stamp counter's offset (a VMM may hide its own time; TSC_OFFSET of AMD-V).
         self.tsc_offset = 0
         #: The instruction that just faulted, as decoded before its block first ran (None: not known).
@@ -184,6 +208,11 @@ class Machine:
         self._stop = stop
         self.engine.stop()
 
+    @property
+    def ending(self) -> Stop | None:
+        """What ended the last run, or has been asked for since (a device that a monitor wrote to)."""
+        return self._stop
+
     def _fail(self, failure: BaseException) -> None:
         """End the run with an error: nothing may leave a callback any other way."""
         if self._failure is None:
@@ -200,7 +229,7 @@ class Machine:
     def _halted(self) -> None:
         """HLT was executed at CPL 0: wait for an interrupt, or for ever."""
         self.idle()
-        if self.pic.pending and self.cpu.system_flags & IF:
+        if self._interrupt_enters():
             self._take_interrupt()
             self.cpu.store()
             return
@@ -341,7 +370,7 @@ class Machine:
         elif op in ("in", "out", "ins", "outs"):
             if not self._io_allowed(instruction):
                 self._fault(address, 13, 0)
-            elif self.guest_mode_intercept(op, instruction):
+            elif self._intercepted(address, op, instruction):
                 return
             elif op in ("in", "out"):
                 self._port_instruction(instruction)
@@ -349,7 +378,7 @@ class Machine:
         elif op in ("rdtsc", "rdtscp"):
             if cpu.cr(4) & CR4_TSD and cpu.cpl > 0:
                 self._fault(address, 13, 0)
-            elif self.guest_mode_intercept(op, instruction):
+            elif self._intercepted(address, op, instruction):
                 return
             else:
                 tsc = self.read_tsc(address)
@@ -358,6 +387,19 @@ class Machine:
                 if op == "rdtscp":
                     cpu.set_gpr(RCX, 0)
                 self._complete(address, instruction)
+
+    @property
+    def _in_guest(self) -> bool:
+        """In guest mode the CPU delivers to the guest itself; a monitor hears only of exits."""
+        return self.guest_mode is not None and bool(self.cpu.hflags & hidden.HF_GUEST)
+
+    def _intercepted(self, address: int, op: str, instruction: Instruction) -> bool:
+        """In guest mode: True when this instruction made the CPU exit instead."""
+        if not self._in_guest or self.guest_mode is None or not self.guest_mode.intercepts(op, instruction):
+            return False
+        self.counter.leave(address)
+        self._end()
+        return True
 
     def _complete(self, address: int, instruction: Instruction) -> None:
         """The machine has carried out this instruction: it retired, and the next one follows."""
@@ -437,6 +479,9 @@ class Machine:
                 return
             cpu = self.cpu
             cpu.load()
+            if vector >= _VMEXIT:
+                self._exit_guest(vector - _VMEXIT)
+                return
             software = cpu.is_software_interrupt and vector != 1
             counter = self.counter
             error_code = cpu.error_code if vector in (8, 10, 11, 12, 13, 14, 17) and not software else None
@@ -452,10 +497,19 @@ class Machine:
         except BaseException as failure:  # noqa: BLE001
             self._fail(failure)
 
+    def _exit_guest(self, code: int) -> None:
+        """The CPU itself found an intercept."""
+        if self.guest_mode is None:
+            raise UnsupportedHost(f"the CPU left a guest mode that the machine did not enter (exit code {code:#x})")
+        self.counter.leave(self.cpu.rip + self.cpu.segment(hidden.CS).base)
+        self.guest_mode.exit(code, self.cpu.error_code)
+        self.cpu.store()
+        self.counter.set_cpl(self.cpu.cpl)
+
     def _software_interrupt(self, vector: int, last: tuple[int, Instruction] | None) -> None:
         cpu = self.cpu
         start = cpu.rip - (last[1].size if last else 2)
-        if self.monitor is not None and vector not in self.direct_gates:
+        if self.monitor is not None and vector not in self.direct_gates and not self._in_guest:
             if cpu.cpl <= self.software_gates.get(vector, 0):
                 self.counter.current = None
                 self._take(vector, None, software=True)
@@ -465,10 +519,10 @@ class Machine:
                 self._take(13, vector * 8 + 2, software=False)
             return
         self.counter.current = None
-        delivered = deliver(cpu, vector, software=True, fault_rip=start)
+        delivered = self._deliver(vector, None, software=True, fault_rip=start)
         if delivered == vector:
             self.events["interrupt.software"] += 1
-        else:
+        elif delivered is not None:
             self.events[f"fault.delivered.{delivered}"] += 1
 
     #: The monitor's IDT, as far as INT n is concerned: vector → DPL of its gate; all others have DPL 0.
@@ -492,15 +546,23 @@ class Machine:
             self._fail(failure)
             return False
 
+    def _deliver(self, vector: int, error_code: int | None, *, software: bool = False, external: bool = False,
+                 fault_rip: int | None = None) -> int | None:
+        """Through the IDT in machine memory; None when that made the CPU leave guest mode."""
+        if self._in_guest and self.guest_mode is not None:
+            return self.guest_mode.deliver(vector, error_code, software=software, external=external, fault_rip=fault_rip)
+        return deliver(self.cpu, vector, error_code, software=software, external=external, fault_rip=fault_rip)
+
     def _take(self, vector: int, error_code: int | None, *, software: bool) -> None:
         """An exception goes to the monitor, or through the IDT."""
-        if self.monitor is not None:
+        if self.monitor is not None and not self._in_guest:
             name = "int" if software else EXCEPTIONS.get(vector, "mc")
             self.events[f"trap.{name}"] += 1
             self.monitor.exception(vector, error_code, software=software)
             return
-        delivered = deliver(self.cpu, vector, error_code)
-        self.events[f"fault.delivered.{delivered}"] += 1
+        delivered = self._deliver(vector, error_code)
+        if delivered is not None:
+            self.events[f"fault.delivered.{delivered}"] += 1
 
     def _interrupt_line(self) -> None:
         self._update_attention()
@@ -524,7 +586,7 @@ class Machine:
         cpu.load()
         cpu.rip = pc - cpu.segment(hidden.CS).base
         in_string = self.counter.continues(pc + size)
-        if self.pic.pending and cpu.system_flags & IF and not cpu.shadow:
+        if self._interrupt_enters():
             self._take_interrupt()
         elif not (self._requested and self.on_attention()):
             return False
@@ -534,12 +596,23 @@ class Machine:
         self._end()
         return True
 
+    def _interrupt_enters(self) -> bool:
+        """Whether INTR is up and the CPU takes it now."""
+        if not self.pic.pending:
+            return False
+        if self.guest_mode is not None:
+            return self.guest_mode.lets_interrupts_in()
+        return bool(self.cpu.system_flags & IF) and not self.cpu.shadow
+
     def _take_interrupt(self) -> None:
+        in_guest = self._in_guest
+        if in_guest and self.guest_mode is not None and self.guest_mode.takes_interrupt():
+            return
         self.events["interrupt.delivered"] += 1
-        if self.monitor is not None:
+        if self.monitor is not None and not in_guest:
             self.monitor.interrupt()
         else:
-            deliver(self.cpu, self.pic.acknowledge(), external=True)
+            self._deliver(self.pic.acknowledge(), None, external=True)
 
     # ---- what was counted
     def snapshot(self, upto: int | None = None) -> Snapshot:

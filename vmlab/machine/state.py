@@ -35,7 +35,7 @@ _HEADER = 40  # of uc_context, before the state
 # hflags (QEMU target/i386/cpu.h: HF_*_SHIFT)
 HF_CPL, HF_SHADOW, HF_CS32, HF_SS32, HF_ADDSEG, HF_PE = 3, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7
 HF_LMA, HF_CS64, HF_GUEST = 1 << 14, 1 << 15, 1 << 21
-HF2_GIF = 1 << 0
+HF2_GIF, HF2_HIF, HF2_VINTR, HF2_NPT = 1 << 0, 1 << 1, 1 << 3, 1 << 6
 
 
 @dataclass(frozen=True)
