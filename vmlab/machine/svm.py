@@ -1,0 +1,333 @@
+"""AMD-V: guest mode, VMRUN and #VMEXIT (APM Vol. 2 chapter 15).
+
+The CPU itself runs VMRUN: it saves the host to the host save area, loads the guest from the VMCB, checks
+intercepts and injects events. Unicorn leaves the rest of the world switch to whoever hooks its exceptions,
+and that is this file: #VMEXIT (guest to the VMCB, host back from the save area), the intercepts that
+QEMU's model lacks (ports, physical interrupts, RDTSC), V_IRQ, and delivery inside the guest.
+
+Below :data:`VMM_END` lies the host that enters guests: page tables, descriptors, and a page of code with
+one routine for each thing a VMM must execute. Its handlers are Python; see ``docs/hardware-assistance.md``.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from vmlab.errors import ConfigError, TripleFault
+from vmlab.machine import vmcb as v
+from vmlab.machine.cpu import IF, Segment
+from vmlab.machine.decode import Instruction
+from vmlab.machine.delivery import Fault, deliver
+from vmlab.machine.pc import Machine, Stop, StopReason, port_operands
+from vmlab.machine.state import (
+    CS,
+    DS,
+    ES,
+    HF2_GIF,
+    HF2_HIF,
+    HF2_NPT,
+    HF2_VINTR,
+    HF_GUEST,
+    RAX,
+    RSP,
+    SS,
+)
+from vmlab.machine.vmcb import Vmcb
+
+# Host-physical map of the VMM. What a VMM adds of its own goes to FREE_FRAMES and above.
+BOOT, GDT, CODE, HOST_SAVE, PML4, FREE_FRAMES, VMM_END = 0x3000, 0x2000, 0x4000, 0x5000, 0x10000, 0x20000, 16 << 20
+#: The host is 64-bit and sees all of machine memory from here on: no guest has code at such addresses.
+HIGH = 0xFFFF800000000000
+
+# 32-bit code at BOOT: into long mode with SVM enabled, VM_HSAVE_PA set, GIF off, interrupts on, then to the door.
+_BOOT_CODE = bytes.fromhex(
+    "0f011580200000"      # lgdt [GDT+0x80]
+    "b820000000 0f22e0"   # mov eax, CR4.PAE ; mov cr4, eax
+    "b800000100 0f22d8"   # mov eax, PML4 ; mov cr3, eax
+    "b9800000c0 0f32"     # mov ecx, EFER ; rdmsr
+    "0d00190000 0f30"     # or eax, LME|NXE|SVME ; wrmsr
+    "eb00"                # jmp $+2: what follows is decoded with EFER.SVME set
+    "b811000180 0f22c0"   # mov eax, PG|WP|ET|PE ; mov cr0, eax
+    "ea363000000800"      # jmp far 8:next
+    "b810000000 8ed8 8ec0 8ed0"      # next: mov eax, 0x10 ; mov ds, es, ss
+    "31d2 b800500000 b9170101c0 0f30"  # xor edx, edx ; mov eax, HOST_SAVE ; mov ecx, VM_HSAVE_PA ; wrmsr
+    "0f01dd fb"           # clgi ; sti: VMRUN with the host's IF on lets physical interrupts end the guest's run
+    "48b86040000000 80ffff ffe0")     # mov rax, HIGH+CODE+0x60 ; jmp rax
+_VMRUN, _VMLOAD, _VMSAVE, _WINDOW, _IDLE, _DOOR = (HIGH + CODE + 0x10 * i for i in range(1, 7))
+_ROUTINES = {
+    _VMRUN: "0f01d8",            # vmrun rax; #VMEXIT comes back behind it
+    _VMLOAD: "0f01da eb3b",      # vmload rax ; jmp door
+    _VMSAVE: "0f01db eb2b",      # vmsave rax ; jmp door
+    _WINDOW: "0f01dc eb00 0f01dd eb16",  # stgi ; jmp $+2 ; clgi ; jmp door
+    _IDLE: "0f01dc f4 0f01dd eb07",      # stgi ; hlt ; clgi ; jmp door
+    _DOOR: "ebfe",               # jmp $
+}
+_SWITCHED = (("es", ES), ("cs", CS), ("ss", SS), ("ds", DS))
+_TABLES = (("gdtr", "gdt"), ("idtr", "idt"))
+
+
+class _Diverted(Exception):
+    """A fault during delivery inside the guest is intercepted."""
+
+    def __init__(self, during: int, fault: Fault) -> None:
+        super().__init__()
+        self.during, self.fault = during, fault
+
+
+class Svm:
+    """The machine's AMD-V, and the host-mode code by which a VMM uses it. One per machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        if machine.ram.size < VMM_END:
+            raise ConfigError(f"hardware assistance needs at least {VMM_END >> 20} MiB of machine memory")
+        self.machine = machine
+        self._vmcb = Vmcb(machine.ram, 0)
+        self._host = Vmcb(machine.ram, HOST_SAVE)
+        self._virtual_interrupt = False
+        self._kicked = False
+        machine.guest_mode = self
+        machine.on_attention = self._attend
+        self._outer_tagger = machine.tagger
+        machine.tagger = lambda pc, code: [None] * len(code) if self._is_host(pc) else self._outer_tagger(pc, code)
+        self._booting = True
+        self._boot()
+        self._booting = False
+
+    # ---- the host
+    def _is_host(self, pc: int) -> bool:
+        return pc >= HIGH or self._booting
+
+    def _boot(self) -> None:
+        machine, ram = self.machine, self.machine.ram
+        ram.write64(PML4, PML4 + 0x1000 | 3)
+        ram.write64(PML4 + 8 * 256, PML4 + 0x1000 | 3)   # HIGH
+        ram.write64(PML4 + 0x1000, PML4 + 0x2000 | 3)
+        for i in range(512):
+            ram.write64(PML4 + 0x2000 + 8 * i, i << 21 | 0x83)
+        for i, descriptor in enumerate((0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)):
+            ram.write64(GDT + 8 * i, descriptor)
+        ram.write(GDT + 0x80, struct.pack("<HI", 0x17, GDT))
+        ram.write(BOOT, _BOOT_CODE)
+        for address, code in _ROUTINES.items():
+            ram.write(address - HIGH, bytes.fromhex(code))
+        machine.gate(_DOOR, lambda: machine.stop(Stop(StopReason.REQUESTED)))
+        machine.cpu.enter_protected(BOOT, Segment(0x08, 0, 0xFFFFFFFF, 0xCF9B00), Segment(0x10, 0, 0xFFFFFFFF, 0xCF9300))
+        machine.run()
+        # Guests have their own code at these linear addresses.
+        machine.forget_code(BOOT, BOOT + len(_BOOT_CODE))
+
+    def _call(self, routine: int, rax: int = 0) -> Stop:
+        cpu = self.machine.cpu
+        cpu.set_gpr(RAX, rax, 8)
+        cpu.rip = routine
+        cpu.store()
+        return self.machine.run()
+
+    def vmload(self, address: int) -> None:
+        """VMLOAD: FS, GS, TR, LDTR and the system-call registers from the VMCB (APM Vol. 2 §15.5.2)."""
+        self._call(_VMLOAD, address)
+
+    def vmsave(self, address: int) -> None:
+        """VMSAVE: the same registers, which #VMEXIT leaves in the CPU, into the VMCB."""
+        self._call(_VMSAVE, address)
+
+    def take_interrupts(self) -> None:
+        """STGI … CLGI: pending physical interrupts enter the host, that is the machine's monitor."""
+        self._call(_WINDOW)
+
+    def wait(self) -> Stop:
+        """STGI; HLT; CLGI: halt the physical CPU until an interrupt; HALTED when none can come."""
+        return self._call(_IDLE)
+
+    # ---- VMRUN
+    def run(self, address: int) -> Stop:
+        """Enter the guest of the VMCB at ``address`` and return at its #VMEXIT (``REQUESTED``).
+
+        The window onto the CPU is loaded afterwards: general registers other than RAX and RSP are the
+        guest's and may be changed. A machine that stopped inside the guest goes on there.
+        """
+        machine = self.machine
+        if self.in_guest:
+            return machine.run()
+        vmcb = self._vmcb
+        vmcb.address = address
+        machine.events["entry"] += 1
+        if not self._consistent(vmcb):
+            machine.cpu.rip = _VMRUN
+            self._record_exit(vmcb, v.EXIT_INVALID, 0, 0)
+            return Stop(StopReason.REQUESTED)
+        machine.tsc_offset = vmcb["tsc_offset"]
+        control = vmcb["interrupt_control"]
+        # Unicorn cannot take V_IRQ back from its CPU at #VMEXIT, so it never sees it: _attend() does it.
+        self._virtual_interrupt = bool(control & v.V_IRQ)
+        vmcb["interrupt_control"] = control & ~v.V_IRQ
+        machine.request_attention(self._virtual_interrupt or self._kicked)
+        injected = vmcb["event_injection"]
+        if injected & v.EVENT_VALID and injected & v.EVENT_TYPE == v.EVENT_INTERRUPT:
+            machine.events["interrupt.delivered"] += 1  # done within VMRUN by the CPU itself
+        return self._call(_VMRUN, address)
+
+    @staticmethod
+    def _consistent(vmcb: Vmcb) -> bool:
+        """The checks of VMRUN that QEMU leaves out (APM Vol. 2 §15.5.1)."""
+        cr0, efer = vmcb["cr0"], vmcb["efer"]
+        long_paging = efer & 1 << 8 and cr0 >> 31 & 1
+        return bool(efer & 1 << 12 and vmcb["asid"] and vmcb["intercepts"] & v.intercept_bit(v.EXIT_VMRUN)
+                    and not (cr0 & 1 << 29 and not cr0 & 1 << 30) and not cr0 >> 32 and not vmcb["dr6"] >> 32
+                    and not vmcb["dr7"] >> 32 and not (long_paging and (not vmcb["cr4"] & 1 << 5 or not cr0 & 1)))
+
+    @property
+    def in_guest(self) -> bool:
+        """Whether the CPU stands inside the guest (the run was ended there, by budget or device)."""
+        self.machine.cpu.load()
+        return bool(self.machine.cpu.hflags & HF_GUEST)
+
+    def kick(self) -> None:
+        """Make a running guest exit at its next instruction boundary, as an interrupt from another CPU does."""
+        self._kicked = True
+        self.machine.request_attention(True)
+
+    # ---- #VMEXIT
+    def exit(self, code: int, info_1: int = 0, info_2: int | None = None, *, during: int | None = None) -> None:
+        """The world switch back (APM Vol. 2 §15.6). The window must be loaded; it holds the host afterwards.
+
+        :param info_2: None leaves what the CPU wrote.
+        :param during: the event whose delivery was interrupted (EXITINTINFO).
+        """
+        cpu, vmcb, host = self.machine.cpu, self._vmcb, self._host
+        for name, number in _SWITCHED:
+            vmcb.set_segment(name, cpu.segment(number))
+        for name, table in _TABLES:
+            register = cpu.table(table)
+            vmcb[f"{name}.base"], vmcb[f"{name}.limit"] = register.base, register.limit
+        vmcb["rflags"] = cpu.eflags
+        vmcb["rip"], vmcb["rsp"], vmcb["rax"] = cpu.rip, cpu.gpr(RSP), cpu.gpr(RAX)
+        vmcb["cr0"], vmcb["cr2"], vmcb["cr3"], vmcb["cr4"] = cpu.cr(0), cpu.cr2, cpu.cr(3), cpu.cr(4)
+        vmcb["efer"], vmcb["cpl"] = cpu.efer, cpu.cpl
+        vmcb["dr6"], vmcb["dr7"] = cpu.debug_register(6), cpu.debug_register(7)
+        vmcb["interrupt_shadow"] = int(cpu.shadow)
+        control = vmcb["interrupt_control"]
+        vmcb["interrupt_control"] = control | v.V_IRQ if self._virtual_interrupt else control & ~v.V_IRQ
+        self._record_exit(vmcb, code, info_1, info_2, during)
+        self._virtual_interrupt = self._kicked = False
+        self.machine.request_attention(False)
+        self.machine.tsc_offset = 0
+
+        cpu.clear_shadow()
+        cpu.forget_exception()
+        cpu.hflags &= ~HF_GUEST
+        cpu.hflags2 &= ~(HF2_GIF | HF2_HIF | HF2_VINTR | HF2_NPT)
+        cpu.clear_intercepts()
+        cpu.set_efer(host["efer"])
+        cpu.set_crs(host["cr0"], host["cr3"], host["cr4"])
+        cpu.engine.flush_tlb()
+        for name, number in _SWITCHED:
+            cpu.set_segment(number, host.segment(name))
+        for name, table in _TABLES:
+            cpu.set_table(table, Segment(0, host[f"{name}.base"], host[f"{name}.limit"], 0))
+        cpu.set_cpl(0)
+        cpu.eflags = host["rflags"]
+        cpu.set_debug_register(7, 0x400)
+        cpu.set_gpr(RSP, host["rsp"], 8)
+        cpu.set_gpr(RAX, host["rax"], 8)
+        cpu.rip = host["rip"]
+        self.machine.stop(Stop(StopReason.REQUESTED))
+
+    def _record_exit(self, vmcb: Vmcb, code: int, info_1: int, info_2: int | None, during: int | None = None) -> None:
+        self.machine.events[f"exit.{v.exit_reason(code)}"] += 1
+        vmcb["exit_code"], vmcb["exit_info_1"] = code, info_1
+        if info_2 is not None:
+            vmcb["exit_info_2"] = info_2
+        pending = vmcb["event_injection"]
+        vmcb["exit_interrupt_info"] = during if during is not None else pending if pending & v.EVENT_VALID else 0
+        vmcb["event_injection"] = 0
+
+    # ---- what pc.py asks while the CPU is in guest mode
+    def _intercepted(self, code: int) -> bool:
+        return bool(self._vmcb["intercepts"] & v.intercept_bit(code))
+
+    def intercepts(self, op: str, instruction: Instruction) -> bool:
+        """Before an instruction that the machine carries out itself: exit if it is intercepted."""
+        if op in ("rdtsc", "rdtscp"):
+            code = v.EXIT_RDTSC if op == "rdtsc" else v.EXIT_RDTSCP
+            if not self._intercepted(code):
+                return False
+            self.exit(code)
+            return True
+        cpu = self.machine.cpu
+        port, size = port_operands(instruction, cpu)
+        if not self._intercepted(v.EXIT_IOIO) or not self._port_intercepted(port, size):
+            return False
+        info = (port << v.IO_PORT_SHIFT | size << v.IO_SIZE_SHIFT | (instruction.cs.addr_size >> 1) << v.IO_ADDRESS_SHIFT
+                | (v.IO_STRING if instruction.string else 0) | (v.IO_REP if instruction.rep else 0)
+                | (v.IO_IN if op in ("in", "ins") else 0))
+        self.exit(v.EXIT_IOIO, info, cpu.rip + instruction.size)
+        return True
+
+    def _port_intercepted(self, port: int, size: int) -> bool:
+        """The I/O permission map: a bit for each port (APM Vol. 2 §15.10.1)."""
+        at = self._vmcb["iopm_base"] + port // 8
+        bits = int.from_bytes(self.machine.ram.read(at, 2), "little")
+        return bool((bits >> port % 8) & ((1 << size) - 1))
+
+    def lets_interrupts_in(self) -> bool:
+        """Whether the CPU recognises a physical interrupt now (APM Vol. 2 §15.17, §15.21.1)."""
+        cpu = self.machine.cpu
+        if not cpu.hflags & HF_GUEST:
+            return bool(cpu.hflags2 & HF2_GIF and cpu.system_flags & IF) and not cpu.shadow
+        # In the interrupt shadow too: an exit there would lose it, since Unicorn's VMRUN does not load it.
+        if cpu.shadow:
+            return False
+        return bool(cpu.hflags2 & HF2_HIF if cpu.hflags2 & HF2_VINTR else cpu.system_flags & IF)
+
+    def takes_interrupt(self) -> bool:
+        """A physical interrupt arrived in guest mode: exit if it is intercepted, else it is the guest's."""
+        if not self._intercepted(v.EXIT_INTR):
+            return False
+        self.exit(v.EXIT_INTR, 0, 0)
+        return True
+
+    def _attend(self) -> bool:
+        """At a block's start: a kick, or the virtual interrupt (APM Vol. 2 §15.21.4)."""
+        cpu = self.machine.cpu
+        if not cpu.hflags & HF_GUEST or cpu.shadow:
+            return False
+        if self._kicked and self._intercepted(v.EXIT_INTR):
+            self.exit(v.EXIT_INTR, 0, 0)
+            return True
+        if not self._virtual_interrupt or not cpu.system_flags & IF:
+            return False
+        control = self._vmcb["interrupt_control"]
+        if not control & v.V_IGNORE_TPR and (control & v.V_PRIORITY) >> 16 <= control & v.V_TPR:
+            return False
+        if self._intercepted(v.EXIT_VINTR):
+            self.exit(v.EXIT_VINTR, 0, 0)
+            return True
+        self._virtual_interrupt = False
+        self.machine.request_attention(self._kicked)
+        if self.deliver(self._vmcb["interrupt_vector"] & 0xFF, None, external=True) is not None:
+            self.machine.events["interrupt.delivered"] += 1
+        return True
+
+    def deliver(self, vector: int, error_code: int | None, *, software: bool = False, external: bool = False,
+                fault_rip: int | None = None) -> int | None:
+        """Through the guest's own IDT; returns the vector delivered, or None when that ended in a #VMEXIT."""
+        try:
+            delivered = deliver(self.machine.cpu, vector, error_code, software=software, external=external,
+                                fault_rip=fault_rip, on_fault=self._divert)
+        except _Diverted as diverted:
+            fault = diverted.fault
+            self.exit(v.EXIT_EXCEPTION + fault.vector, fault.error_code or 0, fault.address or 0, during=diverted.during)
+            return None
+        except TripleFault:
+            if not self._intercepted(v.EXIT_SHUTDOWN):
+                raise
+            self.exit(v.EXIT_SHUTDOWN, 0, 0)
+            return None
+        self._vmcb["event_injection"] &= ~v.EVENT_VALID
+        return delivered
+
+    def _divert(self, vector: int, error_code: int | None, software: bool, external: bool, fault: Fault) -> None:
+        if self._vmcb["intercept_exceptions"] & 1 << fault.vector:
+            kind = v.EVENT_SOFTWARE if software else v.EVENT_INTERRUPT if external else v.EVENT_EXCEPTION
+            raise _Diverted(v.event(kind, vector, error_code), fault)
