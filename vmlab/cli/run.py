@@ -22,7 +22,7 @@ The native run of the same work is made along with it, for slowdown and fidelity
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.epilog = EXAMPLE
-    parser.add_argument("workload", help="what the guest does")
+    parser.add_argument("workload", nargs="?", help="what the guest does; a kernel from a file has none")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--technique", help="how it is virtualized ('native': not at all)")
     how.add_argument("--strategy", metavar="FILE.py:CLASS", help="a technique of your own, from a file")

@@ -17,7 +17,7 @@ from vmlab.parameters import Value, nearest
 
 
 def run(
-    technique: str, workload: str, *, guest: str = "nano", profiles: Sequence[str] | None = None,
+    technique: str, workload: str | None = None, *, guest: str = "nano", profiles: Sequence[str] | None = None,
     lab: Lab | None = None, parameters: Mapping[str, Value] | None = None, **more: Value,
 ) -> dict[str, Any]:
     """Run ``workload`` under ``technique`` in a process of its own and return the priced cell.
@@ -27,6 +27,7 @@ def run(
         cell = vmlab.run("binary-translation", "rdtsc", iterations=1000, density=100, emulation="callout")
         cell["events"]["bt.callout.rdtsc"], cell["slowdown"]["prescott-2005"]["value"]
 
+    :param workload: what the guest does; a kernel from a file has none.
     :param profiles: names of the profiles to price on; all when not given.
     :param parameters: of the workload (iterations, density, budget) and of the technique; ``more`` is the same
         as keyword arguments.
@@ -48,8 +49,10 @@ def run(
     return complete(cells, records, known if profiles is None else list(profiles), lab)[0]
 
 
-def expand(technique: str, workload: str, guest: str, parameters: Mapping[str, Value], lab: Lab) -> list[Cell]:
+def expand(technique: str, workload: str | None, guest: str, parameters: Mapping[str, Value], lab: Lab) -> list[Cell]:
     """The cell and, unless it is native itself, its baseline. Raises as :func:`run` does."""
-    block = {"technique": technique, "guest": guest, "workload": workload, **parameters}
+    block: dict[str, Value] = {"technique": technique, "guest": guest, **parameters}
+    if workload is not None:
+        block["workload"] = workload
     experiment = schema.load(Document("run", {"name": "run", "matrix": block}), lab)
     return experiment.cells
