@@ -142,7 +142,7 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("bt.translate.bytes_in", "guest bytes translated", "byte")
     yield vmm("bt.translate.bytes_out", "bytes emitted into the cache", "byte")
     for cause in CALLOUT_CAUSES:
-        yield machine(f"bt.callout.{cause}", f"callouts from the cache: {cause.replace('_', ' ')}")
+        yield vmm(f"bt.callout.{cause}", f"callouts from the cache: {cause.replace('_', ' ')}")
     yield vmm("bt.lookup.indirect", "look-ups of an indirect target by the monitor")
     yield vmm("bt.chain", "exits patched into direct jumps")
     yield vmm("bt.invalidate", "translations thrown away")

@@ -41,11 +41,15 @@ class DeprivilegingMonitor(Strategy):
         super().__init__(machine, parameters)
         machine.monitor = self
         self.space = StaticSpace(machine.ram, GUEST_MEMORY)
-        self.vcpu = VirtualCpu(machine.cpu, self.space, true_selectors=self.true_selectors)
+        self.vcpu = self.make_vcpu()
         self.platform_devices = VirtualPlatform(machine)
         self.emulator = Emulator(machine, self.vcpu, self.platform_devices, self.counts)
         self.emulator.on_halt = self._halt
         machine.on_attention = self.attend
+
+    def make_vcpu(self) -> VirtualCpu:
+        """The virtual CPU; techniques that keep more of it virtual make their own."""
+        return VirtualCpu(self.machine.cpu, self.space, true_selectors=self.true_selectors)
 
     # ---- loading
     def load(self, image: GuestImage, command_line: str) -> None:
@@ -212,7 +216,7 @@ class DeprivilegingMonitor(Strategy):
         cpu.load()
         return GuestState(
             gpr=tuple(cpu.gpr(i) & 0xFFFFFFFF for i in range(8)), rip=vcpu.rip, eflags=vcpu.eflags,
-            selectors=tuple(vcpu.shown_selector(cpu.selector(i)) if i in (CS, SS) else cpu.selector(i) for i in (ES, CS, SS, DS, FS, GS)),
+            selectors=tuple(vcpu.selector(i) for i in (ES, CS, SS, DS, FS, GS)),
             cr0=vcpu.cr0, cr2=vcpu.cr2, cr3=vcpu.cr3, cr4=vcpu.cr4,
             gdt=(vcpu.gdt.base, vcpu.gdt.limit), idt=(vcpu.idt.base, vcpu.idt.limit),
         )
