@@ -145,4 +145,5 @@ def shows_the_ring(evidence: Evidence, arguments: Arguments) -> Finding:
 def _probe_rows(evidence: Evidence) -> dict[str, Mapping[str, Any]]:
     if not evidence.probe or not evidence.probe.get("rows"):
         raise Missing("no probe: run `vmlab probe` and judge its result")
-    return {str(row["instruction"]).lower(): row for row in evidence.probe["rows"]}
+    # "op", where the probe gives it, is the ledger's name; "instruction" is what people read.
+    return {str(row.get("op") or row["instruction"]).lower(): row for row in evidence.probe["rows"]}

@@ -47,7 +47,9 @@ class Sheet:
         and ``foot`` that for tick labels below the last, all in inches."""
         from matplotlib.figure import Figure
 
-        title_lines, caption_lines = textwrap.wrap(title, 66), textwrap.wrap(caption, 106)
+        title_lines, caption_lines = (
+            textwrap.wrap(text, width, break_on_hyphens=False) for text, width in ((title, 66), (caption, 106))
+        )
         head = 0.16 + 0.26 * len(title_lines)
         top = head + (0.215 * legend_rows + 0.12 if legend_rows else 0.0) + 0.36
         bottom = foot + 0.14 + 0.178 * len(caption_lines) + 0.1

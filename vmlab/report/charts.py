@@ -8,6 +8,7 @@ computed from the run; the caption says how to read the chart.
 from __future__ import annotations
 
 from collections.abc import Callable
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from vmlab.report import findings
@@ -112,7 +113,7 @@ def density(view: View) -> Figure:
                "Below the line the technique is faster than the bare machine.")
     sheet = Sheet(findings.density_title(view), caption, [3.1], len(ends), left=0.8,
                   legend_rows=-(-len(variants) // 2), foot=0.5)
-    sheet.legend(_handles(view, workload, variants), 2)
+    sheet.legend(_handles(view, [workload], variants), 2)
     found = [r for v in variants for c in view.column(workload, v) for g in ends for r in [_ratio(c, g)] if r]
     limits, ticks = _limits(found), view.densities(workload)
     wide = len(ticks) > 1 and ticks[0] > 0 and ticks[-1] / ticks[0] >= 20
@@ -133,46 +134,54 @@ def density(view: View) -> Figure:
 
 
 def generations(view: View) -> Figure:
-    """Slowdown against CPU generation, with the places where two techniques change places."""
-    workload, line = view.headline, view.intel
-    others = [g for g in view.generations if g not in line]
-    variants = [v for v in view.variants(workload) if v[0] != "native"]
-    found = findings.crossings(view, workload)
-    key = " ".join(
-        f"{chr(65 + i)}: {name(c.second)} overtakes {name(c.first)} between {short(c.before)} and {short(c.after)}."
-        for i, c in enumerate(found)
-    )
-    caption = (f"{_what(view, workload)}. Lines join successive generations of one maker"
-               f"{'; ' + others[0].vendor + ' stands apart' if others else ''}. {WHISKERS} "
-               + (f"Rings mark crossings, interpolated, where the ranges are apart on one side at least. {key}" if found
-                  else "No two lines cross with their ranges apart."))
-    sheet = Sheet(findings.generations_title(view), caption, [3.3], left=0.85,
+    """Slowdown against CPU generation, a panel per workload, with the places where two techniques change places."""
+    workloads = view.workloads[:4]
+    shown = [*view.intel, *(g for g in view.generations if g not in view.intel)]
+    variants = view.rows(workloads)
+    lettered = list(zip(ascii_uppercase, [(w, c) for w in workloads for c in findings.crossings(view, w)], strict=False))
+    key = " ".join(f"{letter}: {name(c.second)} overtakes {name(c.first)} by {short(c.after)}." for letter, (_, c) in lettered)
+    apart = f"; {shown[-1].vendor} stands apart" if len(shown) > len(view.intel) else ""
+    caption = f"Each workload at its densest. Lines join successive generations of one maker{apart}. {WHISKERS} " + (
+        f"Rings mark crossings, interpolated, where the ranges are apart on one side at least. {key}" if lettered
+        else "No two lines cross with their ranges apart.")
+    columns = min(len(workloads), 2)
+    heights = [3.1 if columns == 1 else 2.2] * -(-len(workloads) // columns)
+    sheet = Sheet(findings.generations_title(view), caption, heights, columns, left=0.8, gap=0.85,
                   legend_rows=-(-len(variants) // 2), foot=0.42)
-    sheet.legend(_handles(view, workload, variants), 2)
-    axes = sheet.axes[0][0]
-    shown = [*line, *others]
-    xs = {g.name: i + (0.35 if g in others else 0.0) for i, g in enumerate(shown)}
-    ratios = {(v, g.name): r for v in variants for g in shown for r in [_at(view, workload, v, g)] if r}
-    _ratio_axis(axes, "y", _limits(list(ratios.values())))
-    axes.set_ylabel("slowdown")
-    axes.set_xticks(list(xs.values()), [short(g).replace(" ", "\n") for g in shown])
-    axes.set_xlim(-0.45, max(xs.values()) + 0.45)
-    # Side by side, or whiskers of equal value would hide one another.
-    step = 0.05
-    for i, variant in enumerate(variants):
-        shift = (i - (len(variants) - 1) / 2) * step
-        for part in (line, *([g] for g in others)):
-            points = [(xs[g.name] + shift, ratios[variant, g.name]) for g in part if (variant, g.name) in ratios]
-            _line(axes, [x for x, _ in points], [r for _, r in points], variant, view, workload)
-    for i, crossing in enumerate(found):
-        pair = [v for v in (crossing.first, crossing.second) if v in variants]
-        shifts = [step * (variants.index(v) - (len(variants) - 1) / 2) for v in pair]
-        where = (xs[crossing.before.name] + crossing.position + sum(shifts) / max(len(shifts), 1), crossing.value)
-        axes.plot(*where, marker="o", markersize=13, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.2, zorder=6)
-        axes.annotate(chr(65 + i), where, xytext=(9, 8), textcoords="offset points", fontsize=10.5, fontweight="bold")
-    if others:
-        axes.axvline(len(line) - 0.5 + 0.17, color=RULE, linewidth=1)
+    sheet.legend(_handles(view, workloads, variants), 2)
+    limits = _limits([r for w in workloads for v in variants for g in shown for r in [_at(view, w, v, g)] if r])
+    for i, axes in enumerate(axes for line in sheet.axes for axes in line):
+        if i >= len(workloads):
+            axes.remove()
+            continue
+        _ratio_axis(axes, "y", limits, labelled=i % columns == 0)
+        axes.set_title(_what(view, workloads[i]), loc="left", fontsize=11)
+        if i % columns == 0:
+            axes.set_ylabel("slowdown")
+        _generation_lines(axes, view, workloads[i], shown, [(letter, c) for letter, (w, c) in lettered if w == workloads[i]])
     return sheet.figure
+
+
+def _generation_lines(
+    axes: Axes, view: View, workload: str, shown: list[Generation], lettered: list[tuple[str, findings.Crossing]],
+) -> None:
+    line, variants = view.intel, [v for v in view.variants(workload) if v[0] != "native"]
+    xs = {g.name: i + (0.0 if g in line else 0.2) for i, g in enumerate(shown)}
+    axes.set_xticks(list(xs.values()), [short(g).replace(" ", "\n") for g in shown])
+    axes.set_xlim(-0.4, max(xs.values()) + 0.4)
+    # Side by side, or whiskers of equal value would hide one another.
+    shifts = {variant: 0.07 * (i - (len(variants) - 1) / 2) for i, variant in enumerate(variants)}
+    for variant in variants:
+        for part in (line, *([g] for g in shown if g not in line)):
+            points = [(xs[g.name] + shifts[variant], r) for g in part for r in [_at(view, workload, variant, g)] if r]
+            _line(axes, [x for x, _ in points], [r for _, r in points], variant, view, workload)
+    for letter, crossing in lettered:
+        own = [shifts[v] for v in (crossing.first, crossing.second) if v in shifts]
+        where = (xs[crossing.before.name] + crossing.position + sum(own) / max(len(own), 1), crossing.value)
+        axes.plot(*where, marker="o", markersize=13, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.2, zorder=6)
+        axes.annotate(letter, where, xytext=(8, 8), textcoords="offset points", fontsize=10.5, fontweight="bold", zorder=7)
+    if len(shown) > len(line):
+        axes.axvline(len(line) - 0.4, color=RULE, linewidth=1)
 
 
 #: Chart by file name, in the order of the report.
@@ -246,15 +255,15 @@ def _ratio_axis(axes: Axes, which: str, limits: tuple[float, float], labelled: b
     (axes.axvline if which == "x" else axes.axhline)(1.0, color=INK, linewidth=1.3, zorder=1)
 
 
-def _hollow(variant: Variant, view: View, workload: str) -> bool:
+def _hollow(variant: Variant, view: View, workloads: list[str]) -> bool:
     """The second variant of a technique is drawn hollow and dashed, in the technique's colour."""
-    siblings = [v for v in view.variants(workload) if v[0] == variant[0]]
+    siblings = [v for v in view.rows(workloads) if v[0] == variant[0]]
     return variant in siblings and siblings.index(variant) > 0
 
 
 def _dot(variant: Variant, view: View, workload: str) -> dict[str, Any]:
     style = look(variant[0])
-    fill = "white" if _hollow(variant, view, workload) else style.colour
+    fill = "white" if _hollow(variant, view, [workload]) else style.colour
     return {"marker": style.marker, "color": style.colour, "markerfacecolor": fill, "markeredgecolor": style.colour,
             "markersize": 7, "markeredgewidth": 1.5, "capsize": 3, "elinewidth": 1.4, "linestyle": "none", "zorder": 3}
 
@@ -266,16 +275,16 @@ def _line(
         return
     values = [value for value, _, _ in ratios]
     errors = [[value - low for value, low, _ in ratios], [high - value for value, _, high in ratios]]
-    style = _dot(variant, view, workload) | {"linestyle": "--" if _hollow(variant, view, workload) else "-", "linewidth": 1.6}
+    style = _dot(variant, view, workload) | {"linestyle": "--" if _hollow(variant, view, [workload]) else "-", "linewidth": 1.6}
     axes.errorbar(xs, values, yerr=errors, **style)
 
 
-def _handles(view: View, workload: str, variants: list[Variant]) -> list[Line2D]:
+def _handles(view: View, workloads: list[str], variants: list[Variant]) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     made = []
     for variant in variants:
-        style, hollow = look(variant[0]), _hollow(variant, view, workload)
+        style, hollow = look(variant[0]), _hollow(variant, view, workloads)
         made.append(Line2D(
             [], [], color=style.colour, marker=style.marker, markersize=7, markeredgewidth=1.5, linewidth=1.6,
             label=name(variant), markerfacecolor="white" if hollow else style.colour, linestyle="--" if hollow else "-",
