@@ -9,8 +9,7 @@ increment got wrong is corrected when it shows:
   the others are *continuations*; the number of continuations is the number of elements moved;
 * a conditional jump was taken when the next block does not start where this one ended.
 
-Nothing here depends on how the hook is called: :class:`Counter` is the portable way, and
-:mod:`vmlab.machine.fast` keeps the same numbers in C.
+:func:`block_hook` is the portable way to count; :mod:`vmlab.machine.fast` keeps the same numbers in C.
 """
 
 from __future__ import annotations
@@ -77,27 +76,11 @@ class Counter:
         self.user = 0
         self.time = 0
         self.limit = 1 << 62
+        #: The next block start needs a look (an interrupt waits); what is outside Python reads it here.
+        self.attention = False
         self.current: Block | None = None
         self._short: dict[tuple[int, int, int], int] = {}
         self._retired: list[Block] = []
-
-    # ---- called for every block
-    def enter(self, block: Block) -> None:
-        """The CPU is about to run ``block``."""
-        previous = self.current
-        weight = block.weight
-        if previous is not None:
-            if previous.ring:
-                self.user = int(self._read_cpl() == 3)
-            if previous.end != block.pc:
-                if previous.rep and previous.end == block.end:
-                    block.again[self.user] += 1
-                    weight -= 1
-                else:
-                    previous.taken[self.user] += 1
-        block.runs[self.user] += 1
-        self.time += weight
-        self.current = block
 
     def continues(self, block_end: int) -> bool:
         """Whether the next block, ending at ``block_end``, is another iteration of an unfinished REP."""
@@ -180,6 +163,45 @@ class Counter:
     def _all_blocks(self) -> Iterable[Block]:
         yield from self._retired
         yield from self.blocks.values()
+
+
+def block_hook(counter: Counter, attend: Callable[[int, int], bool],
+               fail: Callable[[BaseException], None]) -> Callable[[int, int, int, int], None]:
+    """What Unicorn calls at every block on the portable path: (engine, linear address, size, nothing).
+
+    One long function over local names, since it runs for every block; ``native/blocks.c`` does the same.
+
+    :param attend: the rare cases; True when the block is known now and may run.
+    :param fail: takes what was raised: nothing may cross Unicorn's frames.
+    """
+    blocks, read_cpl = counter.blocks, counter._read_cpl
+    known = blocks.get
+
+    def on_block(_uc: int, pc: int, size: int, _data: int) -> None:
+        try:
+            block = known(pc << 16 | size)
+            if block is None or counter.attention or counter.time + block.weight > counter.limit:
+                if not attend(pc, size):
+                    return
+                block = blocks[pc << 16 | size]
+            weight = block.weight
+            previous = counter.current
+            if previous is not None:
+                if previous.ring:
+                    counter.user = int(read_cpl() == 3)
+                if previous.end != pc:
+                    if previous.rep and previous.end == block.end:
+                        block.again[counter.user] += 1  # another iteration of the same instruction
+                        weight -= 1
+                    else:
+                        previous.taken[counter.user] += 1
+            block.runs[counter.user] += 1
+            counter.time += weight
+            counter.current = block
+        except BaseException as failure:  # noqa: BLE001 - handed on
+            fail(failure)
+
+    return on_block
 
 
 def _sum(blocks: Iterable[Block], short: dict[tuple[int, int, int], int]) -> Snapshot:

@@ -1,14 +1,284 @@
-"""Placeholder until the C library is wired (next commit)."""
+"""The fast path: the same counts as :class:`~vmlab.machine.counter.Counter`, kept in C.
+
+``native/blocks.c`` is called by Unicorn at every block and adds to tables that live here; Python is asked only when
+a block is new, an interrupt waits or the budget is spent. All memory is allocated and grown on this side, so that
+the library is one function. Without a library (no prebuilt one, no compiler) nothing is lost but time:
+:func:`connect` answers None, :func:`why_not` says why, and the machine counts in Python.
+"""
+
 from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
+
+from unicorn import unicorn_const as uc_const
+
+from vmlab.machine.counter import Block, Counter, block_hook
+from vmlab.machine.engine import CODE_CALLBACK
+from vmlab.machine.native import build
+from vmlab.machine.state import AT_HFLAGS
+
 if TYPE_CHECKING:
-    from vmlab.machine.counter import Counter
     from vmlab.machine.pc import Machine
 
+# The words of blocks.c's ``state``, each 8 bytes, in its order.
+(_TIME, _LIMIT, _USER, _ATTENTION, _CURRENT, _PLACES, _MASK, _RECORDS, _HFLAGS, _ATTEND, _READ_CPL) = range(11)
+_REP, _RING = 1 << 32, 1 << 33
+_RECORD, _PLACE = 8, 2  # words in a ``record`` and a ``place``
+_COUNTS = struct.Struct("=6Q")
+_WORD = 0xFFFFFFFFFFFFFFFF
+_NEVER = _WORD  # a place whose block was closed: matches nothing, ends no search
 
-def connect(machine: "Machine", address: int | None) -> "Counter | None":
-    return None
+_ATTEND_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32)
+_CPL_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int)
+_BLOCK_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
+
+Attend = Callable[[int, int], bool]
+
+
+def _words(count: int) -> tuple[memoryview, int]:
+    """``count`` 64-bit words, all 0, and their address. The view keeps the memory alive."""
+    memory = (ctypes.c_uint64 * count)()
+    return memoryview(memory).cast("B").cast("Q"), ctypes.addressof(memory)
+
+
+class FastCounter(Counter):
+    """A :class:`Counter` that C adds to, in memory at ``address``. The numbers per block are read back when somebody asks.
+
+    :param attend: called with (pc, size) in the rare cases; may not raise; True when the block is known and may run.
+    :param hflags: address of the CPU's flags word that holds CPL, or None: ``read_cpl`` is called instead.
+    """
+
+    def __init__(self, read_cpl: Callable[[], int], attend: Attend, hflags: int | None) -> None:
+        self._state, self.address = _words(11)
+        self._callbacks = _ATTEND_CALLBACK(attend), _CPL_CALLBACK(read_cpl)
+        for word, callback in zip((_ATTEND, _READ_CPL), self._callbacks, strict=True):
+            self._state[word] = ctypes.cast(callback, ctypes.c_void_p).value or 0
+        self._state[_HFLAGS] = hflags or 0
+        self._by_number: list[Block | None] = []
+        self._free: list[int] = []
+        self._records, _ = _words(1)
+        self._grow_records(1024)
+        self._free.remove(0)
+        self._rebuild_places()
+        super().__init__(read_cpl)
+
+    # ---- what both sides see
+    @property
+    def time(self) -> int:
+        return self._state[_TIME]
+
+    @time.setter
+    def time(self, value: int) -> None:
+        self._state[_TIME] = value
+
+    @property
+    def limit(self) -> int:
+        return self._state[_LIMIT]
+
+    @limit.setter
+    def limit(self, value: int) -> None:
+        self._state[_LIMIT] = min(value, 1 << 62)
+
+    @property
+    def user(self) -> int:
+        return self._state[_USER]
+
+    @user.setter
+    def user(self, value: int) -> None:
+        self._state[_USER] = value
+
+    @property
+    def attention(self) -> bool:
+        return bool(self._state[_ATTENTION])
+
+    @attention.setter
+    def attention(self, value: bool) -> None:
+        self._state[_ATTENTION] = value
+
+    @property
+    def current(self) -> Block | None:
+        return self._by_number[self._state[_CURRENT]]
+
+    @current.setter
+    def current(self, block: Block | None) -> None:
+        self._state[_CURRENT] = 0 if block is None else block.slot
+
+    # ---- blocks
+    def add(self, block: Block) -> None:
+        super().add(block)
+        if not self._free:
+            self._grow_records(2 * len(self._by_number))
+        number = block.slot = self._free.pop()
+        self._by_number[number] = block
+        at = number * _RECORD
+        traits = block.weight | (_REP if block.rep else 0) | (_RING if block.ring else 0)
+        self._records[at:at + _RECORD] = _view(*block.runs, *block.taken, *block.again, block.end & _WORD, traits)
+        if 2 * self._used >= len(self._places) // _PLACE:
+            self._rebuild_places()
+        else:
+            self._place(block)
+
+    def close(self, block: Block) -> None:
+        number = block.slot
+        super().close(block)
+        if number < 0:
+            return
+        self._read_back(block)
+        at = self._search(block.pc, block.size | number << 32)
+        self._places[at], self._places[at + 1] = _NEVER, _NEVER
+        self._by_number[number] = None
+        self._free.append(number)
+        block.slot = -1
+
+    def _all_blocks(self) -> Iterable[Block]:
+        for block in self.blocks.values():
+            self._read_back(block)
+        return super()._all_blocks()
+
+    def _read_back(self, block: Block) -> None:
+        counts = _COUNTS.unpack_from(self._records, block.slot * _RECORD * 8)
+        block.runs[:], block.taken[:], block.again[:] = counts[0:2], counts[2:4], counts[4:6]
+
+    # ---- the tables
+    def _grow_records(self, count: int) -> None:
+        """Make room for ``count`` records; number 0 is never given to a block."""
+        before = len(self._by_number)
+        records, self._state[_RECORDS] = _words(count * _RECORD)
+        records[:before * _RECORD] = self._records[:before * _RECORD]
+        self._records = records
+        self._by_number.extend([None] * (count - before))
+        self._free.extend(range(count - 1, before - 1, -1))
+
+    def _rebuild_places(self) -> None:
+        """A hash table with a quarter of its places taken, without the traces of closed blocks."""
+        live = [block for block in self._by_number if block is not None]
+        places = 1024
+        while places < 4 * len(live):
+            places *= 2
+        self._places, self._state[_PLACES] = _words(places * _PLACE)
+        self._state[_MASK] = places - 1
+        self._used = 0
+        for block in live:
+            self._place(block)
+
+    def _place(self, block: Block) -> None:
+        at = self._search(block.pc, 0, size=block.size)
+        self._places[at], self._places[at + 1] = block.pc, block.size | block.slot << 32
+        self._used += 1
+
+    def _search(self, pc: int, what: int, *, size: int | None = None) -> int:
+        """Index of the place that holds ``what``, on the path of searches for (pc, size); as ``find`` of blocks.c."""
+        size = what & 0xFFFFFFFF if size is None else size
+        mask = self._state[_MASK]
+        at = (((pc + (size << 40)) * 0x9E3779B97F4A7C15) & _WORD) >> 32
+        while self._places[(at & mask) * _PLACE + 1] != what:
+            at += 1
+        return (at & mask) * _PLACE
+
+
+def _view(*values: int) -> memoryview:
+    return memoryview(struct.pack(f"={len(values)}Q", *values)).cast("Q")
+
+
+# ---- the library
+@functools.cache
+def _load() -> int | str:
+    """Address of ``vmlab_block``, or the reason why there is none."""
+    try:
+        return _find()
+    except build.Unavailable as reason:
+        return str(reason)
+
+
+def _find() -> int:
+    """The library that the installation brought, else the one in the user's cache, built now if it is not there."""
+    try:
+        name = build.file_name()
+        prebuilt = build.SOURCE.with_name(name)
+        if prebuilt.exists():
+            try:
+                return _open(str(prebuilt))
+            except build.Unavailable:
+                pass  # made for another kind of host: this one may have a compiler
+        cached = build.cache_directory() / name
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        raise build.Unavailable(str(error)) from error
+    if not cached.exists():
+        build.compile_library(cached)
+    return _open(str(cached))
+
+
+def _open(path: str) -> int:
+    try:
+        function = getattr(ctypes.CDLL(path), build.SYMBOL)
+    except (OSError, AttributeError) as error:
+        raise build.Unavailable(f"the library cannot be loaded: {error}") from error
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    if not _counts_right(address):
+        raise build.Unavailable(f"the library {path} counts wrongly on this host")
+    return address
+
+
+def _counts_right(function: int) -> bool:
+    """Let the library and Python count the same made-up run."""
+    def no_cpl() -> int:
+        return 3
+
+    def unknown(pc: int, size: int) -> bool:
+        return False
+
+    fast, plain, failed = FastCounter(no_cpl, unknown, None), Counter(no_cpl), list[BaseException]()
+    in_c, in_python = _BLOCK_FUNCTION(function), block_hook(plain, unknown, failed.append)
+    for counter in (plain, fast):
+        for pc, size, weight, rep, ring in _SAMPLE:
+            block = Block(pc << 16 | size, pc, size, [], None)
+            block.weight, block.rep, block.ring = weight, rep, ring
+            counter.add(block)
+    for number in (0, 0, 1, 2, 2, 0, 3, 0):
+        pc, size = _SAMPLE[number][:2]
+        in_c(None, pc, size, fast.address)
+        in_python(0, pc, size, 0)
+    counts = [[(b.pc, b.runs, b.taken, b.again) for b in counter._all_blocks()] for counter in (plain, fast)]
+    return not failed and counts[0] == counts[1] and (fast.time, fast.user) == (plain.time, plain.user)
+
+
+#: Made-up blocks: (address, size, weight, REP, changes the ring). The third is the second's own iteration.
+_SAMPLE = ((0x10, 4, 3, False, False), (0x20, 4, 2, True, False), (0x22, 2, 1, True, False), (0x30, 4, 1, False, True))
 
 
 def why_not() -> str:
-    return "not built"
+    """Why the fast path is not available on this host; empty when it is."""
+    found = _load()
+    return found if isinstance(found, str) else ""
+
+
+def connect(machine: Machine, address: int | None) -> FastCounter | None:
+    """Wire the C counter to ``machine``'s block hook; None where there is no library.
+
+    :param address: of the CPU's state in memory (:func:`vmlab.machine.state.live_address`), or None.
+    """
+    function = _load()
+    if isinstance(function, str):
+        return None
+
+    def attend(pc: int, size: int) -> bool:
+        try:
+            return machine._attend(pc, size)
+        except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames; run() raises it again
+            machine._fail(failure)
+            return False
+
+    def read_cpl() -> int:
+        try:
+            return machine._load_cpl()
+        except BaseException as failure:  # noqa: BLE001
+            machine._fail(failure)
+            return 0
+
+    counter = FastCounter(read_cpl, attend, None if address is None else address + AT_HFLAGS)
+    machine.engine.hook(uc_const.UC_HOOK_BLOCK, CODE_CALLBACK, function, data=counter.address)
+    return counter

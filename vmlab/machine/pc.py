@@ -20,7 +20,7 @@ from unicorn import x86_const as x86
 from vmlab.errors import ConfigError, GuestBudget, GuestError, TripleFault, UnsupportedHost
 from vmlab.ledger import EXCEPTIONS, Counts, Snapshot
 from vmlab.machine import state as hidden
-from vmlab.machine.counter import Block, Counter, Tags
+from vmlab.machine.counter import Block, Counter, Tags, block_hook
 from vmlab.machine.cpu import CF, IF, IOPL, OF, Cpu
 from vmlab.machine.decode import Instruction, decode_block
 from vmlab.machine.delivery import Fault, deliver
@@ -156,15 +156,15 @@ class Machine:
     def _wire_counter(self, wanted: str, address: int | None) -> Counter:
         if wanted != "portable":
             from vmlab.machine import fast
-            counter = fast.connect(self, address)
-            if counter is not None:
+            native = fast.connect(self, address)
+            if native is not None:
                 self.path = "fast"
-                return counter
+                return native
             if wanted == "fast":
                 raise UnsupportedHost("VMLAB_MACHINE=fast, but the fast path is not available here: " + fast.why_not())
         self.path = "portable"
         counter = Counter(lambda: self._load_cpl())
-        self.engine.hook(uc_const.UC_HOOK_BLOCK, CODE_CALLBACK, self._on_block)
+        self.engine.hook(uc_const.UC_HOOK_BLOCK, CODE_CALLBACK, block_hook(counter, self._attend, self._fail))
         return counter
 
     def _load_cpl(self) -> int:
@@ -245,18 +245,6 @@ class Machine:
         self._gates[address] = callback
 
     # ---- blocks
-    def _on_block(self, _uc: int, pc: int, size: int, _data: int) -> None:
-        try:
-            counter = self.counter
-            block = counter.blocks.get(pc << 16 | size)
-            if block is None or self._attention or counter.time + block.weight > counter.limit:
-                if not self._attend(pc, size):
-                    return
-                block = counter.blocks[pc << 16 | size]
-            counter.enter(block)
-        except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames; run() raises it again
-            self._fail(failure)
-
     def _attend(self, pc: int, size: int) -> bool:
         """The rare cases of a block's start; True when the block may run and be counted now."""
         counter = self.counter
