@@ -145,8 +145,9 @@ def causes_title(view: View) -> str:
         worst = max(found, key=lambda v: found[v])
         cause = largest_cause(view.densest(view.headline, worst), generation.name)
         if cause:
-            return (f"{cause[0].capitalize() if cause[0][:2].islower() else cause[0]} take {100 * cause[1]:.0f} % of the cycles "
-                    f"of {name(worst)} on {short(generation)}")
+            words, share = cause
+            verb = "take" if words.endswith("s") else "takes"
+            return f"{words[0].upper()}{words[1:]} {verb} {100 * share:.0f} % of the cycles of {name(worst)} on {short(generation)}"
     return "No cell was priced by cause"
 
 
