@@ -207,6 +207,8 @@ def test_run_says_where_the_outcome_differs(capsys: pytest.CaptureFixture[str]) 
     assert "The technique says so itself: POPF drops IF." in out
     found = {"address": 0x1000, "symbol": "loop+0x4", "instruction": "popfd", "step": 7, "registers": {"eax": [3, 515]}}
     assert difference(found) == ", first by 'popfd' at 0x1000 (loop+0x4): eax 0x3 natively, 0x203 here."
+    found["suspect"] = {"address": 0xFFF, "symbol": "", "instruction": "cli"}
+    assert difference(found).endswith(": eax 0x3 natively, 0x203 here, which shows what 'cli' at 0xfff did.")
     assert difference({"error": "they differ at once"}).endswith("not found: they differ at once.")
     assert difference(None) == "."
 

@@ -85,4 +85,5 @@ def test_a_kernel_from_a_file_runs_without_a_workload(tmp_path: Path) -> None:
     Path("kernel.elf").write_bytes(nano.read_bytes())
     cell = vmlab.run("native", guest="kernel.elf", budget=200_000_000)
     assert cell["parameters"] == {"budget": 200_000_000, "guest": "kernel.elf"}
-    assert cell["status"] in ("ok", "failed") and cell["instructions"]["machine"] > 0
+    assert cell["status"] == "ok"
+    assert cell["work"] == {"operations": 2000, "iterations": 1000}  # what nano does when it is told nothing

@@ -98,13 +98,19 @@ def difference(found: dict[str, Any] | None) -> str:
         return "."
     if "instruction" in found:
         parts = [f"{name} {there:#x} natively, {here:#x} here" for name, (there, here) in found.get("registers", {}).items()]
-        place = f" ({found['symbol']})" if found.get("symbol") else ""
         said = f": {'; '.join(parts)}." if parts else "."
-        return f", first by '{found['instruction']}' at {found['address']:#x}{place}{said}"
+        suspect = found.get("suspect")
+        cause = f", which shows what {_place(suspect)} did" if suspect else ""
+        return f", first by {_place(found)}{said[:-1]}{cause}."
     if "error" in found:
         return f"; the first difference was not found: {found['error']}."
     place = f" line {found['line']}" if "line" in found else ""
     return f", first in {found['in']}{place}: {found['native']!r} natively, {found['here']!r} here."
+
+
+def _place(found: dict[str, Any]) -> str:
+    symbol = f" ({found['symbol']})" if found.get("symbol") else ""
+    return f"'{found['instruction']}' at {found['address']:#x}{symbol}"
 
 
 def _price_row(cell: dict[str, Any], profile: str) -> list[Any]:
