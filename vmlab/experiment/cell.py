@@ -66,7 +66,11 @@ class Run:
         return dict(zip(_PHASES, (begin, warm.minus(begin), finish.minus(warm), end.minus(finish)), strict=True))
 
     def outcome(self, exit_code: int | None) -> str:
-        """SHA-256 of what the guest let the world see: console, exit code, outcome bytes, device writes in order."""
+        """SHA-256 of what the guest let the world see: console, exit code, outcome bytes.
+
+        Device writes belong to the *state* of full virtualization: a paravirtual guest drives its
+        interrupt controller by hypercalls, and has the same outcome with other writes.
+        """
         digest = hashlib.sha256()
 
         def part(name: str, data: bytes) -> None:

@@ -16,8 +16,8 @@ from vmlab.errors import GuestError
 from vmlab.experiment.cell import Run
 from vmlab.machine.decode import decode
 from vmlab.machine.engine import CODE_CALLBACK
-from vmlab.machine.state import RSP
 from vmlab.parameters import Value
+from vmlab.strategies.trap_and_emulate import SENSITIVE
 
 #: Instructions compared at most.
 LIMIT = 400_000
@@ -49,8 +49,10 @@ def record_steps(technique: str, parameters: Mapping[str, Value], limit: int = L
 def first_divergence(technique: str, parameters: Mapping[str, Value], limit: int = LIMIT) -> dict[str, Any] | None:
     """The first instruction after which the guest's registers or path differ from native; None if they never do.
 
-    Returns ``{"address", "symbol", "instruction", "step", "registers": {name: [native, here]}}``: the
-    instruction is the last one that both executed from the same state.
+    Returns ``{"address", "symbol", "instruction", "step", "registers": {name: [native, here]}, "suspect"}``: the
+    instruction is the last one that both executed from the same state. Its effect may be the late
+    echo of an earlier one (PUSHF, then POP EAX): ``suspect`` is the nearest sensitive instruction at
+    or before it, with its address.
     """
     native_run, native = record_steps("native", {k: v for k, v in parameters.items() if k not in ("sensitive", "emulation")}, limit)
     _, here = record_steps(technique, parameters, limit)
@@ -66,6 +68,12 @@ def first_divergence(technique: str, parameters: Mapping[str, Value], limit: int
     address = native[index - 1][0]
     raw = native_run.strategy.read_guest(address, 15)
     instruction = decode(raw, 32)
+    suspect = None
+    for at, _ in reversed(native[:index]):
+        found = decode(native_run.strategy.read_guest(at, 15), 32)
+        if found is not None and found.op in SENSITIVE:
+            suspect = {"address": at, "symbol": _symbol(native_run.image.symbols, at), "instruction": found.text}
+            break
     names = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
     differ: dict[str, list[int]] = {}
     if index < len(native) and index < len(here):
@@ -77,6 +85,7 @@ def first_divergence(technique: str, parameters: Mapping[str, Value], limit: int
     return {
         "address": address, "symbol": _symbol(native_run.image.symbols, address),
         "instruction": instruction.text if instruction else raw.hex(), "step": index, "registers": differ,
+        "suspect": suspect,
     }
 
 
@@ -87,5 +96,3 @@ def _symbol(symbols: Mapping[str, int], address: int) -> str:
     value, name = max(below)
     return name if value == address else f"{name}+{address - value:#x}"
 
-
-assert RSP == 4

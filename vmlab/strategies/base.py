@@ -121,10 +121,11 @@ class Strategy(ABC):
         return machine
 
     def state_digest(self) -> str:
-        """SHA-256 over registers and all guest memory."""
+        """SHA-256 over registers, all guest memory, and device writes in their order."""
         digest = hashlib.sha256(self.guest_state().digest())
         base = self.frame_address(0)
         digest.update(self.machine.ram.bytes[base:base + GUEST_MEMORY])
+        digest.update(repr(self.machine.device_log).encode())
         return digest.hexdigest()
 
 
