@@ -80,6 +80,9 @@ class GuestMode(Protocol):
     def takes_interrupt(self) -> bool:
         """A physical interrupt in guest mode: True when it made an exit, False when it is the guest's own."""
 
+    def deliver_injected(self) -> bool:
+        """Deliver what VMRUN was told to inject, if that is still to do; it comes before anything else."""
+
     def deliver(self, vector: int, error_code: int | None, *, software: bool = False, external: bool = False,
                 fault_rip: int | None = None) -> int | None:
         """Through the guest's IDT: the vector delivered, or None when the attempt ended in an exit."""
@@ -474,7 +477,9 @@ class Machine:
             counter = self.counter
             error_code = cpu.error_code if vector in (8, 10, 11, 12, 13, 14, 17) and not software else None
             cpu.forget_exception()
-            if software:
+            if self._in_guest and self.guest_mode is not None and self.guest_mode.deliver_injected():
+                counter.current = None
+            elif software:
                 last = counter.last_instruction()
                 self._software_interrupt(vector, last)
             else:

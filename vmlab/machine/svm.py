@@ -19,19 +19,7 @@ from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import Fault, deliver
 from vmlab.machine.pc import Machine, Stop, StopReason, port_operands
-from vmlab.machine.state import (
-    CS,
-    DS,
-    ES,
-    HF2_GIF,
-    HF2_HIF,
-    HF2_NPT,
-    HF2_VINTR,
-    HF_GUEST,
-    RAX,
-    RSP,
-    SS,
-)
+from vmlab.machine.state import CS, DS, ES, HF2_GIF, HF2_HIF, HF2_NPT, HF2_VINTR, HF_GUEST, RAX, RSP, SS
 from vmlab.machine.vmcb import Vmcb
 
 # Host-physical map of the VMM. What a VMM adds of its own goes to FREE_FRAMES and above.
@@ -62,7 +50,7 @@ _ROUTINES = {
     _IDLE: "0f01dc f4 0f01dd eb07",      # stgi ; hlt ; clgi ; jmp door
     _DOOR: "ebfe",               # jmp $
 }
-_SWITCHED = (("es", ES), ("cs", CS), ("ss", SS), ("ds", DS))
+_SWITCHED = (ES, CS, SS, DS)
 _TABLES = (("gdtr", "gdt"), ("idtr", "idt"))
 
 
@@ -83,8 +71,11 @@ class Svm:
         self.machine = machine
         self._vmcb = Vmcb(machine.ram, 0)
         self._host = Vmcb(machine.ram, HOST_SAVE)
+        self._injected = 0
         self._virtual_interrupt = False
         self._kicked = False
+        #: Whether the CPU stands inside the guest: it runs there, or was stopped there by budget or device.
+        self.in_guest = False
         machine.guest_mode = self
         machine.on_attention = self._attend
         self._outer_tagger = machine.tagger
@@ -161,26 +152,25 @@ class Svm:
         # Unicorn cannot take V_IRQ back from its CPU at #VMEXIT, so it never sees it: _attend() does it.
         self._virtual_interrupt = bool(control & v.V_IRQ)
         vmcb["interrupt_control"] = control & ~v.V_IRQ
-        machine.request_attention(self._virtual_interrupt or self._kicked)
-        injected = vmcb["event_injection"]
-        if injected & v.EVENT_VALID and injected & v.EVENT_TYPE == v.EVENT_INTERRUPT:
-            machine.events["interrupt.delivered"] += 1  # done within VMRUN by the CPU itself
+        # Its VMRUN delivers an interrupt and then raises it as an exception as well: _attend() does that too.
+        self._injected = vmcb["event_injection"] if vmcb["event_injection"] & v.EVENT_VALID else 0
+        vmcb["event_injection"] = 0
+        self._want_attention()
+        self.in_guest = True
         return self._call(_VMRUN, address)
+
+    def _want_attention(self) -> None:
+        self.machine.request_attention(bool(self._injected or self._virtual_interrupt or self._kicked))
 
     @staticmethod
     def _consistent(vmcb: Vmcb) -> bool:
         """The checks of VMRUN that QEMU leaves out (APM Vol. 2 §15.5.1)."""
-        cr0, efer = vmcb["cr0"], vmcb["efer"]
+        cr4, _, cr0, dr7, dr6, _, _ = vmcb.switched_registers()
+        efer = vmcb["efer"]
         long_paging = efer & 1 << 8 and cr0 >> 31 & 1
         return bool(efer & 1 << 12 and vmcb["asid"] and vmcb["intercepts"] & v.intercept_bit(v.EXIT_VMRUN)
-                    and not (cr0 & 1 << 29 and not cr0 & 1 << 30) and not cr0 >> 32 and not vmcb["dr6"] >> 32
-                    and not vmcb["dr7"] >> 32 and not (long_paging and (not vmcb["cr4"] & 1 << 5 or not cr0 & 1)))
-
-    @property
-    def in_guest(self) -> bool:
-        """Whether the CPU stands inside the guest (the run was ended there, by budget or device)."""
-        self.machine.cpu.load()
-        return bool(self.machine.cpu.hflags & HF_GUEST)
+                    and not (cr0 & 1 << 29 and not cr0 & 1 << 30) and not cr0 >> 32 and not dr6 >> 32
+                    and not dr7 >> 32 and not (long_paging and (not cr4 & 1 << 5 or not cr0 & 1)))
 
     def kick(self) -> None:
         """Make a running guest exit at its next instruction boundary, as an interrupt from another CPU does."""
@@ -195,22 +185,19 @@ class Svm:
         :param during: the event whose delivery was interrupted (EXITINTINFO).
         """
         cpu, vmcb, host = self.machine.cpu, self._vmcb, self._host
-        for name, number in _SWITCHED:
-            vmcb.set_segment(name, cpu.segment(number))
+        vmcb.set_switched_segments([cpu.segment(number) for number in _SWITCHED])
         for name, table in _TABLES:
             register = cpu.table(table)
             vmcb[f"{name}.base"], vmcb[f"{name}.limit"] = register.base, register.limit
-        vmcb["rflags"] = cpu.eflags
-        vmcb["rip"], vmcb["rsp"], vmcb["rax"] = cpu.rip, cpu.gpr(RSP), cpu.gpr(RAX)
-        vmcb["cr0"], vmcb["cr2"], vmcb["cr3"], vmcb["cr4"] = cpu.cr(0), cpu.cr2, cpu.cr(3), cpu.cr(4)
+        vmcb.set_switched_registers(cpu.cr(4), cpu.cr(3), cpu.cr(0), cpu.debug_register(7), cpu.debug_register(6), cpu.eflags, cpu.rip)
+        vmcb["rsp"], vmcb["rax"], vmcb["cr2"] = cpu.gpr(RSP), cpu.gpr(RAX), cpu.cr2
         vmcb["efer"], vmcb["cpl"] = cpu.efer, cpu.cpl
-        vmcb["dr6"], vmcb["dr7"] = cpu.debug_register(6), cpu.debug_register(7)
         vmcb["interrupt_shadow"] = int(cpu.shadow)
         control = vmcb["interrupt_control"]
         vmcb["interrupt_control"] = control | v.V_IRQ if self._virtual_interrupt else control & ~v.V_IRQ
         self._record_exit(vmcb, code, info_1, info_2, during)
-        self._virtual_interrupt = self._kicked = False
-        self.machine.request_attention(False)
+        self._virtual_interrupt = self._kicked = self.in_guest = False
+        self._want_attention()
         self.machine.tsc_offset = 0
 
         cpu.clear_shadow()
@@ -218,19 +205,20 @@ class Svm:
         cpu.hflags &= ~HF_GUEST
         cpu.hflags2 &= ~(HF2_GIF | HF2_HIF | HF2_VINTR | HF2_NPT)
         cpu.clear_intercepts()
+        cr4, cr3, cr0, _, _, rflags, rip = host.switched_registers()
         cpu.set_efer(host["efer"])
-        cpu.set_crs(host["cr0"], host["cr3"], host["cr4"])
+        cpu.set_crs(cr0, cr3, cr4)
         cpu.engine.flush_tlb()
-        for name, number in _SWITCHED:
-            cpu.set_segment(number, host.segment(name))
+        for number, segment in zip(_SWITCHED, host.switched_segments(), strict=True):
+            cpu.set_segment(number, segment)
         for name, table in _TABLES:
             cpu.set_table(table, Segment(0, host[f"{name}.base"], host[f"{name}.limit"], 0))
         cpu.set_cpl(0)
-        cpu.eflags = host["rflags"]
+        cpu.eflags = rflags
         cpu.set_debug_register(7, 0x400)
         cpu.set_gpr(RSP, host["rsp"], 8)
         cpu.set_gpr(RAX, host["rax"], 8)
-        cpu.rip = host["rip"]
+        cpu.rip = rip
         self.machine.stop(Stop(StopReason.REQUESTED))
 
     def _record_exit(self, vmcb: Vmcb, code: int, info_1: int, info_2: int | None, during: int | None = None) -> None:
@@ -238,9 +226,8 @@ class Svm:
         vmcb["exit_code"], vmcb["exit_info_1"] = code, info_1
         if info_2 is not None:
             vmcb["exit_info_2"] = info_2
-        pending = vmcb["event_injection"]
-        vmcb["exit_interrupt_info"] = during if during is not None else pending if pending & v.EVENT_VALID else 0
-        vmcb["event_injection"] = 0
+        vmcb["exit_interrupt_info"] = self._injected if during is None else during
+        vmcb["event_injection"] = self._injected = 0
 
     # ---- what pc.py asks while the CPU is in guest mode
     def _intercepted(self, code: int) -> bool:
@@ -275,8 +262,8 @@ class Svm:
         cpu = self.machine.cpu
         if not cpu.hflags & HF_GUEST:
             return bool(cpu.hflags2 & HF2_GIF and cpu.system_flags & IF) and not cpu.shadow
-        # In the interrupt shadow too: an exit there would lose it, since Unicorn's VMRUN does not load it.
-        if cpu.shadow:
+        # Not in the interrupt shadow: an exit there would lose it, since Unicorn's VMRUN does not load it.
+        if cpu.shadow or self._injected:
             return False
         return bool(cpu.hflags2 & HF2_HIF if cpu.hflags2 & HF2_VINTR else cpu.system_flags & IF)
 
@@ -288,9 +275,13 @@ class Svm:
         return True
 
     def _attend(self) -> bool:
-        """At a block's start: a kick, or the virtual interrupt (APM Vol. 2 §15.21.4)."""
+        """At a block's start: the injected event, a kick, or the virtual interrupt (APM Vol. 2 §15.20, §15.21.4)."""
         cpu = self.machine.cpu
-        if not cpu.hflags & HF_GUEST or cpu.shadow:
+        if not cpu.hflags & HF_GUEST:
+            return False
+        if self.deliver_injected():
+            return True
+        if cpu.shadow:
             return False
         if self._kicked and self._intercepted(v.EXIT_INTR):
             self.exit(v.EXIT_INTR, 0, 0)
@@ -304,9 +295,24 @@ class Svm:
             self.exit(v.EXIT_VINTR, 0, 0)
             return True
         self._virtual_interrupt = False
-        self.machine.request_attention(self._kicked)
+        self._want_attention()
         if self.deliver(self._vmcb["interrupt_vector"] & 0xFF, None, external=True) is not None:
             self.machine.events["interrupt.delivered"] += 1
+        return True
+
+    def deliver_injected(self) -> bool:
+        """The event that VMRUN was told to inject enters the guest before its first instruction; False: there is none."""
+        event = self._injected
+        if not event:
+            return False
+        vector, kind = event & 0xFF, event & v.EVENT_TYPE
+        external, software = kind in (v.EVENT_INTERRUPT, v.EVENT_NMI), kind == v.EVENT_SOFTWARE
+        error_code = event >> 32 if event & v.EVENT_HAS_ERROR else None
+        delivered = self.deliver(vector, error_code, software=software, external=external)
+        if delivered is not None:
+            whole = delivered == vector
+            self.machine.events["interrupt.delivered" if external and whole else "interrupt.software" if software and whole
+                                else f"fault.delivered.{delivered}"] += 1
         return True
 
     def deliver(self, vector: int, error_code: int | None, *, software: bool = False, external: bool = False,
@@ -324,7 +330,9 @@ class Svm:
                 raise
             self.exit(v.EXIT_SHUTDOWN, 0, 0)
             return None
-        self._vmcb["event_injection"] &= ~v.EVENT_VALID
+        if self._injected:
+            self._injected = 0
+            self._want_attention()
         return delivered
 
     def _divert(self, vector: int, error_code: int | None, software: bool, external: bool, fault: Fault) -> None:

@@ -7,8 +7,9 @@ uses it as it is; a VMM uses :class:`CountedVmcb`, which counts every field.
 
 from __future__ import annotations
 
+import functools
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from vmlab.ledger import Counts
 from vmlab.machine.cpu import Segment
@@ -42,6 +43,14 @@ for _i, _name in enumerate(SEGMENTS):
 
 FIELDS: Mapping[str, tuple[int, struct.Struct]] = {
     name: (offset, struct.Struct("<" + code)) for name, (offset, code) in _LAYOUT.items()}
+
+#: What a world switch always moves, packed: one call in place of many. The first four segments, and the
+#: registers that lie in a row.
+SWITCHED_SEGMENTS = SEGMENTS[:4]
+_FOUR_SEGMENTS = struct.Struct("<" + "HHIQ" * 4)
+SWITCHED_REGISTERS = ("cr4", "cr3", "cr0", "dr7", "dr6", "rflags", "rip")
+_SEVEN_REGISTERS = struct.Struct("<7Q")
+_SEGMENTS_AT, _REGISTERS_AT = _LAYOUT["es.selector"][0], _LAYOUT["cr4"][0]
 
 # Exit codes (APM Vol. 2 appendix C). Those from 0x60 to 0x9F are also bits of `intercepts`, see intercept_bit().
 EXIT_CR_READ, EXIT_CR_WRITE, EXIT_DR_READ, EXIT_EXCEPTION = 0x00, 0x10, 0x20, 0x40
@@ -122,6 +131,34 @@ class Vmcb:
         """Store a descriptor cache: attributes are bits 8–15 and 20–23 of the descriptor's high doubleword."""
         self[f"{name}.selector"], self[f"{name}.base"], self[f"{name}.limit"] = value.selector, value.base, value.limit
         self[f"{name}.attributes"] = (value.flags >> 8) & 0xFF | (value.flags >> 12) & 0xF00
+
+
+    def switched_segments(self) -> tuple[Segment, ...]:
+        """ES, CS, SS, DS."""
+        at = self.address + _SEGMENTS_AT
+        return _unpack_segments(bytes(self._bytes[at:at + _FOUR_SEGMENTS.size]))
+
+    def set_switched_segments(self, segments: Iterable[Segment]) -> None:
+        """Store ES, CS, SS, DS."""
+        flat: list[int] = []
+        for s in segments:
+            flat += s.selector, (s.flags >> 8) & 0xFF | (s.flags >> 12) & 0xF00, s.limit, s.base
+        _FOUR_SEGMENTS.pack_into(self._bytes, self.address + _SEGMENTS_AT, *flat)
+
+    def switched_registers(self) -> tuple[int, ...]:
+        """Those of :data:`SWITCHED_REGISTERS`."""
+        return _SEVEN_REGISTERS.unpack_from(self._bytes, self.address + _REGISTERS_AT)
+
+    def set_switched_registers(self, *values: int) -> None:
+        """Store those of :data:`SWITCHED_REGISTERS`."""
+        _SEVEN_REGISTERS.pack_into(self._bytes, self.address + _REGISTERS_AT, *values)
+
+
+@functools.lru_cache(maxsize=1024)
+def _unpack_segments(raw: bytes) -> tuple[Segment, ...]:
+    flat = _FOUR_SEGMENTS.unpack(raw)
+    return tuple(Segment(flat[i], flat[i + 3], flat[i + 2], (flat[i + 1] & 0xFF) << 8 | (flat[i + 1] & 0xF00) << 12)
+                 for i in range(0, 16, 4))
 
 
 class CountedVmcb(Vmcb):

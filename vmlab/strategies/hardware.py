@@ -1,0 +1,261 @@
+"""Hardware assistance: the guest at its own CPL 0, in guest mode, under AMD-V (APM Vol. 2 chapter 15).
+
+CLI, STI, PUSHF, POPF, IRET, descriptor loads, faults and INT n run on the CPU with no exit. The VMM is
+entered for what it intercepts: ports, HLT, CPUID, MSRs, control registers, physical interrupts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+from vmlab.errors import TripleFault
+from vmlab.guests import GuestImage
+from vmlab.machine import vmcb as v
+from vmlab.machine.cpu import Segment
+from vmlab.machine.decode import Instruction, decode
+from vmlab.machine.delivery import HAS_ERROR_CODE, Fault
+from vmlab.machine.paging import CR0_PG, CR4_PSE
+from vmlab.machine.pc import Machine, Stop, StopReason
+from vmlab.machine.state import CS, DS, ES, FS, GS, RAX, RBX, RSP, SS
+from vmlab.machine.svm import FREE_FRAMES, Svm
+from vmlab.machine.vmcb import CountedVmcb, Vmcb
+from vmlab.parameters import Parameter, Value
+from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state
+from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
+from vmlab.vmm.emulate import Emulator
+from vmlab.vmm.guest_mode import GuestModeCpu
+from vmlab.vmm.platform import VirtualPlatform
+from vmlab.vmm.space import GUEST_FRAMES
+from vmlab.vmm.vcpu import VirtualCpu
+
+# The VMM's frames: VMCB, permission maps (3 and 2 pages), the guest's page directory.
+_VMCB, _IOPM, _MSRPM, _PAGE_DIRECTORY = (FREE_FRAMES + 0x1000 * page for page in (0, 1, 4, 6))
+_LARGE = 4 << 20
+_NOWHERE = (1 << 32) - _LARGE          # nothing of the machine answers there
+_LARGE_USER_PAGE = 0x87                # P, R/W, U/S, PS: an unpaged guest has no rights to take away
+_SHADOWED_CRS = 1 << 0 | 1 << 3 | 1 << 4
+
+
+class HardwareAssisted(Strategy):
+    """A VMM on AMD-V. Its main loop is :meth:`run`; each exit reason has one method."""
+
+    name = "hardware-assisted"
+    summary = "the guest at CPL 0 in guest mode: VMCB, VMRUN, intercepts, event injection"
+    parameters: Mapping[str, Parameter] = {
+        "memory": Parameter("how guest memory is virtualized: static = tables of the VMM's that never change", "static", choices=("static",)),
+    }
+
+    def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
+        super().__init__(machine, parameters)
+        machine.cpu.load()
+        self._reset_registers = [machine.cpu.gpr(number) for number in range(8)]
+        self.svm = Svm(machine)
+        machine.monitor = self
+        self.vmcb = CountedVmcb(machine.ram, _VMCB, self.counts)
+        self.cpu = GuestModeCpu(machine.cpu, self.vmcb, GUEST_MEMORY)
+        self.platform_devices = VirtualPlatform(machine)
+        self.emulator = Emulator(machine, cast(VirtualCpu, self.cpu), self.platform_devices, self.counts)
+        self._window_open = False
+        self._exits: dict[int, Callable[[], None]] = {
+            v.EXIT_CPUID: self.emulate_next, v.EXIT_MSR: self.emulate_next, v.EXIT_HLT: self._halt, v.EXIT_IOIO: self._port,
+            v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._window, v.EXIT_VMMCALL: self._undefined, v.EXIT_SHUTDOWN: self._shutdown,
+            **{code: self.emulate_next for code in range(v.EXIT_CR_READ, v.EXIT_DR_READ)},
+        }
+
+    @classmethod
+    def platform(cls, parameters: Mapping[str, Value]) -> str:
+        return "svm"
+
+    # ---- loading
+    def load(self, image: GuestImage, command_line: str) -> None:
+        ram, cpu = self.machine.ram, self.machine.cpu
+        info = place_multiboot(image, command_line, GUEST_MEMORY, lambda gpa, data: ram.write(GUEST_FRAMES + gpa, data))
+        for slot in range(1024):
+            frame = GUEST_FRAMES + slot * _LARGE if slot * _LARGE < GUEST_MEMORY else _NOWHERE
+            ram.write32(_PAGE_DIRECTORY + 4 * slot, frame | _LARGE_USER_PAGE)
+        self._prepare_vmcb(image.entry)
+        self.svm.vmload(_VMCB)
+        for number, value in enumerate(self._reset_registers):
+            self.cpu.set_gpr(number, value)
+        self.cpu.set_gpr(RAX, MULTIBOOT_MAGIC)
+        self.cpu.set_gpr(RBX, info)
+        cpu.store()
+
+    def _prepare_vmcb(self, entry: int) -> None:
+        ram, vmcb = self.machine.ram, self.vmcb
+        vmcb.clear()
+        ram.write(_IOPM, b"\xff" * 0x3000)   # every port
+        ram.write(_MSRPM, b"\xff" * 0x2000)  # every MSR
+        vmcb["iopm_base"], vmcb["msrpm_base"] = _IOPM, _MSRPM
+        vmcb["intercept_cr_read"] = _SHADOWED_CRS
+        vmcb["intercept_cr_write"] = _SHADOWED_CRS
+        vmcb["intercepts"] = sum(v.intercept_bit(code) for code in (
+            v.EXIT_INTR, v.EXIT_CPUID, v.EXIT_HLT, v.EXIT_IOIO, v.EXIT_MSR, v.EXIT_SHUTDOWN, v.EXIT_VMRUN, v.EXIT_VMMCALL))
+        vmcb["interrupt_control"] = v.V_INTR_MASKING
+        vmcb["asid"] = 1
+        # The state that a Multiboot loader leaves; paging is on, and the guest does not know.
+        vmcb.set_segment("cs", Segment(0x08, 0, 0xFFFFFFFF, 0xCF9B00))
+        for name in ("ss", "ds", "es", "fs", "gs"):
+            vmcb.set_segment(name, Segment(0x10, 0, 0xFFFFFFFF, 0xCF9300))
+        vmcb.set_segment("tr", Segment(0, 0, 0, 0x8900))
+        vmcb.set_segment("ldtr", Segment(0, 0, 0, 0x8200))
+        vmcb["gdtr.limit"], vmcb["idtr.limit"] = 0xFFFF, 0x3FF
+        vmcb["efer"] = 1 << 12  # SVME: VMRUN demands it; the guest cannot see it
+        vmcb["cr0"], vmcb["cr3"], vmcb["cr4"] = self.cpu.cr0 | CR0_PG, _PAGE_DIRECTORY, CR4_PSE
+        vmcb["dr6"], vmcb["dr7"] = 0xFFFF0FF0, 0x400
+        vmcb["rflags"], vmcb["rip"] = 2, entry
+
+    def frame_address(self, gpa: int) -> int:
+        return GUEST_FRAMES + gpa
+
+    # ---- the main loop
+    def run(self, budget: int | None = None) -> Stop:
+        machine = self.machine
+        if budget is not None:
+            machine.counter.limit = budget
+        while True:
+            if not self.svm.in_guest:
+                self._before_entry()
+            stop = self.svm.run(_VMCB)
+            if stop.reason is not StopReason.REQUESTED:
+                return stop
+            self.cpu.at_exit()
+            self._exit(self.cpu.read("exit_code"))
+            machine.cpu.store()
+            if machine.ending is not None and machine.ending.reason is not StopReason.REQUESTED:
+                return machine.ending
+
+    def _exit(self, code: int) -> None:
+        handler = self._exits.get(code)
+        if handler is None:
+            raise AssertionError(f"#VMEXIT {code:#x} at {self.cpu.rip:#x}, which this VMM never asked for")
+        handler()
+
+    # ---- exits
+    def emulate_next(self) -> None:
+        """Decode the instruction that exited and carry it out; what it would have raised goes to the guest."""
+        instruction = self._decode()
+        try:
+            if instruction is None or not self.emulator.knows(instruction.op):
+                raise Fault(6)
+            self.emulator.emulate(instruction)
+            self.cpu.end_shadow()
+        except Fault as fault:
+            self._inject_exception(fault)
+
+    def _decode(self) -> Instruction | None:
+        """AMD-V does not say which instruction exited, nor how long it is: the VMM fetches it."""
+        self.counts["vmm.decode"] += 1
+        code = self.cpu.read("cs.base") + self.cpu.rip
+        return decode(self.cpu.read_linear(code, 15), 32 if self.cpu.hflags else 16)
+
+    def _port(self) -> None:
+        """IN and OUT: port, size and the next RIP are in the exit information; INS and OUTS need decoding."""
+        info = self.cpu.read("exit_info_1")
+        if info & v.IO_STRING:
+            self.emulate_next()
+            return
+        port, size = info >> v.IO_PORT_SHIFT, (info >> v.IO_SIZE_SHIFT) & 7
+        self.counts["vmm.device"] += 1
+        if info & v.IO_IN:
+            self.cpu.set_gpr(RAX, self.platform_devices.port_read(port, size), size)
+        else:
+            self.platform_devices.port_write(port, size, self.cpu.gpr(RAX))
+        self.cpu.rip = self.cpu.read("exit_info_2")
+        self.cpu.end_shadow()
+        self.emulator.count("in" if info & v.IO_IN else "out", self.cpu.cpl == 3)
+
+    def _halt(self) -> None:
+        """HLT: wait for an interrupt that the guest accepts; the run is over when none can come."""
+        self.emulate_next()
+        if self.platform_devices.pending and self.cpu.interrupts_enabled:
+            self.machine.idle()
+            return
+        while self.svm.wait().reason is StopReason.REQUESTED:
+            if self.platform_devices.pending and self.cpu.interrupts_enabled:
+                return
+
+    def _window(self) -> None:
+        """The guest can take an interrupt now: injection follows before the next entry."""
+        self._close_window()
+
+    def _undefined(self) -> None:
+        """VMMCALL: this VMM offers no hypercalls, and the bare machine raises #UD."""
+        self._inject_exception(Fault(6))
+
+    def _shutdown(self) -> None:
+        raise TripleFault(f"triple fault: the guest's CPU shut down at {self.cpu.rip:#x}")
+
+    def _nothing(self) -> None:
+        """A physical interrupt: :meth:`_before_entry` lets the host take it."""
+
+    # ---- events for the guest
+    def _inject_exception(self, fault: Fault) -> None:
+        error_code = (fault.error_code or 0) if fault.vector in HAS_ERROR_CODE else None
+        self.counts["vmm.inject"] += 1
+        self.counts[f"reflect.{fault.vector}"] += 1
+        self.cpu.write("event_injection", v.event(v.EVENT_EXCEPTION, fault.vector, error_code))
+
+    def _before_entry(self) -> None:
+        """Take physical interrupts, then inject a virtual one, or ask for the moment when the guest accepts it."""
+        if self.machine.pic.pending:
+            self.svm.take_interrupts()
+        if not self.platform_devices.pending:
+            self._close_window()
+        elif not self.cpu.interrupts_enabled or self.cpu.read("interrupt_shadow") or self.cpu.read("event_injection"):
+            self._open_window()
+        else:
+            self._close_window()
+            self.counts["interrupt.injected"] += 1
+            self.counts["vmm.inject"] += 1
+            self.cpu.write("event_injection", v.event(v.EVENT_INTERRUPT, self.platform_devices.acknowledge()))
+
+    def _open_window(self) -> None:
+        """A virtual interrupt that is intercepted: the CPU exits as soon as the guest would take it."""
+        if not self._window_open:
+            self.counts["interrupt.window"] += 1
+            self.vmcb["intercepts"] |= v.intercept_bit(v.EXIT_VINTR)
+            self.vmcb["interrupt_control"] |= v.V_IRQ | v.V_IGNORE_TPR
+            self._window_open = True
+
+    def _close_window(self) -> None:
+        if self._window_open:
+            self.vmcb["intercepts"] &= ~v.intercept_bit(v.EXIT_VINTR)
+            self.vmcb["interrupt_control"] &= ~(v.V_IRQ | v.V_IGNORE_TPR)
+            self._window_open = False
+
+    def interrupt(self) -> None:
+        """The host took a physical interrupt: forward it to the guest's controller."""
+        self.counts["vmm.device"] += 1
+        self.platform_devices.physical_interrupt()
+
+    def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
+        """Only the guest has exceptions, and the CPU delivers those to it."""
+        raise AssertionError(f"exception {vector} in the VMM's own code")
+
+    def deliver_interrupt(self, vector: int) -> None:
+        pic = self.platform_devices.pic
+        pic.set_line((vector - pic.master.base) & 7, True)
+        if self.svm.in_guest:
+            self.svm.kick()
+
+    # ---- state
+    def guest_state(self) -> GuestState:
+        physical = self.machine.cpu
+        if self.svm.in_guest:
+            state = physical_state(physical)
+            known = dict(zip(("rip", "rflags", "cr2"), (state.rip, state.eflags, state.cr2), strict=True))
+            return self._state(state.gpr, state.selectors, state.gdt, state.idt, known)
+        physical.load()
+        vmcb = Vmcb(self.machine.ram, _VMCB)  # looked at from outside: not the VMM's work
+        gpr = tuple({RAX: vmcb["rax"], RSP: vmcb["rsp"]}.get(i, physical.gpr(i)) & 0xFFFFFFFF for i in range(8))
+        selectors = tuple(physical.selector(i) if i in (FS, GS) else vmcb[f"{ {ES: 'es', CS: 'cs', SS: 'ss', DS: 'ds'}[i]}.selector"]
+                          for i in (ES, CS, SS, DS, FS, GS))
+        return self._state(gpr, selectors, (vmcb["gdtr.base"], vmcb["gdtr.limit"]), (vmcb["idtr.base"], vmcb["idtr.limit"]),
+                           {name: vmcb[name] for name in ("rip", "rflags", "cr2")})
+
+    def _state(self, gpr: tuple[int, ...], selectors: tuple[int, ...], gdt: tuple[int, int], idt: tuple[int, int],
+               known: Mapping[str, int]) -> GuestState:
+        return GuestState(gpr=gpr, rip=known["rip"], eflags=known["rflags"], selectors=selectors, cr0=self.cpu.cr0,
+                          cr2=known["cr2"], cr3=self.cpu.cr3, cr4=self.cpu.cr4, gdt=gdt, idt=idt)
