@@ -147,7 +147,8 @@ def causes_title(view: View) -> str:
         if cause:
             words, share = cause
             verb = "take" if words.endswith("s") else "takes"
-            return f"{words[0].upper()}{words[1:]} {verb} {100 * share:.0f} % of the cycles of {name(worst)} on {short(generation)}"
+            begin = f"{words[0].upper()}{words[1:]} {verb} {100 * share:.0f} %"
+            return f"{begin} of the cycles of {name(worst)} on {short(generation)}"
     return "No cell was priced by cause"
 
 
@@ -213,7 +214,10 @@ def _change(view: View) -> str:
     title = generations_title(view)
     old, new = slowdowns(view, view.headline, line[0]), slowdowns(view, view.headline, line[-1])
     hardware = next((v for v in old if v[0] == "hardware-assisted" and v in new), None)
-    told = f"; {name(hardware)} went from {times(old[hardware])} to {times(new[hardware])}" if hardware else ""
+    told = ""
+    if hardware:
+        then, now = times(old[hardware]), times(new[hardware])
+        told = f"; {name(hardware)} " + (f"stayed at {now}" if then == now else f"went from {then} to {now}")
     return f"Across {len(line)} CPU generations, {title.removeprefix(f'{view.headline}: ')}{told}."
 
 
