@@ -46,7 +46,7 @@ class Expected:
 # Instructions of the pieces in workloads.S, "other" all of them.
 RAISE_AND_WAIT = 50
 ENTER_USER = 9
-USER_COMPUTE = 989
+USER_COMPUTE = 60_001
 USER_MIXED = 62
 _RAISE = {"cli": 1, "out": 6, "in": 2, "sti": 1, "hlt": 1, "iret": 2}
 

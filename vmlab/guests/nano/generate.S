@@ -99,6 +99,17 @@ fill_gap:                       # gap i of n takes (i + 1) * filler / n - i * fi
     divl gaps
     sub %ecx, %eax
     mov %eax, %ecx
+    cmp $LOOP_WORTH, %eax       # many: a loop over the tape, as kernels have loops, and the rest in a line
+    jb fill
+    dec %eax
+    xor %edx, %edx
+    mov $TAPE_LENGTH + 2, %ecx
+    div %ecx
+    push %edx
+    mov %eax, %edx
+    mov $TAPE_LENGTH, %ecx
+    call fill_loop
+    pop %ecx
 fill:                           # ECX filler instructions to EDI, going round the tape
     jecxz 3f
 1:  push %ecx
@@ -116,11 +127,7 @@ fill:                           # ECX filler instructions to EDI, going round th
     loop 1b
 3:  ret
 
-# generate_user: EDI = where, ECX = filler instructions, EDX = passes (0: no loop); ends in INT 0x80.
-generate_user:
-    movl $0, tape_at
-    test %edx, %edx
-    jz 1f
+fill_loop:                      # a loop to EDI: EDX passes over ECX filler instructions, 1 + EDX * (ECX + 2) in all
     movb $0xb9, (%edi)          # mov $passes, %ecx
     mov %edx, 1(%edi)
     add $5, %edi
@@ -133,6 +140,14 @@ generate_user:
     sub $7, %eax
     mov %eax, 3(%edi)
     add $7, %edi
+    ret
+
+# generate_user: EDI = where, ECX = filler instructions, EDX = passes (0: no loop); ends in INT 0x80.
+generate_user:
+    movl $0, tape_at
+    test %edx, %edx
+    jz 1f
+    call fill_loop
     jmp 2f
 1:  call fill
 2:  movw $0x80cd, (%edi)        # int $0x80
@@ -140,10 +155,11 @@ generate_user:
     ret
 
 # --- the filler: a mix of register, load, store and branch instructions ---------------------------------
-# It uses EDI and EBP as checksums, absolute addresses, and no flags that matter; every instruction can be
+# It uses EDI and EBP as checksums, ECX for loops, absolute addresses, and no flags that matter; every instruction can be
 # copied anywhere, and a branch goes to the next instruction whether it is taken or not.
     .section .rodata
     .equ TAPE_LENGTH, 40
+    .equ LOOP_WORTH, 1 + 2 * (TAPE_LENGTH + 2)
 .macro T insn:vararg
 7760:
     \insn

@@ -184,7 +184,7 @@ recipe_interrupt_1:
     UNIT_INTERRUPT
     END
 
-# compute: a user program of 990 instructions, and INT 0x80, the named instruction, once an iteration.
+# compute: a user program of 60 001 instructions, and INT 0x80, the named instruction, once an iteration.
 .macro UNIT_USER program, others
     FRAGMENT
     mov \program, %ecx
@@ -229,7 +229,7 @@ recipe_mixed_1:
     # Instructions of each, natively; the IN, OUT, CLI, STI, HLT and IRET in them are "other" here.
     .equ RAISE_AND_WAIT_COUNT, 50
     .equ ENTER_USER_COUNT, 9
-    .equ USER_COMPUTE_COUNT, 989
+    .equ USER_COMPUTE_COUNT, 60001
     .equ USER_MIXED_COUNT, 62
 
     .align 4

@@ -41,8 +41,8 @@ prepare_workload:               # build both loops and the user programs
     mov %eax, named_1
     call next_page
     mov %edi, user_compute
-    mov $245, %ecx
-    mov $4, %edx
+    mov $248, %ecx
+    mov $240, %edx
     call generate_user
     call next_page
     mov %edi, user_mixed

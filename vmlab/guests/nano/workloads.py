@@ -19,7 +19,7 @@ _SUMMARIES = {
     "cpuid": "CPUID, leaf 0",
     "rdtsc": "RDTSC, checked never to run backwards",
     "interrupt": "two UART interrupts an iteration, awaited by STI;HLT and with interrupts enabled",
-    "compute": "990 user-mode instructions and one INT 0x80 an iteration (it has no density)",
+    "compute": "60 001 user-mode instructions and one INT 0x80 an iteration (it has no density)",
     "mixed": "all of the others once an iteration, with two interrupts and a short user program",
 }
 
