@@ -107,12 +107,18 @@ class Counter:
         return block.instructions[index]
 
     def interrupted_string(self) -> None:
-        """An interrupt arrived between two iterations of REP: the instruction has not retired yet."""
+        """An interrupt arrived between two iterations of REP: the instruction has not retired yet.
+
+        The iteration before it moved an element all the same. Undisturbed, there is one iteration more than
+        elements (it finds ECX = 0), which is the one counted as the instruction.
+        """
         block, self.current = self.current, None
         if block is not None:
-            key = (block.key, len(block.instructions) - 1, self.user)
-            self._short[key] = self._short.get(key, 0) + 1
-            self.time -= 1
+            self._count_again(block)
+            self.time -= block.guest_weight_from(len(block.instructions) - 1)
+
+    def _count_again(self, block: Block) -> None:
+        block.again[self.user] += 1
 
     def last_instruction(self) -> tuple[int, Instruction] | None:
         """Address and decoding of the current block's last instruction (the one that raised INT n)."""
@@ -192,7 +198,7 @@ def block_hook(counter: Counter, attend: Callable[[int, int], bool],
                 if previous.end != pc:
                     if previous.rep and previous.end == block.end:
                         block.again[counter.user] += 1  # another iteration of the same instruction
-                        weight -= 1
+                        weight = 0
                     else:
                         previous.taken[counter.user] += 1
             block.runs[counter.user] += 1

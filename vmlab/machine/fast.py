@@ -134,6 +134,9 @@ class FastCounter(Counter):
         self._free.append(number)
         block.slot = -1
 
+    def _count_again(self, block: Block) -> None:
+        self._records[block.slot * _RECORD + 4 + self.user] += 1
+
     def _all_blocks(self) -> Iterable[Block]:
         for block in self.blocks.values():
             self._read_back(block)

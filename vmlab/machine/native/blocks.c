@@ -75,7 +75,7 @@ static inline void count(state *s, uint64_t number, uint64_t pc)
     if (previous->end != pc) {
         if (previous->traits & REP && previous->end == block->end) {
             block->again[s->user]++; /* another iteration of the same instruction */
-            weight--;
+            weight = 0;
         } else {
             previous->taken[s->user]++;
         }

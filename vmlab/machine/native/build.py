@@ -27,9 +27,9 @@ class Unavailable(Exception):
     """There is no library; the message says why, in a sentence without a full stop."""
 
 
-def file_name(source: Path = SOURCE) -> str:
+def file_name(source: Path | None = None) -> str:
     """``blocks-<hash>.so`` (.dll, .dylib). Line ends do not matter, since version control may change them."""
-    text = source.read_text(encoding="utf-8")
+    text = (source or SOURCE).read_text(encoding="utf-8")
     return f"blocks-{hashlib.sha256(text.encode()).hexdigest()[:12]}{_SUFFIX}"
 
 
@@ -51,8 +51,8 @@ def cache_directory() -> Path:
     return base / "vmlab" / sysconfig.get_platform()
 
 
-def compile_library(target: Path, source: Path = SOURCE) -> None:
-    """Compile ``source`` to ``target``, which appears whole or not at all. Raises :class:`Unavailable`."""
+def compile_library(target: Path) -> None:
+    """Compile the source to ``target``, which appears whole or not at all. Raises :class:`Unavailable`."""
     commands = compilers()
     if not commands:
         raise Unavailable("no prebuilt library and no C compiler (cc, gcc, clang, or the one that CC names)")
@@ -62,7 +62,7 @@ def compile_library(target: Path, source: Path = SOURCE) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             product = Path(scratch) / target.name
             for command in commands:
-                complaint = _run([*command, *_options(), "-o", str(product), str(source)])
+                complaint = _run([*command, *_options(), "-o", str(product), str(SOURCE)])
                 if product.exists():
                     _move(product, target)
                     return
