@@ -18,7 +18,12 @@ import vmlab
 from vmlab.cli import main as cli
 from vmlab.cli import output
 from vmlab.errors import GuestImageError
+
+# All that keeps the name Lab is imported before it is replaced below, or it would keep the fake for later tests.
 from vmlab.experiment import lab as lab_module
+from vmlab.experiment import matrix, pricing, runner, schema, single
+
+assert all(module.Lab is lab_module.Lab for module in (matrix, pricing, runner, schema, single))
 
 FILE = """\
 name: small
