@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from unicorn import unicorn_const as uc_const
 
 from vmlab.machine.counter import Block, Counter, block_hook
+from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK
 from vmlab.machine.native import build
 from vmlab.machine.state import AT_HFLAGS
@@ -106,6 +107,27 @@ class FastCounter(Counter):
     @current.setter
     def current(self, block: Block | None) -> None:
         self._state[_CURRENT] = 0 if block is None else block.slot
+
+    def leave(self, rip: int, *, retired: bool = False) -> Instruction | None:
+        """As :meth:`Counter.leave`, which runs at every trap, without the properties' calls."""
+        state = self._state
+        block = self._by_number[state[_CURRENT]]
+        if block is None:
+            return None
+        state[_CURRENT] = 0
+        instructions = block.instructions
+        index = block.offsets.get(rip - block.pc)
+        if index is None or index >= len(instructions):
+            return None
+        cut = index + 1 if retired else index
+        if cut < len(instructions):
+            key = (block.key, cut, state[_USER])
+            self._short[key] = self._short.get(key, 0) + 1
+            state[_TIME] -= block.guest_weight_from(cut)
+        return instructions[index]
+
+    def set_cpl(self, cpl: int) -> None:
+        self._state[_USER] = cpl == 3
 
     # ---- blocks
     def add(self, block: Block) -> None:

@@ -194,15 +194,11 @@ def live_address(engine: Engine, layout: Layout) -> int | None:
     """
     if sys.platform != "linux" or ctypes.sizeof(ctypes.c_void_p) != 8 or engine.handle.value is None:
         return None
-    try:
-        readable = _readable_ranges()
-    except OSError:
+    found = _peek(engine.handle.value + _UC_CPU, 8)
+    if found is None:
         return None
-    slot = engine.handle.value + _UC_CPU
-    if not _inside(readable, slot, 8):
-        return None
-    address = ctypes.c_uint64.from_address(slot).value + _CPU_STATE
-    if not _inside(readable, address, layout.size):
+    address = int.from_bytes(found, "little") + _CPU_STATE
+    if _peek(address, layout.size) is None:
         return None
     window = ContextWindow(engine, layout)
     before = engine.read_register(x86.UC_X86_REG_RAX)
@@ -217,19 +213,12 @@ def live_address(engine: Engine, layout: Layout) -> int | None:
     return address
 
 
-def _readable_ranges() -> list[tuple[int, int]]:
-    ranges: list[tuple[int, int]] = []
-    with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
-        for line in maps:
-            span, access = line.split()[:2]
-            if access.startswith("r"):
-                low, high = (int(x, 16) for x in span.split("-"))
-                if ranges and ranges[-1][1] == low:
-                    ranges[-1] = (ranges[-1][0], high)
-                else:
-                    ranges.append((low, high))
-    return ranges
-
-
-def _inside(ranges: list[tuple[int, int]], address: int, size: int) -> bool:
-    return any(low <= address and address + size <= high for low, high in ranges)
+def _peek(address: int, size: int) -> bytes | None:
+    """Memory of this process, or None where there is none to read: the kernel looks, so a wrong address is harmless."""
+    try:
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            memory.seek(address)
+            data = memory.read(size)
+    except (OSError, ValueError, OverflowError):
+        return None
+    return data if len(data) == size else None
