@@ -204,6 +204,7 @@ def test_nothing_in_a_chart_leaves_the_sheet_or_covers_the_title(results: dict[s
                 assert box.x0 >= 0 and box.x1 <= sheet.x1 and box.y0 >= 0 and box.y1 <= sheet.y1, f"{name}: {box}"
             for box in boxes:
                 assert not box.overlaps(title) and not box.overlaps(caption), name
+            assert not any(one.overlaps(other) for one, other in combinations(panels, 2)), f"{name}: panels"
             assert not any(legend.overlaps(panel) for legend in legends for panel in panels), name
 
 
