@@ -36,7 +36,8 @@ def slowdown(view: View) -> Figure:
     lines = -(-len(workloads) // columns)
     caption = (f"Time relative to the bare machine on {generation.words}; left of the line is faster than native. {WHISKERS} "
                "Each panel is a workload at its densest; a missing dot means that the run was not made or not priced there.")
-    sheet = Sheet(findings.slowdown_title(view), caption, [0.31 * len(rows) + 0.25] * lines, columns, left=2.35, gap=0.72, side=0.5)
+    heights = [0.31 * len(rows) + 0.25] * lines
+    sheet = Sheet(findings.slowdown_title(view), caption, heights, columns, left=2.35, gap=0.72, side=0.5)
     limits = _limits([r for w in workloads for v in rows for r in [_at(view, w, v, generation)] if r])
     for i, axes in enumerate(axes for line in sheet.axes for axes in line):
         if i >= len(workloads):
