@@ -39,11 +39,11 @@ PATHS = ("portable", "C, CPL asked for", "C, CPL in place")
 
 
 def machine(code: bytes, path: str) -> Machine:
-    """A machine in 32-bit protected mode with rings 0 and 3, about to run ``code`` at CPL 0."""
+    """A machine in 32-bit protected mode with rings 0, 1 and 3, about to run ``code`` at CPL 0."""
     pc = Machine(1 << 20, path)
     ram, cpu = pc.ram, pc.cpu
     for i, descriptor in enumerate((0, 0xCF9B000000FFFF, 0xCF93000000FFFF, 0xCFFB000000FFFF, 0xCFF3000000FFFF,
-                                    0x890030000067)):
+                                    0x890030000067, 0xCFBB000000FFFF, 0xCFB3000000FFFF)):
         ram.write64(GDT + 8 * i, descriptor)
     ram.write(TSS + 4, struct.pack("<II", 0x7000, 0x10))
     for i, (vector, handler) in enumerate(HANDLER_OF.items()):
@@ -53,7 +53,7 @@ def machine(code: bytes, path: str) -> Machine:
     ram.write(CODE, code)
     cpu.enter_protected(CODE, Segment(8, 0, 0xFFFFFFFF, 0xCF9B00), Segment(0x10, 0, 0xFFFFFFFF, 0xCF9300))
     cpu.load()
-    cpu.set_table("gdt", Segment(0, GDT, 0x2F, 0))
+    cpu.set_table("gdt", Segment(0, GDT, 0x3F, 0))
     cpu.set_table("idt", Segment(0, IDT, 0x7FF, 0))
     cpu.set_table("tr", Segment(0x28, TSS, 0x67, 0x8900))
     cpu.set_gpr(RSP, STACK)
@@ -140,9 +140,20 @@ def test_interrupts_between_the_elements_of_one_instruction(deny: Callable[[str]
     assert counted.kernel == 10 + 4 + 3 + 2 + 1 + 2 + 8 * 10
 
 
+def _into_ring(ring: int, address: int) -> bytes:
+    """Six instructions: push SS, ESP, EFLAGS with IOPL 3, CS, EIP; iret."""
+    code, data = {1: (0x31, 0x39), 3: (0x1B, 0x23)}[ring]
+    return b"\x6a" + bytes([data]) + b"\x68\x00\x60\x00\x00\x68\x02\x30\x00\x00\x6a" + bytes([code]) + b"\x68" + struct.pack(
+        "<I", address) + b"\xcf"
+
+
+def test_ring_one_is_not_user(deny: Callable[[str], str]) -> None:
+    counted = run_all(_into_ring(1, CODE + 0x80).ljust(0x80, b"\x90") + b"\x90\xeb\x00" + EXIT, deny)[0]
+    assert (counted.user, counted.kernel) == (0, 6 + 2 + 2)
+
+
 def test_halt_and_ring_changes(deny: Callable[[str], str]) -> None:
-    user = CODE + 0x80
-    into_user = b"\x6a\x23\x68\x00\x60\x00\x00\x68\x02\x30\x00\x00\x6a\x1b\x68" + struct.pack("<I", user) + b"\xcf"
+    into_user = _into_ring(3, CODE + 0x80)
     # At CPL 3: five times round a loop with INT 0x80, then HLT, which is #GP there, then EXIT (IOPL is 3).
     at_user = b"\xb9\x05\x00\x00\x00" + b"\xcd\x80\x49\x75\xfb" + b"\x66\xf4" + EXIT
     counted = run_all(into_user.ljust(0x80, b"\x90") + at_user, deny)[0]
