@@ -60,6 +60,14 @@ class Block:
         self.runs, self.taken, self.again = [0, 0], [0, 0], [0, 0]
         self.slot = -1
 
+    def leads_to(self, address: int) -> bool:
+        """Whether control can go from this block's end to ``address``, which lies inside the block."""
+        last = self.instructions[-1]
+        at = self.end - last.size
+        if last.kind in ("branch", "jcc"):
+            return (at + int(last.cs.operands[0].imm) - address) & 0xFFFFFFFF == 0
+        return last.kind == "indirect" or last.op in RING_CHANGERS or (last.rep and address == at)
+
     def guest_weight_from(self, index: int) -> int:
         """Guest instructions at or after position ``index``."""
         if self.tags is None:
@@ -120,13 +128,16 @@ class Counter:
     def _count_again(self, block: Block) -> None:
         block.again[self.user] += 1
 
-    def last_instruction(self) -> tuple[int, Instruction] | None:
-        """Address and decoding of the current block's last instruction (the one that raised INT n)."""
+    def instruction_before(self, address: int) -> tuple[int, Instruction] | None:
+        """Address and decoding of the current block's instruction that ends at ``address`` (the one that raised INT n)."""
         block = self.current
         if block is None or not block.instructions:
             return None
-        last = block.instructions[-1]
-        return block.end - last.size, last
+        after = block.offsets.get(address - block.pc)
+        if not after:
+            return None
+        found = block.instructions[after - 1]
+        return address - found.size, found
 
     def set_cpl(self, cpl: int) -> None:
         """The machine changed CPL by itself."""
@@ -239,7 +250,8 @@ def _sum(blocks: Iterable[Block], short: dict[tuple[int, int, int], int]) -> Sna
                 n = times
                 if i == last and block.rep:
                     n -= again
-                    add("machine.string", again)
+                    if not instruction.search:  # the machine counts what these look at
+                        add("machine.string", again)
                 elif instruction.string:
                     add("machine.string", n)
                 machine += n

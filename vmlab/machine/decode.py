@@ -64,6 +64,11 @@ class Instruction:
     cs: capstone.CsInsn
 
     @property
+    def search(self) -> bool:
+        """REP SCAS or REP CMPS: besides ECX the flags end it."""
+        return self.rep and self.cs.mnemonic.split()[-1][:4] in ("scas", "cmps")
+
+    @property
     def text(self) -> str:
         """Assembly in Intel syntax (relative targets as if at address 0)."""
         return f"{self.cs.mnemonic} {self.cs.op_str}".strip()

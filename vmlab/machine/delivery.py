@@ -41,13 +41,13 @@ def deliver(cpu: Cpu, vector: int, error_code: int | None = None, *, software: b
     :param software: INT n: the gate's DPL is checked against CPL.
     :param return_rip: pushed as the return address; default the CPU's RIP.
     :param fault_rip: where RIP points if a fault takes the place of a software interrupt.
-    :param external: a device interrupt (sets EXT in error codes of faults on the way).
+    :param external: a device interrupt: a fault on the way does not make a double fault.
     :param on_fault: told of each fault on the way before it takes effect; what it raises ends the delivery.
     :raises TripleFault: when the double fault cannot be delivered either.
     """
     return_rip = cpu.rip if return_rip is None else return_rip
     try:
-        _enter(cpu, vector, error_code, return_rip, software=software, external=external and not software)
+        _enter(cpu, vector, error_code, return_rip, software=software)
         return vector
     except Fault as second:
         if fault_rip is not None:
@@ -70,12 +70,12 @@ def _last_words(cpu: Cpu, fault: Fault) -> str:
             f"(IDT at {cpu.table('idt').base:#x}, limit {cpu.table('idt').limit:#x})")
 
 
-def read_descriptor(cpu: Cpu, selector: int, vector: int = GENERAL_PROTECTION) -> Segment:
+def read_descriptor(cpu: Cpu, selector: int, vector: int = GENERAL_PROTECTION, ext: int = 0) -> Segment:
     """The descriptor that ``selector`` names in the GDT or LDT; raises :class:`Fault` (``vector``) outside its limit."""
     table = cpu.table("ldt" if selector & 4 else "gdt")
     offset = selector & ~7
     if offset + 7 > table.limit:
-        raise Fault(vector, selector & 0xFFFC)
+        raise Fault(vector, (selector & 0xFFFC) + ext)
     return unpack_descriptor(_read(cpu, table.base + offset, 8), selector)
 
 
@@ -95,12 +95,12 @@ def _write(cpu: Cpu, address: int, data: bytes, user: bool) -> None:
         raise Fault(PAGE_FAULT, fault.error_code, fault.address) from fault
 
 
-def _enter(cpu: Cpu, vector: int, error_code: int | None, return_rip: int, *, software: bool, external: bool) -> None:
+def _enter(cpu: Cpu, vector: int, error_code: int | None, return_rip: int, *, software: bool) -> None:
     if not cpu.cr(0) & 1:
         _enter_real_mode(cpu, vector, return_rip)
         return
     long_mode = cpu.long_mode
-    ext = int(external)
+    ext = int(not software)  # SDM Vol. 3A §6.13: set for interrupts and earlier exceptions alike
     idt = cpu.table("idt")
     size = 16 if long_mode else 8
     if vector * size + size - 1 > idt.limit:
@@ -120,11 +120,13 @@ def _enter(cpu: Cpu, vector: int, error_code: int | None, return_rip: int, *, so
         raise Fault(NOT_PRESENT, vector * 8 + 2 + ext)
     if not selector & 0xFFFC:
         raise Fault(GENERAL_PROTECTION, ext)
-    code = read_descriptor(cpu, selector)
+    code = read_descriptor(cpu, selector, ext=ext)
     if not code.flags & (1 << 12) or not code.flags & (1 << 11) or code.dpl > cpl:
         raise Fault(GENERAL_PROTECTION, (selector & 0xFFFC) + ext)
     if not code.flags & (1 << 15):
         raise Fault(NOT_PRESENT, (selector & 0xFFFC) + ext)
+    if long_mode and code.flags & (0x60 << 16) != 0x20 << 16:  # L without D
+        raise Fault(GENERAL_PROTECTION, (selector & 0xFFFC) + ext)
     new_cpl = cpl if code.flags & (1 << 10) else code.dpl
     flags = cpu.eflags
     old_ss, old_sp, old_cs = cpu.selector(SS), cpu.gpr(RSP), cpu.selector(CS)
@@ -189,7 +191,7 @@ def _tss_stack32(cpu: Cpu, level: int, ext: int) -> tuple[int, Segment]:
     sp, selector = struct.unpack("<IH", _read(cpu, tss.base + 4 + 8 * level, 6))
     if not selector & 0xFFFC or selector & 3 != level:
         raise Fault(INVALID_TSS, (selector & 0xFFFC) + ext)
-    segment = read_descriptor(cpu, selector, INVALID_TSS)
+    segment = read_descriptor(cpu, selector, INVALID_TSS, ext)
     writable_data = segment.flags & (1 << 12) and not segment.flags & (1 << 11) and segment.flags & (1 << 9)
     if segment.dpl != level or not writable_data:
         raise Fault(INVALID_TSS, (selector & 0xFFFC) + ext)

@@ -258,6 +258,10 @@ class Machine:
             return False
         block = counter.blocks.get(pc << 16 | size)
         if block is None:
+            running = counter.current
+            if running is not None and running.pc < pc < running.end and pc - running.pc in running.offsets and not running.leads_to(pc):
+                # The block overwrote itself: Unicorn broke it off at the storing instruction, which runs again, alone.
+                counter.leave(pc)
             block = self._new_block(pc, size)
             if block is None:
                 return False
@@ -276,6 +280,8 @@ class Machine:
         block = Block(pc << 16 | size, pc, size, instructions, tags)
         hooked = False
         for offset, i in block.offsets.items():
+            if i < len(instructions) and self._drop_stale_hook(pc + offset, instructions[i]):
+                hooked = True
             if i < len(instructions) and pc + offset not in self._hooked and self._wants_hook(pc + offset, instructions[i]):
                 self._hook(pc + offset, instructions[i])
                 hooked = True
@@ -287,8 +293,16 @@ class Machine:
         self.counter.add(block)
         return block
 
+    def _drop_stale_hook(self, address: int, instruction: Instruction) -> bool:
+        """The guest may have rewritten code in another length, which no check of known blocks sees; True if so."""
+        hooked = self._hooked.get(address)
+        if hooked is None or hooked[1] is None or hooked[1].raw == instruction.raw:
+            return False
+        self.engine.unhook(self._hooked.pop(address)[0])
+        return True
+
     def _wants_hook(self, address: int, instruction: Instruction) -> bool:
-        return (instruction.op in _MACHINE_OPS or instruction.op in self.trapping
+        return (instruction.op in _MACHINE_OPS or instruction.op in self.trapping or instruction.search
                 or address in self._watched or address in self._gates)
 
     def _hook(self, address: int, instruction: Instruction | None) -> None:
@@ -338,8 +352,16 @@ class Machine:
                 self._end()
             elif instruction is not None and instruction.op is not None:
                 self._system_instruction(address, instruction)
+            elif instruction is not None and instruction.search:
+                self._search_element(instruction)
         except BaseException as failure:  # noqa: BLE001
             self._fail(failure)
+
+    def _search_element(self, instruction: Instruction) -> None:
+        """Before each element of REP SCAS or CMPS. Blocks do not tell their number: unless ECX is used up, the flags end them."""
+        self.cpu.load()
+        if self.cpu.gpr(RCX) & ((1 << (8 * instruction.cs.addr_size)) - 1):
+            self.events["machine.string"] += 1
 
     def _begin(self, address: int) -> None:
         self.cpu.load()
@@ -480,21 +502,28 @@ class Machine:
             if self._in_guest and self.guest_mode is not None and self.guest_mode.deliver_injected():
                 counter.current = None
             elif software:
-                last = counter.last_instruction()
+                last = counter.instruction_before(cpu.rip + cpu.segment(hidden.CS).base)
                 self._software_interrupt(vector, last)
             else:
-                self.faulting = counter.leave(cpu.rip + cpu.segment(hidden.CS).base)
+                self.faulting = self._leave()
                 self._take(vector, error_code, software=False)
             cpu.store()
             counter.set_cpl(cpu.cpl)
         except BaseException as failure:  # noqa: BLE001
             self._fail(failure)
 
+    def _leave(self) -> Instruction | None:
+        """The instruction at RIP did not complete; returns it."""
+        instruction = self.counter.leave(self.cpu.rip + self.cpu.segment(hidden.CS).base)
+        if instruction is not None and instruction.search:
+            self.events["machine.string"] -= 1  # this element was not looked at after all
+        return instruction
+
     def _exit_guest(self, code: int) -> None:
         """The CPU itself found an intercept."""
         if self.guest_mode is None:
             raise UnsupportedHost(f"the CPU left a guest mode that the machine did not enter (exit code {code:#x})")
-        self.counter.leave(self.cpu.rip + self.cpu.segment(hidden.CS).base)
+        self._leave()
         self.guest_mode.exit(code, self.cpu.error_code)
         self.cpu.store()
         self.counter.set_cpl(self.cpu.cpl)
@@ -502,17 +531,18 @@ class Machine:
     def _software_interrupt(self, vector: int, last: tuple[int, Instruction] | None) -> None:
         cpu = self.cpu
         start = cpu.rip - (last[1].size if last else 2)
+        at = start + cpu.segment(hidden.CS).base
         if self.monitor is not None and vector not in self.direct_gates and not self._in_guest:
             if cpu.cpl <= self.software_gates.get(vector, 0):
-                self.counter.current = None
+                self.counter.leave(at, retired=True)
                 self._take(vector, None, software=True)
             else:  # the monitor's gate is more privileged: #GP, the instruction did not retire
                 cpu.rip = start
-                self.faulting = self.counter.leave(start + cpu.segment(hidden.CS).base)
+                self.faulting = self.counter.leave(at)
                 self._take(13, vector * 8 + 2, software=False)
             return
-        self.counter.current = None
         delivered = self._deliver(vector, None, software=True, fault_rip=start)
+        self.counter.leave(at, retired=delivered == vector)
         if delivered == vector:
             self.events["interrupt.software"] += 1
         elif delivered is not None:
@@ -530,7 +560,7 @@ class Machine:
             cpu = self.cpu
             cpu.load()
             cpu.forget_exception()
-            self.counter.leave(cpu.rip + cpu.segment(hidden.CS).base)
+            self.faulting = self.counter.leave(cpu.rip + cpu.segment(hidden.CS).base)
             self._take(6, None, software=False)
             cpu.store()
             self.counter.set_cpl(cpu.cpl)
