@@ -189,7 +189,8 @@ class Svm:
         for name, table in _TABLES:
             register = cpu.table(table)
             vmcb[f"{name}.base"], vmcb[f"{name}.limit"] = register.base, register.limit
-        vmcb.set_switched_registers(cpu.cr(4), cpu.cr(3), cpu.cr(0), cpu.debug_register(7), cpu.debug_register(6), cpu.eflags, cpu.rip)
+        vmcb.set_switched_registers(cpu.cr(4), cpu.cr(3), cpu.cr(0), cpu.debug_register(7), cpu.debug_register(6),
+                                    cpu.eflags, cpu.rip)
         vmcb["rsp"], vmcb["rax"], vmcb["cr2"] = cpu.gpr(RSP), cpu.gpr(RAX), cpu.cr2
         vmcb["efer"], vmcb["cpl"] = cpu.efer, cpu.cpl
         vmcb["interrupt_shadow"] = int(cpu.shadow)

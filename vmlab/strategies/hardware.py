@@ -6,8 +6,9 @@ entered for what it intercepts: ports, HLT, CPUID, MSRs, control registers, phys
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import ClassVar, cast
 
 from vmlab.errors import TripleFault
 from vmlab.guests import GuestImage
@@ -17,7 +18,7 @@ from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import HAS_ERROR_CODE, Fault
 from vmlab.machine.paging import CR0_PG, CR4_PSE
 from vmlab.machine.pc import Machine, Stop, StopReason
-from vmlab.machine.state import CS, DS, ES, FS, GS, RAX, RBX, RSP, SS
+from vmlab.machine.state import FS, GS, RAX, RBX, RSP
 from vmlab.machine.svm import FREE_FRAMES, Svm
 from vmlab.machine.vmcb import CountedVmcb, Vmcb
 from vmlab.parameters import Parameter, Value
@@ -42,8 +43,9 @@ class HardwareAssisted(Strategy):
 
     name = "hardware-assisted"
     summary = "the guest at CPL 0 in guest mode: VMCB, VMRUN, intercepts, event injection"
-    parameters: Mapping[str, Parameter] = {
-        "memory": Parameter("how guest memory is virtualized: static = tables of the VMM's that never change", "static", choices=("static",)),
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "memory": Parameter("how guest memory is virtualized: static = page tables of the VMM's that never change", "static",
+                            choices=("static",)),
     }
 
     def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
@@ -58,9 +60,10 @@ class HardwareAssisted(Strategy):
         self.emulator = Emulator(machine, cast(VirtualCpu, self.cpu), self.platform_devices, self.counts)
         self._window_open = False
         self._exits: dict[int, Callable[[], None]] = {
+            **dict.fromkeys(range(v.EXIT_CR_READ, v.EXIT_DR_READ), self.emulate_next),
             v.EXIT_CPUID: self.emulate_next, v.EXIT_MSR: self.emulate_next, v.EXIT_HLT: self._halt, v.EXIT_IOIO: self._port,
-            v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._window, v.EXIT_VMMCALL: self._undefined, v.EXIT_SHUTDOWN: self._shutdown,
-            **{code: self.emulate_next for code in range(v.EXIT_CR_READ, v.EXIT_DR_READ)},
+            v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window, v.EXIT_VMMCALL: self._undefined,
+            v.EXIT_SHUTDOWN: self._shutdown,
         }
 
     @classmethod
@@ -176,10 +179,6 @@ class HardwareAssisted(Strategy):
             if self.platform_devices.pending and self.cpu.interrupts_enabled:
                 return
 
-    def _window(self) -> None:
-        """The guest can take an interrupt now: injection follows before the next entry."""
-        self._close_window()
-
     def _undefined(self) -> None:
         """VMMCALL: this VMM offers no hypercalls, and the bare machine raises #UD."""
         self._inject_exception(Fault(6))
@@ -220,6 +219,7 @@ class HardwareAssisted(Strategy):
             self._window_open = True
 
     def _close_window(self) -> None:
+        """The window opened, or nothing waits for it any more; what is pending is injected before the next entry."""
         if self._window_open:
             self.vmcb["intercepts"] &= ~v.intercept_bit(v.EXIT_VINTR)
             self.vmcb["interrupt_control"] &= ~(v.V_IRQ | v.V_IGNORE_TPR)
@@ -244,18 +244,17 @@ class HardwareAssisted(Strategy):
     def guest_state(self) -> GuestState:
         physical = self.machine.cpu
         if self.svm.in_guest:
-            state = physical_state(physical)
-            known = dict(zip(("rip", "rflags", "cr2"), (state.rip, state.eflags, state.cr2), strict=True))
-            return self._state(state.gpr, state.selectors, state.gdt, state.idt, known)
+            return self._believed(physical_state(physical))
         physical.load()
         vmcb = Vmcb(self.machine.ram, _VMCB)  # looked at from outside: not the VMM's work
         gpr = tuple({RAX: vmcb["rax"], RSP: vmcb["rsp"]}.get(i, physical.gpr(i)) & 0xFFFFFFFF for i in range(8))
-        selectors = tuple(physical.selector(i) if i in (FS, GS) else vmcb[f"{ {ES: 'es', CS: 'cs', SS: 'ss', DS: 'ds'}[i]}.selector"]
-                          for i in (ES, CS, SS, DS, FS, GS))
-        return self._state(gpr, selectors, (vmcb["gdtr.base"], vmcb["gdtr.limit"]), (vmcb["idtr.base"], vmcb["idtr.limit"]),
-                           {name: vmcb[name] for name in ("rip", "rflags", "cr2")})
+        es, cs, ss, ds = (segment.selector for segment in vmcb.switched_segments())
+        selectors = (es, cs, ss, ds, physical.selector(FS), physical.selector(GS))
+        return self._believed(GuestState(
+            gpr=gpr, rip=vmcb["rip"], eflags=vmcb["rflags"], selectors=selectors,
+            cr0=vmcb["cr0"], cr2=vmcb["cr2"], cr3=vmcb["cr3"], cr4=vmcb["cr4"],
+            gdt=(vmcb["gdtr.base"], vmcb["gdtr.limit"]), idt=(vmcb["idtr.base"], vmcb["idtr.limit"])))
 
-    def _state(self, gpr: tuple[int, ...], selectors: tuple[int, ...], gdt: tuple[int, int], idt: tuple[int, int],
-               known: Mapping[str, int]) -> GuestState:
-        return GuestState(gpr=gpr, rip=known["rip"], eflags=known["rflags"], selectors=selectors, cr0=self.cpu.cr0,
-                          cr2=known["cr2"], cr3=self.cpu.cr3, cr4=self.cpu.cr4, gdt=gdt, idt=idt)
+    def _believed(self, true: GuestState) -> GuestState:
+        """The state with the control registers that the guest wrote, in place of those that it runs with."""
+        return dataclasses.replace(true, cr0=self.cpu.cr0, cr3=self.cpu.cr3, cr4=self.cpu.cr4)
