@@ -2,7 +2,7 @@
 
     python benchmarks/counting.py [--rounds N] [--passes N] [--limit RATIO]
 
-Prints, for each way of counting, the median of (time counted / time bare) and its spread. The two are timed in turn,
+Prints, for each way of counting, the median of (CPU time counted / bare) and its spread. The two are timed in turn,
 and in each round against each other, so that a busy host disturbs the spread more than the median. With ``--limit``
 the exit status is 1 when the first line's ratio (mixed loop, fast path) is above it, or cannot be measured.
 """
@@ -67,19 +67,19 @@ TINY = bytes.fromhex("49" "75fd" "f4")  # again: dec ecx; jnz again; hlt
 
 
 def bare(code: bytes, passes: int) -> float:
-    """Seconds that Unicorn needs, as anybody would use it."""
+    """CPU seconds that Unicorn needs, as anybody would use it."""
     uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_32)
     uc.mem_map(0, RAM)
     uc.mem_write(CODE, code)
     uc.reg_write(x86.UC_X86_REG_ESP, STACK)
     uc.reg_write(x86.UC_X86_REG_ECX, passes)
-    start = time.perf_counter()
+    start = time.process_time()
     uc.emu_start(CODE, CODE + len(code))
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def counted(code: bytes, passes: int, path: str) -> float:
-    """Seconds that the machine needs, and everything it retires counted."""
+    """CPU seconds that the machine needs, and everything it retires counted."""
     machine = Machine(RAM, path)
     machine.ram.write(CODE, code)
     cpu = machine.cpu
@@ -88,9 +88,9 @@ def counted(code: bytes, passes: int, path: str) -> float:
     cpu.set_gpr(4, STACK)
     cpu.set_gpr(1, passes)
     cpu.store()
-    start = time.perf_counter()
+    start = time.process_time()
     machine.run()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     if machine.time < 2 * passes:
         raise SystemExit(f"the machine counted only {machine.time} instructions")
     return seconds

@@ -7,6 +7,7 @@ small runs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,10 +40,8 @@ def record_steps(technique: str, parameters: Mapping[str, Value], limit: int = L
             steps.append(step)
 
     run.machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, on_instruction)
-    try:
+    with contextlib.suppress(GuestError):  # how the run ended is the cell's business; the steps up to there count
         run.go()
-    except GuestError:
-        pass  # how the run ended is the cell's business; the steps up to there are what is compared
     return run, steps
 
 
@@ -56,13 +55,10 @@ def first_divergence(technique: str, parameters: Mapping[str, Value], limit: int
     """
     native_run, native = record_steps("native", {k: v for k, v in parameters.items() if k not in ("sensitive", "emulation")}, limit)
     _, here = record_steps(technique, parameters, limit)
-    for index, (a, b) in enumerate(zip(native, here, strict=False)):
-        if a != b:
-            break
-    else:
-        if len(native) == len(here):
-            return None
-        index = min(len(native), len(here))
+    if native == here:
+        return None
+    same = (a == b for a, b in zip(native, here, strict=False))
+    index = next((i for i, equal in enumerate(same) if not equal), min(len(native), len(here)))
     if index == 0:
         raise GuestError("the two runs differ before their first instruction")
     address = native[index - 1][0]

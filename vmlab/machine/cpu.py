@@ -15,8 +15,31 @@ from vmlab.machine import paging
 from vmlab.machine.engine import Engine
 from vmlab.machine.memory import PAGE, Ram
 from vmlab.machine.state import (
-    AT_CR, AT_EFER, AT_EFLAGS, AT_EIP, AT_GDT, AT_HFLAGS, AT_HFLAGS2, AT_IDT, AT_LDT, AT_SEGMENTS, AT_TR,
-    CS, DS, ES, HF_ADDSEG, HF_CPL, HF_CS32, HF_CS64, HF_LMA, HF_PE, HF_SHADOW, HF_SS32, SS, Layout, Window,
+    AT_CR,
+    AT_EFER,
+    AT_EFLAGS,
+    AT_EIP,
+    AT_GDT,
+    AT_HFLAGS,
+    AT_HFLAGS2,
+    AT_IDT,
+    AT_LDT,
+    AT_SEGMENTS,
+    AT_TR,
+    CS,
+    DS,
+    ES,
+    HF_ADDSEG,
+    HF_CPL,
+    HF_CS32,
+    HF_CS64,
+    HF_LMA,
+    HF_PE,
+    HF_SHADOW,
+    HF_SS32,
+    SS,
+    Layout,
+    Window,
 )
 
 CF, PF, AF, ZF, SF, TF, IF, DF, OF = 1, 4, 16, 64, 128, 1 << 8, 1 << 9, 1 << 10, 1 << 11

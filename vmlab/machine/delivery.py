@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Protocol
 
 from vmlab.errors import TripleFault
-from vmlab.machine.cpu import IF, NT, RF, TF, VM, Cpu, Segment, unpack_descriptor
+from vmlab.machine.cpu import IF, NT, RF, TF, VM, Segment, unpack_descriptor
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import CS, RSP, SS
 
@@ -33,7 +34,45 @@ class Fault(Exception):
 Diverter = Callable[[int, int | None, bool, bool, Fault], None]
 
 
-def deliver(cpu: Cpu, vector: int, error_code: int | None = None, *, software: bool = False,
+class DeliveringCpu(Protocol):
+    """What delivery needs of a CPU: the physical one, or a VMM's virtual one with the guest's tables."""
+
+    rip: int
+    eflags: int
+    cr2: int
+
+    @property
+    def cpl(self) -> int: ...
+
+    @property
+    def long_mode(self) -> bool: ...
+
+    def cr(self, number: int) -> int: ...
+
+    def gpr(self, number: int) -> int: ...
+
+    def set_gpr(self, number: int, value: int, size: int = 4) -> None: ...
+
+    def selector(self, number: int) -> int: ...
+
+    def segment(self, number: int) -> Segment: ...
+
+    def set_segment(self, number: int, value: Segment) -> None: ...
+
+    def table(self, name: str) -> Segment: ...
+
+    def set_cpl(self, cpl: int) -> None: ...
+
+    def clear_shadow(self) -> None: ...
+
+    def forget_exception(self) -> None: ...
+
+    def read_linear(self, address: int, size: int, *, user: bool = False) -> bytes: ...
+
+    def write_linear(self, address: int, data: bytes, *, user: bool = False) -> None: ...
+
+
+def deliver(cpu: DeliveringCpu, vector: int, error_code: int | None = None, *, software: bool = False,
             return_rip: int | None = None, fault_rip: int | None = None, external: bool = False,
             on_fault: Diverter | None = None) -> int:
     """Enter the handler of ``vector``; returns the vector that was really delivered (8 after a double fault).
@@ -65,12 +104,12 @@ def deliver(cpu: Cpu, vector: int, error_code: int | None = None, *, software: b
         return deliver(cpu, second.vector, second.error_code, on_fault=on_fault)
 
 
-def _last_words(cpu: Cpu, fault: Fault) -> str:
+def _last_words(cpu: DeliveringCpu, fault: Fault) -> str:
     return (f"triple fault at {cpu.rip:#x}: exception {fault.vector} while delivering a double fault "
             f"(IDT at {cpu.table('idt').base:#x}, limit {cpu.table('idt').limit:#x})")
 
 
-def read_descriptor(cpu: Cpu, selector: int, vector: int = GENERAL_PROTECTION, ext: int = 0) -> Segment:
+def read_descriptor(cpu: DeliveringCpu, selector: int, vector: int = GENERAL_PROTECTION, ext: int = 0) -> Segment:
     """The descriptor that ``selector`` names in the GDT or LDT; raises :class:`Fault` (``vector``) outside its limit."""
     table = cpu.table("ldt" if selector & 4 else "gdt")
     offset = selector & ~7
@@ -79,7 +118,7 @@ def read_descriptor(cpu: Cpu, selector: int, vector: int = GENERAL_PROTECTION, e
     return unpack_descriptor(_read(cpu, table.base + offset, 8), selector)
 
 
-def _read(cpu: Cpu, address: int, size: int) -> bytes:
+def _read(cpu: DeliveringCpu, address: int, size: int) -> bytes:
     try:
         return cpu.read_linear(address, size)
     except PageFault as fault:
@@ -87,7 +126,7 @@ def _read(cpu: Cpu, address: int, size: int) -> bytes:
         raise Fault(PAGE_FAULT, fault.error_code, fault.address) from fault
 
 
-def _write(cpu: Cpu, address: int, data: bytes, user: bool) -> None:
+def _write(cpu: DeliveringCpu, address: int, data: bytes, user: bool) -> None:
     try:
         cpu.write_linear(address, data, user=user)
     except PageFault as fault:
@@ -95,7 +134,7 @@ def _write(cpu: Cpu, address: int, data: bytes, user: bool) -> None:
         raise Fault(PAGE_FAULT, fault.error_code, fault.address) from fault
 
 
-def _enter(cpu: Cpu, vector: int, error_code: int | None, return_rip: int, *, software: bool) -> None:
+def _enter(cpu: DeliveringCpu, vector: int, error_code: int | None, return_rip: int, *, software: bool) -> None:
     if not cpu.cr(0) & 1:
         _enter_real_mode(cpu, vector, return_rip)
         return
@@ -176,14 +215,14 @@ def _enter(cpu: Cpu, vector: int, error_code: int | None, return_rip: int, *, so
     cpu.forget_exception()
 
 
-def _tss_stack64(cpu: Cpu, offset: int) -> int:
+def _tss_stack64(cpu: DeliveringCpu, offset: int) -> int:
     tss = cpu.table("tr")
     if offset + 7 > tss.limit:
         raise Fault(INVALID_TSS, tss.selector & 0xFFFC)
     return int(struct.unpack("<Q", _read(cpu, tss.base + offset, 8))[0])
 
 
-def _tss_stack32(cpu: Cpu, level: int, ext: int) -> tuple[int, Segment]:
+def _tss_stack32(cpu: DeliveringCpu, level: int, ext: int) -> tuple[int, Segment]:
     """ESP and SS for ring ``level`` from a 32-bit TSS (SDM Vol. 3A figure 7-2)."""
     tss = cpu.table("tr")
     if 4 + 8 * level + 5 > tss.limit:
@@ -200,7 +239,7 @@ def _tss_stack32(cpu: Cpu, level: int, ext: int) -> tuple[int, Segment]:
     return sp, segment
 
 
-def _enter_real_mode(cpu: Cpu, vector: int, return_rip: int) -> None:
+def _enter_real_mode(cpu: DeliveringCpu, vector: int, return_rip: int) -> None:
     """Real-address mode: the vector table at IDTR.base (SDM Vol. 3A §20.1.4)."""
     idt = cpu.table("idt")
     if vector * 4 + 3 > idt.limit:

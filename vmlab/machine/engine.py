@@ -36,7 +36,8 @@ _REMOVE_CACHE = (uc_const.UC_CTL_IO_WRITE << 30) | (2 << 26) | uc_const.UC_CTL_T
 
 def library() -> ctypes.CDLL:
     """Unicorn's shared library, as the binding loaded it."""
-    return uclib
+    found: ctypes.CDLL = uclib
+    return found
 
 
 class Engine:

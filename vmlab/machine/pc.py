@@ -190,20 +190,25 @@ class Machine:
         if budget is not None:
             self.counter.limit = budget
         self._stop = None
-        while self._stop is None:
-            self.cpu.load()
-            self.counter.set_cpl(self.cpu.cpl)
-            error = self.engine.start(self.cpu.rip)
-            self.cpu.load()
-            if self._failure is not None:
-                failure, self._failure = self._failure, None
-                raise failure
-            if self._stop is not None:
-                break
+        stop = self._go_on()
+        while stop is None:
+            stop = self._go_on()
+        self.counter.current = None
+        return stop
+
+    def _go_on(self) -> Stop | None:
+        """Until the CPU stops once: why the run ends there, or None where it only waited in HLT."""
+        self.cpu.load()
+        self.counter.set_cpl(self.cpu.cpl)
+        error = self.engine.start(self.cpu.rip)
+        self.cpu.load()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if self._stop is None:
             if error:
                 raise GuestError(f"the CPU could not go on at {self.cpu.rip:#x}: {self.engine.error_text(error)}")
             self._halted()
-        self.counter.current = None
         return self._stop
 
     def stop(self, stop: Stop) -> None:

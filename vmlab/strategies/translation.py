@@ -19,7 +19,7 @@ from vmlab.parameters import Parameter, Value
 from vmlab.strategies.base import GuestState
 from vmlab.vmm.monitor import DeprivilegingMonitor
 from vmlab.vmm.space import StaticSpace
-from vmlab.vmm.translator import GATE, PENDING, SITE, TARGET, VIRTUAL_FLAGS, Site, Translator
+from vmlab.vmm.translator import GATE, PENDING, SITE, TARGET, VIRTUAL_FLAGS, Translator
 from vmlab.vmm.vcpu import KERNEL_RING, VirtualCpu
 
 #: CS while the cache runs: flat, ring 1; its selector is never shown to anybody.
@@ -171,6 +171,7 @@ class BinaryTranslation(DeprivilegingMonitor):
         elif site.cause == "indirect":
             self.counts["bt.lookup.indirect"] += 1
             vcpu.rip = self.machine.ram.read32(self._target_at)
+            self.inject_pending()
         elif site.cause == "interrupt":
             self.inject_pending()
         elif instruction is None:

@@ -9,7 +9,7 @@ stops even ring 1, which is supervisor to paging, from writing them (SDM Vol. 3A
 from __future__ import annotations
 
 from vmlab.machine.memory import PAGE, Ram
-from vmlab.machine.paging import P, PS, RW, US
+from vmlab.machine.paging import PS, RW, US, P
 
 GUEST_FRAMES = 16 << 20            # hpa of guest-physical 0
 PAGE_DIRECTORY, HOLE_TABLE = 0x1000, 0x2000

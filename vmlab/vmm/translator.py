@@ -130,6 +130,10 @@ class Translator:
             if instruction is None:
                 emitter.callout("fault", at, None)
                 break
+            if instruction.op == "sti" and self.in_cache and emitter.count == UNIT_LIMIT - 1:
+                # Its shadow needs the next instruction in the same unit: STI begins the next unit instead.
+                emitter.fall_through(at)
+                break
             following = at + instruction.size
             emitter.begin(at)
             if emitter.instruction(at, instruction, read):
@@ -249,7 +253,7 @@ class _Emitter:
         if op is not None:
             self._in_cache(op, at, ins)
         elif ins.kind in ("branch", "jcc", "indirect"):
-            self._control_flow(at, ins, following)
+            self._control_flow(at, ins, following, check=check_now)
             return True
         else:
             self.emit(ins.raw, Tag(ins, "ident"))
@@ -261,12 +265,9 @@ class _Emitter:
         return False
 
     def _shadow_can_follow(self, following: int, read: Callable[[int, int], bytes]) -> bool:
-        """STI's shadow covers one instruction; in the cache only if that one stays in this unit and may be followed by a check."""
-        if self.count >= UNIT_LIMIT:
-            return False
+        """STI's shadow covers one instruction; in the cache only if that one is run by the cache too, or by the VMM, which checks."""
         after = decode(_fetch(read, following), 32)
-        return after is not None and (after.op is not None and after.op not in _IN_CACHE
-                                      or after.op is None and after.kind not in ("branch", "jcc", "indirect"))
+        return after is not None and after.op != "sti"
 
     def _in_cache(self, op: str, at: int, ins: Instruction) -> None:
         done = Tag(ins, "incache")
@@ -306,34 +307,46 @@ class _Emitter:
         self.emit(b"\x9d", Tag(ins, "incache"))
         self._check_pending((at + ins.size) & 0xFFFFFFFF)
 
-    def _check_pending(self, following: int) -> None:
+    def _check_pending(self, following: int, tag: Tag | None = None) -> None:
         """After interrupts may have been enabled: into the VMM if one waits. JECXZ tests without touching flags."""
-        self.emit(b"\x89\x0d" + struct.pack("<I", SCRATCH1))
+        self.emit(b"\x89\x0d" + struct.pack("<I", SCRATCH1), tag)
         self.emit(b"\x8b\x0d" + struct.pack("<I", PENDING))
         self.emit(b"\xe3\x15")                                              # jecxz over the callout (6 + 10 + 5 bytes)
         self.emit(b"\x8b\x0d" + struct.pack("<I", SCRATCH1))
         self.call_vmm(Site("interrupt", following, None))
         self.emit(b"\x8b\x0d" + struct.pack("<I", SCRATCH1))
 
-    def _control_flow(self, at: int, ins: Instruction, following: int) -> None:
+    def _control_flow(self, at: int, ins: Instruction, following: int, *, check: bool) -> None:
+        """Jumps and calls. ``check``: STI came before, so a pending interrupt is looked for at the target."""
         mnemonic = ins.cs.mnemonic.split()[-1]
         done = Tag(ins, "incache")
+
+        def leave_for(target: int, tag: Tag | None = None) -> None:
+            if check:
+                self._check_pending(target, tag)
+                tag = None
+            self.chain_to(target, tag)
+
         if ins.kind == "branch":
             target = (at + int(ins.cs.operands[0].imm)) & 0xFFFFFFFF
             if mnemonic == "call":
                 self.emit(b"\x68" + struct.pack("<I", following))
-            self.chain_to(target, done)
+            leave_for(target, done)
         elif ins.kind == "jcc":
             target = (at + int(ins.cs.operands[0].imm)) & 0xFFFFFFFF
             opcode = ins.cs.opcode
             if opcode[0] == 0x0F or 0x70 <= opcode[0] <= 0x7F:
                 condition = (opcode[1] if opcode[0] == 0x0F else opcode[0]) & 0xF
-                self.emit(bytes([0x0F, 0x80 | condition]) + struct.pack("<i", 5), done)  # over the next jump
+                self.emit(bytes([0x0F, 0x80 | condition]) + bytes(4), done)
+                distance = 4
             else:  # LOOPcc, JECXZ: only a short form exists
-                prefix = bytes(b for b in ins.raw[:-2])
-                self.emit(prefix + bytes([opcode[0], 5]), done)
-            self.chain_to(following)
-            self.chain_to(target)
+                self.emit(ins.raw[:-2] + bytes([opcode[0], 0]), done)
+                distance = 1
+            behind = len(self.code)
+            leave_for(following)
+            over = len(self.code) - behind
+            self.code[behind - distance:behind] = over.to_bytes(distance, "little")
+            leave_for(target)
         else:
             self._indirect(at, ins, following, mnemonic)
 

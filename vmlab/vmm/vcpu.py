@@ -136,7 +136,8 @@ class VirtualCpu:
 
     # ---- guest memory by linear address
     def read_linear(self, address: int, size: int, *, user: bool = False) -> bytes:
-        return self._access(lambda: self.cpu.read_linear(address, size, user=user))
+        data: bytes = self._access(lambda: self.cpu.read_linear(address, size, user=user))
+        return data
 
     def write_linear(self, address: int, data: bytes, *, user: bool = False) -> None:
         """Store for the guest; raises GuestRefused when it aims at the VMM's pages."""
