@@ -150,7 +150,8 @@ def access_by_cpu(case: Case, tables: Tables) -> tuple[int, int] | None:
     cpu.set_gpr(RSP, STACK0 - 0x800)
     cpu.rip = CODE
     cpu.store()
-    m.forget_code(0, 1 << 48)
+    for block in list(m.counter.blocks.values()):
+        m.counter.close(block)
     m.engine.uc.ctl_flush_tb()
     m.engine.flush_tlb()
     assert m.run(1 << 60).reason is StopReason.HALTED

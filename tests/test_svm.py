@@ -322,6 +322,14 @@ def test_a_physical_interrupt_ends_the_run_of_a_guest_that_disabled_its_own(path
     assert not box.vmcb["rflags"] & IF
 
 
+def test_an_injected_event_comes_before_a_physical_interrupt(path: str) -> None:
+    box = Box(path, LOOP, v.EXIT_INTR, handlers={0x41: "nop; iretd"})
+    box.vmcb["interrupt_control"], box.vmcb["event_injection"] = v.V_INTR_MASKING, v.event(v.EVENT_INTERRUPT, 0x41)
+    raise_line(box)(0)
+    assert (box.run(), box.vmcb["rip"], box.vmcb["exit_interrupt_info"]) == (v.EXIT_INTR, Bench.handler(0x41), 0)
+    assert box.guest_kernel() == 0
+
+
 def test_without_masking_the_guests_if_decides(path: str) -> None:
     box = Box(path, LOOP, v.EXIT_INTR)
     box.machine.watch(CODE, raise_line(box))

@@ -188,12 +188,6 @@ class Cpu:
         """The register alone: no breakpoint follows from it (the machine has none)."""
         self._u64[self.layout.debug_registers // 8 + number] = value
 
-    def clear_intercepts(self) -> None:
-        """Outside guest mode nothing is intercepted: all sixteen bytes and the exceptions' four."""
-        at = self.layout.intercepts
-        for offset in range(0, 20, 4):
-            self._u32[(at + offset) // 4] = 0
-
     def set_efer(self, value: int) -> None:
         """Write EFER (and keep LMA in step); the CPU must not be running translated code of another mode."""
         self._u64[AT_EFER // 8] = value

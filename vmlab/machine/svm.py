@@ -205,11 +205,9 @@ class Svm:
         cpu.forget_exception()
         cpu.hflags &= ~HF_GUEST
         cpu.hflags2 &= ~(HF2_GIF | HF2_HIF | HF2_VINTR | HF2_NPT)
-        cpu.clear_intercepts()
         cr4, cr3, cr0, _, _, rflags, rip = host.switched_registers()
         cpu.set_efer(host["efer"])
-        cpu.set_crs(cr0, cr3, cr4)
-        cpu.engine.flush_tlb()
+        cpu.set_crs(cr0, cr3, cr4)  # which flushes the TLB
         for number, segment in zip(_SWITCHED, host.switched_segments(), strict=True):
             cpu.set_segment(number, segment)
         for name, table in _TABLES:

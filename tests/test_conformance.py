@@ -1,0 +1,90 @@
+"""What every technique must do, whoever wrote it: ``python -m pytest tests/test_conformance.py --technique FILE.py:CLASS``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from vmlab import guests, strategies
+from vmlab.experiment.cell import run_cell
+from vmlab.strategies.trap_and_emulate import SENSITIVE
+
+Cell = dict[str, Any]
+WORKLOADS = tuple(guests.workloads("nano"))
+_ITERATIONS = {"compute": 3, "interrupt": 12, "mixed": 12}
+
+
+@functools.cache
+def run(technique: str, workload: str, **more: str) -> Cell:
+    return run_cell(technique, {"guest": "nano", "workload": workload, "iterations": _ITERATIONS.get(workload, 200), "density": 100, **more})
+
+
+def variants(technique: str) -> list[dict[str, str]]:
+    """Every choice of the technique's parameters that has more than one."""
+    found: list[dict[str, str]] = [{}]
+    for name, parameter in strategies.load(technique).parameters.items():
+        if parameter.choices and len(parameter.choices) > 1:
+            found = [{**variant, name: choice} for variant in found for choice in parameter.choices]
+    return found
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_the_outcome_is_the_bare_machines_unless_declared_otherwise(technique: str, workload: str) -> None:
+    native = run("native", workload)
+    for variant in variants(technique):
+        cell = run(technique, workload, **variant)
+        declared = strategies.load(technique).unfaithful(workload, variant)
+        assert cell["status"] == "ok", cell["error"]
+        assert (cell["fidelity"]["outcome"] == native["fidelity"]["outcome"]) == (declared is None), variant
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_a_second_run_is_the_same(technique: str, workload: str) -> None:
+    first = run(technique, workload)
+    again = run_cell(technique, first["parameters"])
+    for key in ("events", "instructions", "phases", "fidelity", "work", "console"):
+        assert again[key] == first[key], key
+
+
+@pytest.mark.parametrize(("workload", "culprit"), [("pushf_popf", "pushf"), ("interrupt", "iret"), ("mixed", "pushf")])
+def test_silent_x86_goes_wrong_where_it_is_known_to(workload: str, culprit: str) -> None:
+    difference = run("trap-and-emulate", workload, sensitive="silent")["fidelity"]["first_difference"]
+    assert difference["suspect"]["instruction"].startswith(culprit)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_trap_was_emulated_or_reflected(workload: str) -> None:
+    for sensitive in ("silent", "trap"):
+        events = run("trap-and-emulate", workload, sensitive=sensitive)["events"]
+        handled = sum(n for kind, n in events.items() if kind.startswith("emulate.")) + events.get("reflect.13", 0)
+        assert events.get("trap.gp", 0) == handled
+
+
+@pytest.mark.parametrize("workload", [w for w in WORKLOADS if w not in ("interrupt", "mixed")])
+def test_traps_follow_from_what_the_bare_machine_ran(workload: str) -> None:
+    """#GPs = the native run's privileged and sensitive instructions; RDTSC traps because the VMM sets CR4.TSD."""
+    privileged = {"cli", "sti", "hlt", "in", "out", "rdtsc", "mov_to_cr", "mov_from_cr", "lgdt", "lidt", "ltr", "int"} | SENSITIVE
+    native = run("native", workload)["events"]
+    expected = sum(native.get(f"retired.{op}", 0) for op in privileged)
+    assert run("trap-and-emulate", workload, sensitive="trap")["events"].get("trap.gp", 0) == expected
+
+
+def test_hardware_assistance_exits_for_cpuid_and_not_for_cli() -> None:
+    assert not any(kind.startswith("exit.") for kind in run("hardware-assisted", "cli_sti")["events"])
+    cell = run("hardware-assisted", "cpuid")
+    assert cell["events"]["exit.cpuid"] == cell["work"]["operations"] == run("native", "cpuid")["events"]["retired.cpuid"]
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_a_paravirtual_guest_raises_no_general_protection(workload: str) -> None:
+    assert "trap.gp" not in run("paravirtualization", workload)["events"]
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_translated_kernels_retire_no_sensitive_instruction(workload: str) -> None:
+    for emulation in ("in-cache", "callout"):
+        events = run("binary-translation", workload, emulation=emulation)["events"]
+        assert not events.get("retired.kernel", 0)
+        assert not [op for op in SENSITIVE | {"cli", "sti", "hlt", "in", "out"} if f"retired.{op}" in events]
