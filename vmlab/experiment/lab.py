@@ -18,7 +18,7 @@ from vmlab.errors import ConfigError
 from vmlab.parameters import Parameter
 
 if TYPE_CHECKING:
-    from vmlab.strategies.base import Strategy
+    from vmlab.strategies.techniques import Technique
 
 #: Rooms whose code decides what is counted: a change there makes earlier cells stale.
 COUNTING_CODE = ("machine", "guests", "vmm", "strategies", "ledger.py", "experiment/cell.py")
@@ -43,7 +43,7 @@ class Lab:
 
     def parameters(self, technique: str) -> Mapping[str, Parameter]:
         """What ``technique`` declares. :raises ConfigError: no such technique, or it cannot be loaded."""
-        return self._load(technique).parameters
+        return self._describe(technique).parameters
 
     def loadable(self) -> dict[str, Mapping[str, Parameter]]:
         """What each technique declares, those left out that cannot be loaded.
@@ -56,21 +56,21 @@ class Lab:
                 found[name] = self.parameters(name)
         return found
 
-    def _load(self, technique: str) -> type[Strategy]:
+    def _describe(self, technique: str) -> type[Technique]:
         from vmlab import strategies
 
         try:
-            return strategies.load(technique)
+            return strategies.describe(technique)
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"technique {technique!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
     def summary_of(self, technique: str) -> str:
         """The technique in one line."""
-        return self._load(technique).summary
+        return self._describe(technique).summary
 
     def unfaithful(self, technique: str, workload: str, parameters: Mapping[str, Any]) -> str | None:
         """Why ``technique`` declares that it is not faithful here, or None where it claims to be."""
-        return self._load(technique).unfaithful(workload, dict(parameters))
+        return self._describe(technique).unfaithful(workload, dict(parameters))
 
     def guests(self) -> list[str]:
         """Names of the built-in guests."""
@@ -199,10 +199,10 @@ class Lab:
         return digest.hexdigest()[:12]
 
     def _source(self, technique: str) -> Path:
-        """The file that a technique's class is in."""
+        """The file that describes a technique: for one from elsewhere, the file that its class is in."""
         if technique in self.extra:
             return Path(technique.rpartition(":")[0]).resolve()
-        module = sys.modules[self._load(technique).__module__]
+        module = sys.modules[self._describe(technique).__module__]
         return Path(str(module.__file__)).resolve()
 
 

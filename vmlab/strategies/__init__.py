@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmlab.errors import ConfigError
 from vmlab.parameters import nearest
+from vmlab.strategies.techniques import DESCRIBED, Technique
 
 if TYPE_CHECKING:
     from vmlab.strategies.base import Strategy
@@ -34,6 +35,14 @@ def _found() -> dict[str, str]:
 def names() -> list[str]:
     """All techniques, built-in ones first."""
     return list(_found())
+
+
+def describe(name: str) -> type[Technique]:
+    """What the technique says of itself. A built-in one says it without its machine; others have to be loaded.
+
+    Raises ConfigError with the nearest name.
+    """
+    return DESCRIBED.get(name) or load(name)
 
 
 def load(name: str) -> type[Strategy]:

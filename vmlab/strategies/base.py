@@ -12,14 +12,14 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
-from typing import ClassVar
 
 from vmlab.guests import GuestImage
 from vmlab.ledger import Counts, Snapshot
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.pc import Machine, Stop
 from vmlab.machine.state import CS, DS, ES, FS, GS, SS
-from vmlab.parameters import Parameter, Value
+from vmlab.parameters import Value
+from vmlab.strategies.techniques import Technique
 
 #: What every technique gives its guest: 16 MiB of RAM from guest-physical address 0.
 GUEST_MEMORY = 16 << 20
@@ -48,15 +48,8 @@ class GuestState:
         return struct.pack(f"<{len(flat)}Q", *flat)
 
 
-class Strategy(ABC):
-    """One way to run a guest. Class variables say what it is; the methods run it."""
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    #: What can be chosen about it, beside the guest's own parameters.
-    parameters: ClassVar[Mapping[str, Parameter]] = {}
-    #: Whether the whole guest state, not only its outcome, must equal the bare machine's.
-    full_virtualization: ClassVar[bool] = True
+class Strategy(Technique, ABC):
+    """One way to run a guest. What it inherits from :class:`Technique` says what it is; the methods run it."""
 
     def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
         self.machine = machine
@@ -68,16 +61,6 @@ class Strategy(ABC):
         self.counts = Counts("vmm")
         #: What the guest tried and was refused, in words.
         self.refused: list[str] = []
-
-    @classmethod
-    def platform(cls, parameters: Mapping[str, Value]) -> str:
-        """What a CPU must offer to run this: "x86", or "svm" for hardware assistance."""
-        return "x86"
-
-    @classmethod
-    def unfaithful(cls, workload: str, parameters: Mapping[str, Value]) -> str | None:
-        """Why this technique is known to change this workload's outcome, or None."""
-        return None
 
     # ---- the four things a strategy does
     @abstractmethod

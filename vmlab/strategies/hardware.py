@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar, cast
+from typing import cast
 
 from vmlab.errors import TripleFault
 from vmlab.guests import GuestImage
@@ -21,8 +21,9 @@ from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.machine.state import FS, GS, RAX, RBX, RSP
 from vmlab.machine.svm import FREE_FRAMES, Svm
 from vmlab.machine.vmcb import CountedVmcb, Vmcb
-from vmlab.parameters import Parameter, Value
+from vmlab.parameters import Value
 from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state
+from vmlab.strategies.techniques import HardwareAssistedTechnique
 from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_mode import GuestModeCpu
@@ -38,15 +39,8 @@ _LARGE_USER_PAGE = 0x87                # P, R/W, U/S, PS: an unpaged guest has n
 _SHADOWED_CRS = 1 << 0 | 1 << 3 | 1 << 4
 
 
-class HardwareAssisted(Strategy):
+class HardwareAssisted(HardwareAssistedTechnique, Strategy):
     """A VMM on AMD-V. Its main loop is :meth:`run`; each exit reason has one method."""
-
-    name = "hardware-assisted"
-    summary = "the guest at CPL 0 in guest mode: VMCB, VMRUN, intercepts, event injection"
-    parameters: ClassVar[Mapping[str, Parameter]] = {
-        "memory": Parameter("how guest memory is virtualized: static = page tables of the VMM's that never change", "static",
-                            choices=("static",)),
-    }
 
     def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
         super().__init__(machine, parameters)
@@ -65,10 +59,6 @@ class HardwareAssisted(Strategy):
             v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window, v.EXIT_VMMCALL: self._undefined,
             v.EXIT_SHUTDOWN: self._shutdown,
         }
-
-    @classmethod
-    def platform(cls, parameters: Mapping[str, Value]) -> str:
-        return "svm"
 
     # ---- loading
     def load(self, image: GuestImage, command_line: str) -> None:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 from vmlab.guests import GuestImage
 from vmlab.machine.cpu import Segment
 from vmlab.machine.state import RAX, RBX
-from vmlab.parameters import Parameter
 from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state
+from vmlab.strategies.techniques import NativeTechnique
 from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
 
 
-class Native(Strategy):
+class Native(NativeTechnique, Strategy):
     """No VMM: interrupts and faults go through the guest's own IDT."""
-
-    name = "native"
-    summary = "the guest at CPL 0 on the bare machine: the baseline and the oracle"
-    parameters: ClassVar[Mapping[str, Parameter]] = {}
 
     def load(self, image: GuestImage, command_line: str) -> None:
         machine = self.machine

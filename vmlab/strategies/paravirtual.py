@@ -9,28 +9,20 @@ to ring 1. The native image serves: it patches itself when it is started at its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 from vmlab.guests import GuestImage
 from vmlab.machine.cpu import IF
 from vmlab.machine.pc import Machine
-from vmlab.parameters import Parameter, Value
+from vmlab.parameters import Value
 from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state
+from vmlab.strategies.techniques import ParavirtualizationTechnique
 from vmlab.vmm.platform import PHYSICAL_BASE
 from vmlab.vmm.xen_domain import Domain
 from vmlab.vmm.xen_hypervisor import Hypervisor
 
 
-class Paravirtualization(Strategy):
+class Paravirtualization(ParavirtualizationTechnique, Strategy):
     """The guest at CPL 1, by hypercalls."""
-
-    name = "paravirtualization"
-    summary = "the kernel makes hypercalls; its interrupt flag is a byte in shared memory"
-    parameters: ClassVar[Mapping[str, Parameter]] = {
-        "memory": Parameter("who owns the page tables", "static", ("static",)),
-        "hypervisor": Parameter("where the VMM stands", "type1", ("type1",)),
-    }
-    full_virtualization = False
 
     def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
         super().__init__(machine, parameters)

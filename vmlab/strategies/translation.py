@@ -7,7 +7,6 @@ by a jump, without any trap.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.guests import GuestImage
@@ -15,8 +14,9 @@ from vmlab.machine.cpu import IF, IOPL, Cpu, Segment
 from vmlab.machine.delivery import Fault
 from vmlab.machine.pc import Machine, Stop
 from vmlab.machine.state import CS, DS
-from vmlab.parameters import Parameter, Value
+from vmlab.parameters import Value
 from vmlab.strategies.base import GuestState
+from vmlab.strategies.techniques import BinaryTranslationTechnique
 from vmlab.vmm.monitor import DeprivilegingMonitor
 from vmlab.vmm.space import StaticSpace
 from vmlab.vmm.translator import GATE, PENDING, SITE, TARGET, VIRTUAL_FLAGS, Translator
@@ -72,16 +72,9 @@ class TranslatedCpu(VirtualCpu):
         super().set_segment(number, value)
 
 
-class BinaryTranslation(DeprivilegingMonitor):
+class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     """A VMM after VMware's (Adams & Agesen, ASPLOS 2006), without its adaptive half."""
 
-    name = "binary-translation"
-    summary = "guest kernel translated into a cache, CLI becomes a store; user code runs directly"
-    parameters: ClassVar[Mapping[str, Parameter]] = {
-        "memory": Parameter("who owns the page tables", "static", ("static",)),
-        "hypervisor": Parameter("where the VMM stands", "type1", ("type1",)),
-        "emulation": Parameter("sensitive instructions inside the cache, or each by a callout", "in-cache", ("in-cache", "callout")),
-    }
     trap_tsc = False
     vcpu: TranslatedCpu
 

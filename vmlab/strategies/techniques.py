@@ -1,0 +1,103 @@
+"""What each technique is, said without its machine: name, summary, parameters, platform, known infidelities.
+
+``vmlab list``, ``validate`` and ``--dry-run`` read these and nothing more; the class that runs the technique (its module is
+in :data:`vmlab.strategies.BUILT_IN`) inherits its description from here. A new parameter, or a new choice of one, is one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vmlab.parameters import Parameter, Value
+
+_MEMORY = "how guest memory is virtualized: static = page tables of the VMM's that never change"
+_HYPERVISOR = Parameter("where the VMM stands", "type1", ("type1",))
+
+
+class Technique:
+    """A description. :class:`vmlab.strategies.base.Strategy` is one too, so a technique from elsewhere needs no second class."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    #: What can be chosen about it, beside the guest's own parameters.
+    parameters: ClassVar[Mapping[str, Parameter]] = {}
+    #: Whether the whole guest state, not only its outcome, must equal the bare machine's.
+    full_virtualization: ClassVar[bool] = True
+
+    @classmethod
+    def platform(cls, parameters: Mapping[str, Value]) -> str:
+        """What a CPU must offer to run this: "x86", or "svm" for hardware assistance."""
+        return "x86"
+
+    @classmethod
+    def unfaithful(cls, workload: str, parameters: Mapping[str, Value]) -> str | None:
+        """Why this technique is known to change this workload's outcome, or None."""
+        return None
+
+
+class NativeTechnique(Technique):
+    name = "native"
+    summary = "the guest at CPL 0 on the bare machine: the baseline and the oracle"
+
+
+class TrapAndEmulateTechnique(Technique):
+    name = "trap-and-emulate"
+    summary = "guest kernel at CPL 1; each privileged instruction traps and is emulated"
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "memory": Parameter(_MEMORY, "static", ("static",)),
+        "hypervisor": _HYPERVISOR,
+        "sensitive": Parameter("do sensitive instructions trap (a hypothetical x86) or not (classical x86)", "silent", ("silent", "trap")),
+    }
+
+    #: Workloads of the built-in guest whose outcome classical x86 changes, and by which instruction.
+    SILENT_DAMAGE: ClassVar[Mapping[str, str]] = {
+        "pushf_popf": "PUSHF shows the real IF and POPF silently leaves it alone",
+        "interrupt": "IRET from the handler silently drops IF, so interrupts stay off",
+        "mixed": "POPF and IRET silently drop IF",
+    }
+
+    @classmethod
+    def unfaithful(cls, workload: str, parameters: Mapping[str, Value]) -> str | None:
+        if parameters.get("sensitive", "silent") == "trap":
+            return None
+        return cls.SILENT_DAMAGE.get(workload)
+
+
+class BinaryTranslationTechnique(Technique):
+    name = "binary-translation"
+    summary = "guest kernel translated into a cache, CLI becomes a store; user code runs directly"
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "memory": Parameter(_MEMORY, "static", ("static",)),
+        "hypervisor": _HYPERVISOR,
+        "emulation": Parameter("sensitive instructions inside the cache, or each by a callout", "in-cache", ("in-cache", "callout")),
+    }
+
+
+class ParavirtualizationTechnique(Technique):
+    name = "paravirtualization"
+    summary = "the kernel makes hypercalls; its interrupt flag is a byte in shared memory"
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "memory": Parameter(_MEMORY, "static", ("static",)),
+        "hypervisor": _HYPERVISOR,
+    }
+    full_virtualization = False
+
+
+class HardwareAssistedTechnique(Technique):
+    name = "hardware-assisted"
+    summary = "the guest at CPL 0 in guest mode: VMCB, VMRUN, intercepts, event injection"
+    parameters: ClassVar[Mapping[str, Parameter]] = {
+        "memory": Parameter(_MEMORY, "static", ("static",)),
+    }
+
+    @classmethod
+    def platform(cls, parameters: Mapping[str, Value]) -> str:
+        return "svm"
+
+
+#: The built-in techniques' descriptions by name.
+DESCRIBED: Mapping[str, type[Technique]] = {
+    described.name: described for described in (
+        NativeTechnique, TrapAndEmulateTechnique, BinaryTranslationTechnique, ParavirtualizationTechnique, HardwareAssistedTechnique)
+}
