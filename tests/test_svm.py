@@ -315,7 +315,7 @@ def test_a_physical_interrupt_ends_the_run_of_a_guest_that_disabled_its_own(path
     box = Box(path, LOOP, v.EXIT_INTR)
     box.vmcb["interrupt_control"] = v.V_INTR_MASKING
     box.machine.watch(CODE, raise_line(box))
-    box.machine.counter.limit = 1000
+    box.machine.budget = 1000
     assert (box.run(), box.vmcb["exit_info_1"]) == (v.EXIT_INTR, 0)
     assert box.events() == {"entry": 1, "exit.interrupt": 1}
     assert box.machine.pic.pending, "the VMM acknowledges it, not the exit"
@@ -333,7 +333,7 @@ def test_an_injected_event_comes_before_a_physical_interrupt(path: str) -> None:
 def test_without_masking_the_guests_if_decides(path: str) -> None:
     box = Box(path, LOOP, v.EXIT_INTR)
     box.machine.watch(CODE, raise_line(box))
-    box.machine.counter.limit = 1000
+    box.machine.budget = 1000
     with pytest.raises(GuestBudget):
         box.svm.run(VMCB)
     assert box.svm.in_guest
@@ -348,10 +348,10 @@ def test_an_interrupt_that_is_not_intercepted_is_the_guests(path: str) -> None:
 
 def test_a_run_stopped_inside_the_guest_goes_on_there(path: str) -> None:
     box = Box(path, "mov ecx, 100; l: loop l; hlt")
-    box.machine.counter.limit = 20
+    box.machine.budget = 20
     with pytest.raises(GuestBudget):
         box.svm.run(VMCB)
-    box.machine.counter.limit = 1000
+    box.machine.budget = 1000
     assert box.run() == v.EXIT_HLT
     assert box.guest_kernel() == 101
     assert box.events()["entry"] == 1

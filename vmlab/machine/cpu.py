@@ -297,16 +297,16 @@ class Cpu:
 
     def read_linear(self, address: int, size: int, *, user: bool = False) -> bytes:
         """Bytes at a linear address; raises :class:`~vmlab.machine.paging.PageFault`."""
-        return b"".join(self.ram.read(pa, n) for pa, n in self._pieces(address, size, write=False, user=user))
+        return b"".join(self.ram.read(pa, n) for pa, n in self.pieces(address, size, write=False, user=user))
 
     def write_linear(self, address: int, data: bytes, *, user: bool = False) -> None:
         """Store at a linear address, all of it or nothing; raises :class:`~vmlab.machine.paging.PageFault`."""
         done = 0
-        for pa, n in self._pieces(address, len(data), write=True, user=user):
+        for pa, n in self.pieces(address, len(data), write=True, user=user):
             self.ram.write(pa, data[done:done + n])
             done += n
 
-    def _pieces(self, address: int, size: int, *, write: bool, user: bool) -> list[tuple[int, int]]:
+    def pieces(self, address: int, size: int, *, write: bool, user: bool) -> list[tuple[int, int]]:
         limit = 0xFFFFFFFFFFFFFFFF if self.long_mode else 0xFFFFFFFF
         tables, pieces = self.tables, []
         while size > 0:

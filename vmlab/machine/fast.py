@@ -292,16 +292,16 @@ def connect(machine: Machine, address: int | None) -> FastCounter | None:
 
     def attend(pc: int, size: int) -> bool:
         try:
-            return machine._attend(pc, size)
+            return machine.blocks.attend(pc, size)
         except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames; run() raises it again
-            machine._fail(failure)
+            machine.fail(failure)
             return False
 
     def read_cpl() -> int:
         try:
-            return machine._load_cpl()
+            return machine.read_cpl()
         except BaseException as failure:  # noqa: BLE001
-            machine._fail(failure)
+            machine.fail(failure)
             return 0
 
     counter = FastCounter(read_cpl, attend, None if address is None else address + AT_HFLAGS)

@@ -106,7 +106,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
     def run(self, budget: int | None = None) -> Stop:
         machine = self.machine
         if budget is not None:
-            machine.counter.limit = budget
+            machine.budget = budget
         while True:
             if not self.svm.in_guest:
                 self._before_entry()

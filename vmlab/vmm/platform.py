@@ -7,7 +7,8 @@ port and debug exit are handed through: the VMM performs the guest's accesses on
 
 from __future__ import annotations
 
-from vmlab.machine.devices import PicPair, PortBus
+from vmlab.machine.devices.bus import PortBus
+from vmlab.machine.devices.pic import PicPair
 from vmlab.machine.pc import UART_IRQ, Machine
 
 #: Vectors at which the VMM has the physical controller interrupt; any free ones would do.

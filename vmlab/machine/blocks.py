@@ -1,0 +1,161 @@
+"""Blocks of code: decoded before they first run, hooked where the machine must step in, forgotten when they change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from unicorn import unicorn_const as uc_const
+from unicorn import x86_const as x86
+
+from vmlab.errors import GuestBudget
+from vmlab.machine import state as hidden
+from vmlab.machine.counter import Block
+from vmlab.machine.decode import Instruction, decode_block
+from vmlab.machine.engine import CODE_CALLBACK, EDGE_CALLBACK
+from vmlab.machine.instructions import CARRIED_OUT, Instructions
+from vmlab.machine.memory import PAGE
+from vmlab.machine.state import HF_CS32, HF_CS64
+
+if TYPE_CHECKING:
+    from vmlab.machine.pc import Machine
+
+
+class Blocks:
+    """What happens at the start of a block in the rare cases, and at the exact addresses that somebody asked for."""
+
+    def __init__(self, machine: Machine, instructions: Instructions) -> None:
+        self._machine, self._instructions = machine, instructions
+        self._watched: dict[int, Callable[[int], None]] = {}
+        self._gates: dict[int, Callable[[], None]] = {}
+        self._hooked: dict[int, tuple[int, Instruction | None]] = {}
+        machine.engine.hook(uc_const.UC_HOOK_EDGE_GENERATED, EDGE_CALLBACK, self._on_new_code)
+
+    def watch(self, address: int, callback: Callable[[int], None]) -> None:
+        """Call ``callback(address)`` whenever the instruction at this address is about to run."""
+        self._watched[address] = callback
+
+    def gate(self, address: int, callback: Callable[[], None]) -> None:
+        """Reaching ``address`` calls ``callback``, which must move RIP."""
+        self._gates[address] = callback
+
+    # ---- a block's start
+    def attend(self, pc: int, size: int) -> bool:
+        """The rare cases of a block's start; True when the block may run and be counted now."""
+        machine = self._machine
+        counter = machine.counter
+        if machine.failure is not None or machine.ending is not None:
+            machine.engine.stop()
+            return False
+        due = machine.timeline.next_due
+        if due is not None and counter.time >= due:
+            machine.timeline.run_due()
+        if machine.interrupts.attention and machine.interrupts.attend(pc, size):
+            return False
+        block = counter.blocks.get(pc << 16 | size)
+        if block is None:
+            running = counter.current
+            if running is not None and running.pc < pc < running.end and pc - running.pc in running.offsets and not running.leads_to(pc):
+                # The block overwrote itself: Unicorn broke it off at the storing instruction, which runs again, alone.
+                counter.leave(pc)
+            block = self._new(pc, size)
+            if block is None:
+                return False
+        if counter.time + block.weight > machine.last_moment:
+            machine.fail(GuestBudget(f"the budget of {machine.budget} guest instructions was spent; the guest was at {pc:#x}"))
+            return False
+        return True
+
+    def _new(self, pc: int, size: int) -> Block | None:
+        """Decode a block before its first run; None when it must be translated again because of new hooks."""
+        machine = self._machine
+        cpu = machine.cpu
+        cpu.load()
+        bits = 64 if cpu.hflags & HF_CS64 else 32 if cpu.hflags & HF_CS32 else 16
+        pieces = cpu.pieces(pc, size, write=False, user=False)
+        machine.code_frames.update(pa // PAGE for pa, _ in pieces)
+        instructions = decode_block(b"".join(machine.ram.read(pa, n) for pa, n in pieces), bits)
+        tags = machine.tagger(pc, instructions)
+        block = Block(pc << 16 | size, pc, size, instructions, tags)
+        hooked = False
+        for offset, i in block.offsets.items():
+            if i < len(instructions) and self._drop_stale_hook(pc + offset, instructions[i]):
+                hooked = True
+            if i < len(instructions) and pc + offset not in self._hooked and self._wants_hook(pc + offset, instructions[i]):
+                self._hook(pc + offset, instructions[i])
+                hooked = True
+        if hooked:
+            base = cpu.segment(hidden.CS).base
+            machine.engine.remove_blocks(pc, pc + size)
+            machine.engine.write_register(x86.UC_X86_REG_RIP, pc - base)
+            return None
+        machine.counter.add(block)
+        return block
+
+    def _drop_stale_hook(self, address: int, instruction: Instruction) -> bool:
+        """The guest may have rewritten code in another length, which no check of known blocks sees; True if so."""
+        hooked = self._hooked.get(address)
+        if hooked is None or hooked[1] is None or hooked[1].raw == instruction.raw:
+            return False
+        self._machine.engine.unhook(self._hooked.pop(address)[0])
+        return True
+
+    def _wants_hook(self, address: int, instruction: Instruction) -> bool:
+        return (instruction.op in CARRIED_OUT or instruction.op in self._machine.trapping or instruction.search
+                or address in self._watched or address in self._gates)
+
+    def _hook(self, address: int, instruction: Instruction | None) -> None:
+        handle = self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._on_instruction, address, address)
+        self._hooked[address] = (handle, instruction)
+
+    # ---- code that changed
+    def _on_new_code(self, _uc: int, block_at: object, _previous: int, _data: int) -> None:
+        """Unicorn translated a block: if it replaces one that we know, the code may have changed."""
+        try:
+            pc, rest = block_at[0], block_at[1]  # type: ignore[index]
+            size = (rest >> 16) & 0xFFFF
+            old = self._machine.counter.blocks.get(pc << 16 | size)
+            if old is not None:
+                self._check(old)
+        except BaseException as failure:  # noqa: BLE001
+            self._machine.fail(failure)
+
+    def _check(self, block: Block) -> None:
+        raw = b"".join(instruction.raw for instruction in block.instructions)
+        self._machine.cpu.load()
+        if self._machine.cpu.read_linear(block.pc, len(raw)) != raw:
+            self.forget(block.pc, block.end)
+
+    def forget(self, start: int, end: int) -> None:
+        """Code in ``start <= address < end`` was changed by the host or the guest: decode it anew."""
+        counter, engine = self._machine.counter, self._machine.engine
+        for block in [b for b in counter.blocks.values() if b.pc < end and start < b.end]:
+            counter.close(block)
+        for address in [a for a in self._hooked if start <= a < end]:
+            engine.unhook(self._hooked.pop(address)[0])
+        engine.remove_blocks(start, end)
+
+    # ---- an exact address
+    def _on_instruction(self, _uc: int, address: int, _size: int, _data: int) -> None:
+        machine = self._machine
+        try:
+            if machine.ending is not None or machine.failure is not None:
+                machine.engine.stop()
+                return
+            watcher = self._watched.get(address)
+            if watcher is not None:
+                watcher(address)
+            gate = self._gates.get(address)
+            instruction = self._hooked[address][1]
+            if gate is not None:
+                machine.cpu.load()
+                machine.cpu.rip = address - machine.cpu.segment(hidden.CS).base
+                machine.counter.leave(address)
+                gate()
+                machine.make_rip_count()
+            elif instruction is not None and instruction.op is not None:
+                self._instructions.carry_out(address, instruction)
+            elif instruction is not None and instruction.search:
+                self._instructions.search_element(instruction)
+        except BaseException as failure:  # noqa: BLE001
+            machine.fail(failure)

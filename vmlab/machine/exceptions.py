@@ -1,0 +1,200 @@
+"""Taking exceptions and interrupts: from Unicorn's hooks to a monitor, to guest mode, or through the IDT.
+
+Who takes them? With no monitor, the guest: through the IDT in machine memory. With a monitor (a VMM), the
+monitor: its Python methods are the handlers that a real VMM keeps behind its own IDT. Either way the CPU
+got there by a real exception at a real privilege level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from unicorn import unicorn_const as uc_const
+
+from vmlab.errors import UnsupportedHost
+from vmlab.ledger import EXCEPTIONS
+from vmlab.machine import state as hidden
+from vmlab.machine.cpu import IF
+from vmlab.machine.decode import Instruction
+from vmlab.machine.delivery import HAS_ERROR_CODE, deliver
+from vmlab.machine.engine import INTR_CALLBACK, INVALID_CALLBACK
+
+if TYPE_CHECKING:
+    from vmlab.machine.pc import Machine
+
+#: Above this, the number that Unicorn's exception hook gets is an exit code (QEMU: EXCP_VMEXIT).
+_VMEXIT = 0x100
+
+
+class Exceptions:
+    """Faults, traps and software interrupts of the CPU."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        #: The instruction that just faulted, as decoded before its block first ran (None: not known).
+        self.faulting: Instruction | None = None
+        machine.engine.hook(uc_const.UC_HOOK_INTR, INTR_CALLBACK, self._on_exception)
+        machine.engine.hook(uc_const.UC_HOOK_INSN_INVALID, INVALID_CALLBACK, self._on_invalid)
+
+    def _on_exception(self, _uc: int, vector: int, _data: int) -> None:
+        machine = self._machine
+        try:
+            if machine.failure is not None:
+                machine.engine.stop()
+                return
+            cpu, counter = machine.cpu, machine.counter
+            cpu.load()
+            if vector >= _VMEXIT:
+                self._exit_guest(vector - _VMEXIT)
+                return
+            software = cpu.is_software_interrupt and vector != 1
+            error_code = cpu.error_code if vector in HAS_ERROR_CODE and not software else None
+            cpu.forget_exception()
+            if machine.in_guest and machine.guest_mode is not None and machine.guest_mode.deliver_injected():
+                counter.current = None
+            elif software:
+                self._software_interrupt(vector, counter.instruction_before(cpu.rip + cpu.segment(hidden.CS).base))
+            else:
+                self.faulting = self._leave()
+                self.take(vector, error_code)
+            cpu.store()
+            counter.set_cpl(cpu.cpl)
+        except BaseException as failure:  # noqa: BLE001
+            machine.fail(failure)
+
+    def _on_invalid(self, _uc: int, _data: int) -> bool:
+        machine = self._machine
+        try:
+            if machine.failure is not None:
+                return False
+            cpu = machine.cpu
+            cpu.load()
+            cpu.forget_exception()
+            self.faulting = machine.counter.leave(cpu.rip + cpu.segment(hidden.CS).base)
+            self.take(6, None)
+            cpu.store()
+            machine.counter.set_cpl(cpu.cpl)
+            return True
+        except BaseException as failure:  # noqa: BLE001
+            machine.fail(failure)
+            return False
+
+    def _leave(self) -> Instruction | None:
+        """The instruction at RIP did not complete; returns it."""
+        machine = self._machine
+        instruction = machine.counter.leave(machine.cpu.rip + machine.cpu.segment(hidden.CS).base)
+        if instruction is not None and instruction.search:
+            machine.events["machine.string"] -= 1  # this element was not looked at after all
+        return instruction
+
+    def _exit_guest(self, code: int) -> None:
+        """The CPU itself found an intercept."""
+        machine = self._machine
+        if machine.guest_mode is None:
+            raise UnsupportedHost(f"the CPU left a guest mode that the machine did not enter (exit code {code:#x})")
+        self._leave()
+        machine.guest_mode.exit(code, machine.cpu.error_code)
+        machine.cpu.store()
+        machine.counter.set_cpl(machine.cpu.cpl)
+
+    def _software_interrupt(self, vector: int, last: tuple[int, Instruction] | None) -> None:
+        machine = self._machine
+        cpu, counter = machine.cpu, machine.counter
+        start = cpu.rip - (last[1].size if last else 2)
+        at = start + cpu.segment(hidden.CS).base
+        if machine.monitor is not None and vector not in machine.direct_gates and not machine.in_guest:
+            if cpu.cpl <= machine.software_gates.get(vector, 0):
+                counter.leave(at, retired=True)
+                self.take(vector, None, software=True)
+            else:  # the monitor's gate is more privileged: #GP, the instruction did not retire
+                cpu.rip = start
+                self.faulting = counter.leave(at)
+                self.take(13, vector * 8 + 2)
+            return
+        delivered = self.deliver(vector, None, software=True, fault_rip=start)
+        counter.leave(at, retired=delivered == vector)
+        if delivered == vector:
+            machine.events["interrupt.software"] += 1
+        elif delivered is not None:
+            machine.events[f"fault.delivered.{delivered}"] += 1
+
+    def take(self, vector: int, error_code: int | None, *, software: bool = False) -> None:
+        """An exception goes to the monitor, or through the IDT."""
+        machine = self._machine
+        if machine.monitor is not None and not machine.in_guest:
+            name = "int" if software else EXCEPTIONS.get(vector, "mc")
+            machine.events[f"trap.{name}"] += 1
+            machine.monitor.exception(vector, error_code, software=software)
+            return
+        delivered = self.deliver(vector, error_code)
+        if delivered is not None:
+            machine.events[f"fault.delivered.{delivered}"] += 1
+
+    def deliver(self, vector: int, error_code: int | None, *, software: bool = False, external: bool = False,
+                fault_rip: int | None = None) -> int | None:
+        """Through the IDT in machine memory; None when that made the CPU leave guest mode."""
+        machine = self._machine
+        if machine.in_guest and machine.guest_mode is not None:
+            return machine.guest_mode.deliver(vector, error_code, software=software, external=external, fault_rip=fault_rip)
+        return deliver(machine.cpu, vector, error_code, software=software, external=external, fault_rip=fault_rip)
+
+
+class Interrupts:
+    """The CPU's INTR pin, and a monitor's wish to be asked at the next block start.
+
+    ``attention`` is what the block hook looks at: the pin is up or the monitor asked.
+    """
+
+    def __init__(self, machine: Machine, exceptions: Exceptions) -> None:
+        self._machine, self._exceptions = machine, exceptions
+        self.attention = self._requested = False
+        #: A monitor that asked by :meth:`request` is called at block starts; True when it moved RIP.
+        self.on_attention: Callable[[], bool] = lambda: False
+
+    def request(self, on: bool) -> None:
+        """A monitor wants to be asked (``on_attention``) before the next block runs."""
+        self._requested = on
+        self.update()
+
+    def update(self) -> None:
+        """The pin may have changed."""
+        self.attention = self._requested or self._machine.intr.pending
+        self._machine.counter.attention = self.attention
+
+    @property
+    def recognised(self) -> bool:
+        """Whether the CPU takes an interrupt now, if there is one."""
+        machine = self._machine
+        if machine.guest_mode is not None:
+            return machine.guest_mode.lets_interrupts_in()
+        return bool(machine.cpu.system_flags & IF) and not machine.cpu.shadow
+
+    def attend(self, pc: int, size: int) -> bool:
+        """At a block's start with the pin up, or a monitor that asked; True when RIP was moved."""
+        machine = self._machine
+        cpu, counter = machine.cpu, machine.counter
+        cpu.load()
+        cpu.rip = pc - cpu.segment(hidden.CS).base
+        in_string = counter.continues(pc + size)
+        if machine.intr.pending and self.recognised:
+            self.take()
+        elif not (self._requested and self.on_attention()):
+            return False
+        if in_string:
+            counter.interrupted_string()
+        counter.current = None
+        machine.make_rip_count()
+        return True
+
+    def take(self) -> None:
+        """The CPU accepts the interrupt."""
+        machine = self._machine
+        in_guest = machine.in_guest
+        if in_guest and machine.guest_mode is not None and machine.guest_mode.takes_interrupt():
+            return
+        machine.events["interrupt.delivered"] += 1
+        if machine.monitor is not None and not in_guest:
+            machine.monitor.interrupt()
+        else:
+            self._exceptions.deliver(machine.intr.acknowledge(), None, external=True)

@@ -1,0 +1,159 @@
+"""Instructions that the machine carries out itself, at a hook on their exact address.
+
+Unicorn never faults IN and OUT, and its RDTSC reads the host's clock; see also :attr:`Machine.trapping`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from unicorn import unicorn_const as uc_const
+from unicorn import x86_const as x86
+
+from vmlab.machine import state as hidden
+from vmlab.machine.cpu import IOPL, Cpu
+from vmlab.machine.decode import Instruction
+from vmlab.machine.delivery import GENERAL_PROTECTION
+from vmlab.machine.engine import IN_CALLBACK, OUT_CALLBACK
+from vmlab.machine.state import HF_CS32, HF_CS64, HF_SHADOW, RAX, RCX, RDX
+
+if TYPE_CHECKING:
+    from vmlab.machine.pc import Machine
+
+CR4_TSD = 1 << 2
+
+#: Names of :data:`vmlab.ledger.SYSTEM_INSTRUCTIONS` that :class:`Instructions` knows.
+CARRIED_OUT = frozenset({"in", "out", "ins", "outs", "rdtsc", "rdtscp"})
+
+
+class Instructions:
+    """Each method of the table carries out one instruction; the window is loaded and RIP is at it."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine, self._cpu = machine, machine.cpu
+        self._by_op: dict[str, Callable[[int, Instruction], None]] = {
+            "in": self._port, "out": self._port, "ins": self._string_port, "outs": self._string_port,
+            "rdtsc": self._rdtsc, "rdtscp": self._rdtsc,
+        }
+        assert self._by_op.keys() == CARRIED_OUT
+        machine.engine.hook(uc_const.UC_HOOK_INSN, IN_CALLBACK, self._string_in, instruction=x86.UC_X86_INS_IN)
+        machine.engine.hook(uc_const.UC_HOOK_INSN, OUT_CALLBACK, self._string_out, instruction=x86.UC_X86_INS_OUT)
+
+    def carry_out(self, address: int, instruction: Instruction) -> None:
+        """The instruction at linear ``address`` is about to run: do it, or fault, or let Unicorn do it."""
+        op, cpu = instruction.op, self._cpu
+        assert op is not None
+        cpu.load()
+        cpu.rip = address - cpu.segment(hidden.CS).base
+        if op in self._machine.trapping and cpu.cpl > 0:
+            self._fault(address, GENERAL_PROTECTION, 0)
+        elif op in self._by_op:
+            self._by_op[op](address, instruction)
+
+    def search_element(self, instruction: Instruction) -> None:
+        """Before each element of REP SCAS or CMPS. Blocks do not tell their number: unless ECX is used up, the flags end them."""
+        self._cpu.load()
+        if self._cpu.gpr(RCX) & ((1 << (8 * instruction.cs.addr_size)) - 1):
+            self._machine.events["machine.string"] += 1
+
+    # ---- how an instruction ends
+    def _complete(self, address: int, instruction: Instruction) -> None:
+        """It retired, and the next one follows."""
+        self._machine.counter.leave(address, retired=True)
+        self._cpu.rip += instruction.size
+        self._cpu.hflags &= ~HF_SHADOW
+        self._machine.make_rip_count()
+
+    def _fault(self, address: int, vector: int, error_code: int | None) -> None:
+        exceptions = self._machine.exceptions
+        exceptions.faulting = self._machine.counter.leave(address)
+        exceptions.take(vector, error_code)
+        self._machine.make_rip_count()
+
+    def _intercepted(self, address: int, op: str, instruction: Instruction) -> bool:
+        """In guest mode: True when this instruction made the CPU exit instead."""
+        machine = self._machine
+        if not machine.in_guest or machine.guest_mode is None or not machine.guest_mode.intercepts(op, instruction):
+            return False
+        machine.counter.leave(address)
+        machine.make_rip_count()
+        return True
+
+    # ---- ports
+    def _port(self, address: int, instruction: Instruction) -> None:
+        op = instruction.op
+        assert op is not None
+        if not self._io_allowed(instruction):
+            self._fault(address, GENERAL_PROTECTION, 0)
+        elif not self._intercepted(address, op, instruction):
+            port, size = port_operands(instruction, self._cpu)
+            self._machine.counter.leave(address, retired=True)  # first, so that the device sees the time
+            if op == "in":
+                self._cpu.set_gpr(RAX, self._machine.port_read(port, size), size)
+            else:
+                self._machine.port_write(port, size, self._cpu.gpr(RAX))
+            self._complete(address, instruction)
+
+    def _string_port(self, address: int, instruction: Instruction) -> None:
+        """INS and OUTS run on Unicorn, which asks for each element; only their rights are the machine's to check."""
+        op = instruction.op
+        assert op is not None
+        if not self._io_allowed(instruction):
+            self._fault(address, GENERAL_PROTECTION, 0)
+        else:
+            self._intercepted(address, op, instruction)
+
+    def _io_allowed(self, instruction: Instruction) -> bool:
+        """IOPL, then the TSS's I/O permission bitmap (SDM Vol. 1 §19.5)."""
+        cpu = self._cpu
+        if not cpu.cr(0) & 1 or cpu.cpl <= (cpu.system_flags & IOPL) >> 12:
+            return True
+        task = cpu.table("tr")
+        port, size = port_operands(instruction, cpu)
+        if task.limit < 0x67 or not task.flags & 0x800:
+            return False
+        base = int.from_bytes(cpu.read_linear(task.base + 0x66, 2), "little")
+        if base + port // 8 + 1 > task.limit:
+            return False
+        bits = int.from_bytes(cpu.read_linear(task.base + base + port // 8, 2), "little")
+        return not (bits >> (port % 8)) & ((1 << size) - 1)
+
+    def _string_in(self, _uc: int, port: int, size: int, _data: int) -> int:
+        try:
+            return self._machine.port_read(port, size)
+        except BaseException as failure:  # noqa: BLE001
+            self._machine.fail(failure)
+            return 0
+
+    def _string_out(self, _uc: int, port: int, size: int, value: int, _data: int) -> None:
+        try:
+            self._machine.port_write(port, size, value)
+        except BaseException as failure:  # noqa: BLE001
+            self._machine.fail(failure)
+
+    # ---- time
+    def _rdtsc(self, address: int, instruction: Instruction) -> None:
+        op, cpu = instruction.op, self._cpu
+        assert op is not None
+        if cpu.cr(4) & CR4_TSD and cpu.cpl > 0:
+            self._fault(address, GENERAL_PROTECTION, 0)
+        elif not self._intercepted(address, op, instruction):
+            tsc = self._machine.read_tsc(address)
+            cpu.set_gpr(RAX, tsc)
+            cpu.set_gpr(RDX, tsc >> 32)
+            if op == "rdtscp":
+                cpu.set_gpr(RCX, 0)
+            self._complete(address, instruction)
+
+
+def port_operands(instruction: Instruction, cpu: Cpu) -> tuple[int, int]:
+    """(port, size in bytes) of IN, OUT, INS or OUTS (SDM Vol. 2)."""
+    opcode = instruction.cs.opcode[0]
+    wide = 2 if 0x66 in bytes(instruction.cs.prefix) else 4
+    if not cpu.hflags & (HF_CS32 | HF_CS64):
+        wide = 6 - wide
+    size = wide if opcode & 1 else 1
+    if opcode in (0xE4, 0xE5, 0xE6, 0xE7):
+        return instruction.raw[-1], size
+    return cpu.gpr(RDX) & 0xFFFF, size
