@@ -74,7 +74,7 @@ class FakeLab(Lab):
         return ["old-cpu", "new-cpu"]
 
     def profile_row(self, name: str) -> list[Any]:
-        return [name, "a CPU", 2005, "x86"]
+        return [name, "a CPU", 2005, "x86", 1, 0, 0]
 
     def price(self, events: Mapping[str, int], profile: str, platform: str) -> dict[str, Any]:
         if platform != "x86":

@@ -209,14 +209,16 @@ def test_exits_became_cheap_and_a_dear_haswell_falsifies_it() -> None:
     found = judge("exit-cost-falls", [])
     assert found["verdict"] == "holds" and found["calibrated"]
     assert found["figures"]["cycles"]["prescott-2005"] == 3963
+    assert found["figures"]["factor"] == pytest.approx(3963 / 746, abs=0.01) and found["figures"]["years"] == 5
     penryn = costs.load("penryn-2008")
     dear = {key: penryn.costs[key].value for key in ("entry", "exit.vmmcall")}
-    book = {"haswell-2013": costs.load("haswell-2013").with_values(dear)}
-    assert judge("exit-cost-falls", [], costbook=book)["verdict"] == "fails"
+    book = {"westmere-2010": costs.load("westmere-2010").with_values(dear)}
+    assert judge("exit-cost-falls", [], [*PROFILES, "westmere-2010"], costbook=book)["verdict"] == "fails"
 
 
-def test_exit_cost_needs_its_profiles() -> None:
-    assert judge("exit-cost-falls", [], ["prescott-2005"])["verdict"] == "undecided"
+def test_exit_cost_names_its_own_profiles() -> None:
+    found = judge("exit-cost-falls", [], ["k8-2005"])
+    assert found["verdict"] == "holds" and list(found["figures"]["cycles"]) == ["prescott-2005", "westmere-2010"]
 
 
 def loop(technique: str, **events: int) -> dict[str, Any]:

@@ -82,14 +82,51 @@ def test_names_are_oldest_first() -> None:
 # The published numbers themselves, so that a slip of the hand in a profile is noticed (Bugnion et al. 2017, table 4.3).
 @pytest.mark.parametrize(("name", "row"), [
     ("prescott-2005", (2333, 1630, 1599, 1926, 1942, 178, 171)),
+    ("merom-2006", (944, 727, 764, 1156, 858, 53, 43)),
     ("penryn-2008", (643, 638, 611, 858, 708, 26, 26)),
+    ("westmere-2010", (402, 344, 389, 569, 427, 6, 5)),
+    ("sandybridge-2011", (460, 365, 434, 507, 472, 5, 4)),
+    ("ivybridge-2012", (452, 334, 398, 466, 436, 4, 3)),
     ("haswell-2013", (318, 253, 327, 512, 383, 5, 4)),
+    ("broadwell-2014", (348, 265, 332, 531, 397, 5, 4)),
 ])
 def test_exit_costs_are_the_published_ones(name: str, row: tuple[int, ...]) -> None:
     keys = ("entry", "exit.vmmcall", "exit.cpuid", "exit.page_fault", "exit.io", "vmread", "vmwrite")
     table = costs.load(name).costs
     assert tuple(table[key].value for key in keys) == row
     assert all(table[key].provenance == "cited" for key in keys)
+
+
+@pytest.mark.parametrize(("name", "row"), [  # PUSHF, POPF, CPUID leaf 0, RDTSC (Fog 2021; InstLatx64)
+    ("northwood-2002", (10, 52, 266, 80)), ("k8-2005", (2, 10, 48, 7)), ("merom-2006", (7, 20, 180, 64)),
+    ("k10-2007", (3, 11, 54, 67)), ("penryn-2008", (7, 20, 197, 32)), ("nehalem-2009", (1, 14, 84, 24)),
+    ("sandybridge-2011", (1, 18, 96, 28)), ("ivybridge-2012", (1, 18, 101, 27)), ("haswell-2013", (1, 18, 99, 24)),
+    ("broadwell-2014", (1, 18, 99, 24)), ("skylake-2015", (1, 20, 101, 25)), ("icelake-2019", (1, 21, 104, 27)),
+    ("zen1-2017", (4, 13, 125, 37)), ("zen2-2019", (4, 13, 131, 37)), ("zen3-2020", (4, 13, 128, 36)),
+])
+def test_instruction_costs_are_the_published_ones(name: str, row: tuple[int, ...]) -> None:
+    table = costs.load(name).costs
+    assert tuple(table[f"insn.{op}"].value for op in ("pushf", "popf", "cpuid", "rdtsc")) == row
+    assert all(table[f"insn.{op}"].provenance == "cited" for op in ("pushf", "popf", "cpuid", "rdtsc"))
+
+
+def test_nehalems_round_trip_is_the_published_one_although_its_parts_are_not_known() -> None:
+    table = costs.load("nehalem-2009").costs
+    assert table["entry"].value + table["exit.vmmcall"].value == 1009
+    assert {table[key].provenance for key in ("entry", "exit.vmmcall")} == {"assumed"}
+
+
+def test_hardware_costs_that_nobody_published_are_assumed() -> None:
+    """AMD's exits, and Intel's after Broadwell: no bare-hardware figure was found."""
+    for name in ("k10-2007", "zen1-2017", "zen2-2019", "zen3-2020", "skylake-2015", "icelake-2019"):
+        table = costs.load(name).costs
+        assert {f.provenance for k, f in table.items() if k.split(".")[0] in ("entry", "exit", "vmread", "vmwrite")} == {"assumed"}
+
+
+def test_nested_paging_is_priced_only_where_the_cpu_had_it() -> None:
+    able = {name for name in PROFILES if costs.supports(costs.load(name), "svm-npt")}
+    assert {"northwood-2002", "k8-2005", "prescott-2005", "merom-2006", "penryn-2008"}.isdisjoint(able)
+    assert {"k10-2007", "nehalem-2009", "westmere-2010", "haswell-2013", "zen2-2019"} <= able
 
 
 def test_path_lengths_reproduce_the_totals_that_calibrated_them() -> None:

@@ -66,6 +66,10 @@ class Evidence:
             raise Missing(f"no finished cell of {technique} on {workload}{detail}")
         return found[-1]
 
+    def profile(self, name: str) -> Profile:
+        """A cost profile that a claim names itself, whether or not the run was priced on it."""
+        return self.costs.get(name) or pricing.load(name)
+
     def figure(self, profile: str, key: str) -> Figure:
         """A single cost of a profile.
 

@@ -146,30 +146,21 @@ def _mechanism(step: Mapping[str, Any], cell: Cell, times: int) -> None:
 
 
 def round_trip_fell(evidence: Evidence, arguments: Arguments) -> Finding:
-    """Cited: exit and entry together fell by ``factor`` within ``years``, interpolated between the profiles' years."""
-    absent = [name for name in arguments["scope"] if name not in evidence.profiles]
-    if absent:
-        raise Missing(f"needs the profile {absent[0]}")
-    points = sorted(
-        (evidence.costs[name].year, sum(evidence.figure(name, key).value for key in arguments["costs"]), name)
-        for name in arguments["scope"]
-    )
-    begin, first, _ = points[0]
-    target = begin + arguments["years"]
-    later = _at(points, target)
-    factor = first / later
+    """Cited: exit and entry together became ``at_least`` to ``at_most`` times cheaper between two profiles of one maker."""
+    begin, end = (evidence.profile(arguments[name]) for name in ("first", "last"))
+    cycles: dict[str, float] = {}
+    for name in sorted({*evidence.profiles, begin.name, end.name}, key=lambda name: (evidence.profile(name).year, name)):
+        figures_of = [evidence.profile(name).figure(key) for key in arguments["costs"]]
+        if evidence.profile(name).vendor == begin.vendor and all(figures_of):
+            cycles[name] = sum(figure.value for figure in figures_of if figure)
+    for name in (begin.name, end.name):
+        if name not in cycles:
+            raise Missing(f"profile {name} has no {' or '.join(arguments['costs'])}")
+    factor = cycles[begin.name] / cycles[end.name]
     figures = {
-        "cycles": {name: cycles for _, cycles, name in points}, "factor": round(factor, 2),
-        "years": arguments["years"], "published": dict(arguments["published"]),
+        "cycles": cycles, "factor": round(factor, 2), "years": end.year - begin.year, "published": dict(arguments["published"]),
     }
     holds = arguments["at_least"] <= factor <= arguments["at_most"]
-    reason = f"{first:.0f} cycles in {begin}, {later:.0f} in {target} (between the profiles' years): {factor:.1f} times fewer"
+    reason = (f"{cycles[begin.name]:.0f} cycles in {begin.year}, {cycles[end.name]:.0f} in {end.year}: "
+              f"{factor:.1f} times fewer in {end.year - begin.year} years")
     return Finding("holds" if holds else "fails", reason, figures=figures)
-
-
-def _at(points: list[tuple[int, float, str]], year: int) -> float:
-    """Cycles in ``year``: a constant yearly factor between the two neighbouring profiles."""
-    for (y0, c0, _), (y1, c1, _) in pairwise(points):
-        if y0 <= year <= y1:
-            return float(c0 * (c1 / c0) ** ((year - y0) / (y1 - y0)))
-    raise Missing(f"no profiles on both sides of {year}")

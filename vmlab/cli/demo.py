@@ -23,6 +23,8 @@ ROWS: tuple[tuple[str, dict[str, str], str], ...] = (
     ("paravirtualization", {}, "paravirtualization"),
     ("hardware-assisted", {}, "hardware-assisted"),
 )
+#: The CPUs of the screen's columns: deep and short pipelines, before hardware assistance and after.
+PROFILES = ("k8-2005", "prescott-2005", "penryn-2008", "haswell-2013")
 TEXTBOOK = "Tanenbaum & Bos, Modern Operating Systems, 4th ed., p. 490 ff."
 NEXT = "vmlab experiment cli_heavy"
 
@@ -57,7 +59,7 @@ def measure(run_cell: Callable[[str, dict[str, Any]], Mapping[str, Any]]) -> dic
     cells = [_cell(run_cell, technique, work | extra) for technique, extra, _ in ROWS]
     # Every cell did this work, whatever a technique made of its parameters.
     cells = [cell | {"technique": row[0], "parameters": work | row[1]} for cell, row in zip(cells, ROWS, strict=True)]
-    profiles = [costs.load(name) for name in costs.names()]
+    profiles = [costs.load(name) for name in PROFILES]
     evidence = Evidence(cells, tuple(profile.name for profile in profiles), {profile.name: profile for profile in profiles})
     return {
         "schema_version": 1, "unit": "cycles per CLI and STI, nominal costs", "iterations": ITERATIONS,

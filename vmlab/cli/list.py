@@ -18,6 +18,7 @@ EXAMPLE = """\
 examples:
   vmlab list                 everything but the events
   vmlab list techniques      techniques with their parameters
+  vmlab list profiles --verbose   every figure of every profile, with its source
   vmlab list events --json   every kind of event that is counted, for a program
 """
 
@@ -26,6 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.epilog = EXAMPLE
     parser.add_argument("what", nargs="?", choices=list(KINDS), metavar="WHAT", help=", ".join(KINDS))
+    parser.add_argument("--verbose", action="store_true", help="of profiles: every figure, with range, provenance and source")
     parser.add_argument("--json", action="store_true", help="one JSON document: kind -> list of objects")
 
 
@@ -34,17 +36,21 @@ def run(arguments: argparse.Namespace) -> int:
     from vmlab.experiment.lab import Lab
 
     lab = Lab()
+    if arguments.verbose and arguments.what != "profiles":
+        raise ConfigError("--verbose: only 'vmlab list profiles' has more to say")
     chosen = [arguments.what] if arguments.what else [kind for kind in KINDS if kind != "events"]
     found = {kind: KINDS[kind](lab) for kind in chosen}
+    if arguments.verbose:
+        found["figures"] = _figures(lab)
     if arguments.json:
         print_json({"schema_version": 1} | {
             kind: [dict(zip(head, row, strict=True)) for row in rows] for kind, (head, rows) in found.items()
         })
         return 0
     for number, (kind, (head, rows)) in enumerate(found.items()):
-        if not arguments.what:
+        if len(found) > 1:
             print(f"{'' if number == 0 else chr(10)}{kind.upper()}")
-        print(table(head, rows))
+        print(table(head, [[str(field) if name == "year" else field for name, field in zip(head, row, strict=True)] for row in rows]))
     return 0
 
 
@@ -77,7 +83,12 @@ def _workloads(lab: Lab) -> Rows:
 
 
 def _profiles(lab: Lab) -> Rows:
-    return ["name", "cpu", "year", "provides"], [lab.profile_row(name) for name in lab.profiles()]
+    return ["name", "cpu", "year", "provides", "cited", "assumed", "measured"], [lab.profile_row(name) for name in lab.profiles()]
+
+
+def _figures(lab: Lab) -> Rows:
+    head = ["profile", "cost", "value", "low", "high", "unit", "provenance", "source", "where", "note"]
+    return head, [row for name in lab.profiles() for row in lab.figure_rows(name)]
 
 
 def _claims(lab: Lab) -> Rows:

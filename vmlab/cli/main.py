@@ -32,6 +32,7 @@ VERBS = {
     "experiment": "run a matrix of cells from a YAML file; price, judge and chart it",
     "run": "run one workload under one technique and print its ledger",
     "probe": "really run sensitive instructions at CPL 0, 1 and 3 and compare",
+    "cite": "the documents behind a run's prices, as BibTeX",
     "list": "techniques, guests, workloads, profiles, claims, experiments, events",
     "validate": "check experiment files without running them",
     "doctor": "check that this machine can run the lab",

@@ -12,8 +12,8 @@ value, a range and a provenance (see ``docs/cost-profiles.md``).
 from __future__ import annotations
 
 from vmlab.costs.bibliography import Reference, bibliography, bibtex
-from vmlab.costs.explain import explain_cost, explain_event, references_used
-from vmlab.costs.figures import Figure
+from vmlab.costs.explain import explain_cost, explain_event, references_used, unit_of
+from vmlab.costs.figures import PROVENANCES, Figure
 from vmlab.costs.paths import PathTable, path_table
 from vmlab.costs.pricing import (
     Price,
@@ -31,8 +31,8 @@ from vmlab.costs.rules import CAUSES, NOT_PRICED, RULES, Rule
 from vmlab.costs.sampling import SAMPLES, SEED
 
 __all__ = [
-    "CAUSES", "NOT_PRICED", "PLATFORMS", "RULES", "SAMPLES", "SEED", "Figure", "PathTable", "Price", "Profile",
+    "CAUSES", "NOT_PRICED", "PLATFORMS", "PROVENANCES", "RULES", "SAMPLES", "SEED", "Figure", "PathTable", "Price", "Profile",
     "Ratio", "Reference", "Rule", "Unsupported", "bibliography", "bibtex", "breakeven", "costs_used", "explain_cost",
     "explain_event", "load", "names", "nominal", "path_table", "price", "references_used", "slowdown", "supports",
-    "unit_cost",
+    "unit_cost", "unit_of",
 ]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from vmlab.errors import ConfigError
 
 FigureProvenance = Literal["cited", "assumed", "measured"]
+PROVENANCES: tuple[FigureProvenance, ...] = ("cited", "assumed", "measured")
 
 #: An assumed figure must admit at least this factor of error either way (docs/cost-profiles.md).
 ASSUMED_FACTOR = 2.0

@@ -36,7 +36,7 @@ PLATFORMS: Mapping[str, tuple[str, ...]] = {
 #: Cost keys every profile must have; instructions and exits not listed fall back to a ``default``.
 _REQUIRED = (
     *(f"class.{name}" for name in CLASSES), "insn.default", "insn.iret", "exception.delivery", "interrupt.delivery",
-    "int.delivery",
+    "int.delivery", "walk.reference",
 )
 _ASSISTED = ("entry", "exit.default", "vmread", "vmwrite")
 _ALLOWED = {
@@ -49,8 +49,9 @@ class Profile:
     """One CPU generation: identity, what it provides, and its costs in cycles by key.
 
     Keys: ``class.<class>`` cycles per instruction of a class; ``insn.<name>`` per system instruction;
-    ``exception.delivery``, ``interrupt.delivery``, ``int.delivery``; ``entry``, ``exit.<reason>``,
-    ``vmread``, ``vmwrite``; ``mhz`` (clock). ``path.*`` and ``shared.*`` are the shared path table's.
+    ``exception.delivery``, ``interrupt.delivery``, ``int.delivery``; ``walk.reference`` per page-table entry
+    that the page walker reads; ``entry``, ``exit.<reason>``, ``vmread``, ``vmwrite``; ``mhz`` (clock).
+    ``path.*`` and ``shared.*`` are the shared path table's.
     ``overrides`` holds figures fixed by :meth:`with_values`.
     """
 

@@ -103,11 +103,22 @@ class Lab:
         return costs.names()
 
     def profile_row(self, name: str) -> list[Any]:
-        """Name, CPU, year and what it provides."""
+        """Name, CPU, year, what it provides, and how many of its figures are cited, assumed and measured."""
         from vmlab import costs
 
         profile = costs.load(name)
-        return [name, profile.words, profile.year, " ".join(profile.provides)]
+        kinds = [figure.provenance for figure in profile.costs.values()]
+        counts = [kinds.count(kind) for kind in costs.PROVENANCES]
+        return [name, profile.words, profile.year, " ".join(sorted(profile.provides)), *counts]
+
+    def figure_rows(self, name: str) -> list[list[Any]]:
+        """Every figure of a profile: cost, value, low, high, unit, provenance, sources, where, note."""
+        from vmlab import costs
+
+        return [
+            [name, f.key, f.value, f.low, f.high, costs.unit_of(f.key), f.provenance, " ".join(f.sources), f.where, f.note]
+            for f in costs.load(name).costs.values()
+        ]
 
     def price(self, events: Mapping[str, int], profile: str, platform: str) -> dict[str, Any]:
         """Cycles of ``events`` as the results hold them: total, low, high, breakdown; or unsupported."""

@@ -131,6 +131,24 @@ class RunDirectory:
         write_json(self.path / "cells" / f"{content}.json", record)
 
 
+def read_results(run: Path) -> dict[str, Any]:
+    """The results of a finished run.
+
+    :param run: the run's directory, or its ``results.json``.
+    :raises ConfigError: there is no such run, or the file is not results of this schema.
+    """
+    path = run / "results.json" if run.is_dir() else run
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give the directory of a finished run") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION or not isinstance(value.get("cells"), list):
+        raise ConfigError(f"{path}: not the results of a run (schema_version {SCHEMA_VERSION} with cells)")
+    return value
+
+
 def tidy_csv(results: Mapping[str, Any]) -> str:
     """``results`` as one table of single values: a row for each cell, quantity and profile."""
     cells = results["cells"]
