@@ -74,8 +74,8 @@ class Bench:
     """
 
     def __init__(self, source: str | bytes, handlers: Mapping[int, str | tuple[str, int]] | None = None, *,
-                 user: str = "", path: str = "portable", spare: int = 0) -> None:
-        self.machine = machine = Machine(4 << 20, path)
+                 user: str = "", path: str = "portable", spare: int = 0, disk: bytes | None = None) -> None:
+        self.machine = machine = Machine(4 << 20, path, disk=disk)
         ram = machine.ram
         ram.write(GDT, descriptors(spare))
         ram.write(TSS + 4, struct.pack("<II", STACK0, DATA0))

@@ -66,7 +66,7 @@ class Run:
         return dict(zip(_PHASES, (begin, warm.minus(begin), finish.minus(warm), end.minus(finish)), strict=True))
 
     def outcome(self, exit_code: int | None) -> str:
-        """SHA-256 of what the guest let the world see: console, exit code, outcome bytes.
+        """SHA-256 of what the guest let the world see: console, exit code, final disk, outcome bytes.
 
         Device writes belong to the *state* of full virtualization: a paravirtual guest drives its
         interrupt controller by hypercalls, and has the same outcome with other writes.
@@ -78,6 +78,8 @@ class Run:
 
         part("console", bytes(self.machine.console))
         part("exit", repr(exit_code).encode())
+        if self.machine.disk is not None:
+            part("disk", self.machine.disk.content)
         start, stop = (self.image.symbols.get(f"vmlab_outcome_{end}") for end in ("start", "end"))
         if start is not None and stop is not None:
             part("outcome", self.strategy.read_guest(start, stop - start))

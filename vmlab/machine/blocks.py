@@ -50,6 +50,8 @@ class Blocks:
         due = machine.timeline.next_due
         if due is not None and counter.time >= due:
             machine.timeline.run_due()
+            if machine.stale_code:
+                return False
         if machine.interrupts.attention and machine.interrupts.attend(pc, size):
             return False
         block = counter.blocks.get(pc << 16 | size)

@@ -21,8 +21,11 @@ from vmlab.machine.cpuid import cpuid
 from vmlab.machine.decode import Instruction
 from vmlab.machine.devices.bus import PortBus
 from vmlab.machine.devices.debug_exit import DebugExit
+from vmlab.machine.devices.disk import FIRST_PORT, PORT_COUNT, SECTOR, Disk
 from vmlab.machine.devices.pic import PicPair
+from vmlab.machine.devices.pit import Pit, SystemControl
 from vmlab.machine.devices.uart import Uart
+from vmlab.machine.dma import Dma
 from vmlab.machine.engine import CODE_CALLBACK, Engine
 from vmlab.machine.exceptions import Exceptions, Interrupts
 from vmlab.machine.instructions import CR4_TSD, Instructions, port_operands
@@ -30,7 +33,8 @@ from vmlab.machine.memory import Ram
 from vmlab.machine.protocols import GuestMode, InterruptSource, Monitor, Stop, StopReason
 from vmlab.machine.timeline import Timeline
 
-UART_PORT, UART_IRQ, DEBUG_EXIT_PORT = 0x3F8, 4, 0xF4
+PIT_PORT, SYSTEM_PORT, UART_PORT, DEBUG_EXIT_PORT = 0x40, 0x61, 0x3F8, 0xF4
+PIT_IRQ, UART_IRQ, DISK_IRQ = 0, 4, 11
 #: Virtual time stamp counter: ticks per nanosecond of virtual time. One is as good as another; one is simple.
 TSC_PER_NANOSECOND = 1
 #: A CPU that waits in HLT through so many due events, none of which wakes it, waits for ever.
@@ -39,9 +43,13 @@ _FOR_EVER = 1 << 62
 
 
 class Machine:
-    """One emulated PC. ``path`` says how its CPU is reached: "portable" or "fast"."""
+    """One emulated PC.
 
-    def __init__(self, ram_size: int = 64 << 20, path: str | None = None) -> None:
+    :param path: how its CPU is reached: "portable", "fast" or "auto".
+    :param disk: the content of its disk, in whole sectors of 512 bytes; None: it has none.
+    """
+
+    def __init__(self, ram_size: int = 64 << 20, path: str | None = None, *, disk: bytes | None = None) -> None:
         wanted = path or os.environ.get("VMLAB_MACHINE", "auto")
         if wanted not in ("portable", "fast", "auto"):
             raise ConfigError(f"VMLAB_MACHINE: {wanted!r} is not one of portable, fast, auto")
@@ -69,6 +77,7 @@ class Machine:
         self._stop: Stop | None = None
         self._idle_time = 0
         self._budget = _FOR_EVER
+        self._stale_code = False
 
         self.engine = Engine()                                     # Unicorn
         self.ram = Ram(self.engine, ram_size)                      # physical memory
@@ -83,10 +92,10 @@ class Machine:
         self.intr: InterruptSource = self.pic                      # what drives the CPU's INTR pin
         self.interrupts = Interrupts(self, self.exceptions)        # when INTR is taken
         self.uart = Uart(self._line(UART_IRQ), self.console.append)
+        self.pit = Pit(self.timeline, self._line(PIT_IRQ))         # 8254
+        self.disk = None if disk is None else self._disk(disk)     # DMA block device
         self.counter = self._wire_counter(wanted, live)            # retired instructions, exactly
-        self.pic.attach(self.ports)
-        self.ports.attach(self.uart, UART_PORT, 8)
-        self.ports.attach(DebugExit(self._guest_exit), DEBUG_EXIT_PORT, 1)
+        self._attach()
         self._set_limit()
 
     def _prime(self) -> None:
@@ -121,6 +130,22 @@ class Machine:
         self.engine.hook(uc_const.UC_HOOK_BLOCK, CODE_CALLBACK, block_hook(counter, self.blocks.attend, self.fail))
         return counter
 
+    def _disk(self, image: bytes) -> Disk:
+        if len(image) % SECTOR:
+            raise ConfigError(f"a disk image has whole sectors of {SECTOR} bytes; this one has {len(image)} bytes")
+        return Disk(self.timeline, self._line(DISK_IRQ), Dma(self.ram, self.code_frames, self._code_was_written), image)
+
+    def _attach(self) -> None:
+        """The devices at their ports."""
+        ports = self.ports
+        self.pic.attach(ports)
+        ports.attach(self.pit, PIT_PORT, 4)
+        ports.attach(SystemControl(self.timeline, self.pit.channels[2]), SYSTEM_PORT, 1)
+        ports.attach(self.uart, UART_PORT, 8)
+        ports.attach(DebugExit(self._guest_exit), DEBUG_EXIT_PORT, 1)
+        if self.disk is not None:
+            ports.attach(self.disk, FIRST_PORT, PORT_COUNT)
+
     def _line(self, irq: int) -> Callable[[bool], None]:
         return lambda level: self.pic.set_line(irq, level)
 
@@ -143,6 +168,9 @@ class Machine:
 
     def _go_on(self) -> Stop | None:
         """Until the CPU stops once: why the run ends there, or None where it only waited in HLT."""
+        if self._stale_code:  # flushed here, since translated code that runs may be chained to what goes
+            self.engine.uc.ctl_flush_tb()
+            self._stale_code = False
         self.cpu.load()
         self.counter.set_cpl(self.cpu.cpl)
         error = self.engine.start(self.cpu.rip)
@@ -150,7 +178,7 @@ class Machine:
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
-        if self._stop is None:
+        if self._stop is None and not self._stale_code:
             if error:
                 raise GuestError(f"the CPU could not go on at {self.cpu.rip:#x}: {self.engine.error_text(error)}")
             self._halted()
@@ -180,6 +208,11 @@ class Machine:
     def time(self) -> int:
         """Virtual time in nanoseconds: guest instructions executed, by whatever means, plus the time skipped in HLT."""
         return self.counter.time
+
+    @property
+    def stale_code(self) -> bool:
+        """A device wrote to code: no block may run before it is decoded anew."""
+        return self._stale_code
 
     @property
     def budget(self) -> int:
@@ -239,6 +272,11 @@ class Machine:
             self.cpu.store()
         elif self._stop is None:
             self._stop = Stop(StopReason.HALTED)
+
+    def _code_was_written(self) -> None:
+        """By a device: the CPU must decode anew, and can, once it has stopped."""
+        self._stale_code = True
+        self.engine.stop()
 
     # ---- what a monitor arranges
     def watch(self, address: int, callback: Callable[[int], None]) -> None:
