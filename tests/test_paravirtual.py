@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
+from pvlab import DATA, EAX, ENTRY, EXIT_WITH_EAX, INT82, STACK, call, guest, mov, run
 
 from vmlab import guests
 from vmlab.errors import GuestError, GuestFault, GuestRefused, UnsupportedByStrategy
@@ -12,12 +13,11 @@ from vmlab.guests import GuestImage
 from vmlab.guests.nano.counts import expected
 from vmlab.ledger import Snapshot
 from vmlab.machine.memory import Ram
-from vmlab.machine.pc import Machine, Stop
-from vmlab.strategies.base import GUEST_MEMORY, Strategy
+from vmlab.machine.pc import Machine
+from vmlab.strategies.base import Strategy
 from vmlab.strategies.native import Native
 from vmlab.strategies.paravirtual import Paravirtualization
 from vmlab.vmm import xen
-from vmlab.vmm.xen_domain import Domain
 
 ITERATIONS, DENSITY = 13, 100
 PIC_PORTS = {0x20, 0x21, 0xA0, 0xA1}
@@ -150,65 +150,10 @@ def test_a_masked_port_keeps_its_event_until_it_is_unmasked(ram: Ram) -> None:
     assert shared.pending
 
 
-def _domain(ram: Ram) -> Domain:
-    domain = Domain(ram, GUEST_MEMORY)
-    domain.build(guests.load("nano"), "")
-    return domain
-
-
-def test_page_table_updates_give_a_guest_nothing_that_is_not_its_own(ram: Ram) -> None:
-    domain = _domain(ram)
-    own, tables = domain.mfn(5) << 12, domain.l3
-    assert domain.update_mapping(0x5000, own | 3) == 0
-    assert domain.update_mapping(0x5000, domain.shared.frame | 3) == 0
-    assert domain.update_mapping(0x5000, 0) == 0
-    assert domain.update_mapping(0x5000, tables | 1) == 0                   # its own tables, to read
-    assert domain.update_mapping(0x5000, tables | 3) == xen.EINVAL          # but not to write
-    assert domain.update_mapping(0x5000, 0x20000 | 1) == xen.EINVAL         # the hypervisor's GDT
-    assert domain.update_mapping(0x5000, (domain.mfn(domain.pages) << 12) | 1) == xen.EINVAL
-    assert domain.update_mapping(0x5000, own | 1 << 40 | 3) == xen.EINVAL
-    assert domain.update_mapping(xen.HYPERVISOR_START, own | 3) == xen.EINVAL
-
-
 # --- guests that try things: code at the entry, written by hand -------------------------------------------
 
-ENTRY, PAGE_VA, DATA, STACK = 0x100040, 0x101000, 0x102000, 0x104000
-
-
-def _guest(code: bytes, data: bytes = b"") -> GuestImage:
-    memory = bytearray(0x5000)
-    memory[0x40 : 0x40 + len(code)] = code
-    memory[DATA - 0x100000 : DATA - 0x100000 + len(data)] = data
-    segment = guests.Segment(0x100000, bytes(memory), len(memory))
-    notes = guests.PvNotes(ENTRY, PAGE_VA, 0, 0, "test", "xen-3.0", "generic", "yes", "")
-    return GuestImage("test", (segment,), ENTRY, notes, {}, "")
-
-
-def _mov(register: int, value: int) -> bytes:
-    return bytes((0xB8 + register,)) + struct.pack("<I", value & 0xFFFFFFFF)
-
-
-EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI = range(8)
-INT82 = b"\xcd\x82"
-
-
-def _call(number: int, *arguments: int) -> bytes:
-    return b"".join(_mov(r, v) for r, v in zip((EBX, ECX, EDX, ESI, EDI), arguments, strict=False)) + _mov(EAX, number) + INT82
-
-
-#: OUT of EAX to the debug-exit port, by hypercall.
-EXIT_WITH_EAX = b"\x89\xc6" + _mov(EBX, 1) + _mov(ECX, 0xF4) + _mov(EDX, 4) + _mov(EAX, 55) + INT82 + b"\xeb\xfe"
-
-
-def _run(code: bytes, data: bytes = b"") -> tuple[Stop, Paravirtualization]:
-    strategy = Paravirtualization(Machine(path="portable"))
-    strategy.load(_guest(code, data), "")
-    return strategy.run(100_000), strategy
-
-
 def _ends(code: bytes, error: type[GuestError], match: str) -> Paravirtualization:
-    strategy = Paravirtualization(Machine(path="portable"))
-    strategy.load(_guest(code), "")
+    strategy = guest(code, memory="static")
     with pytest.raises(error, match=match):
         strategy.run(100_000)
     return strategy
@@ -225,7 +170,7 @@ def _ends(code: bytes, error: type[GuestError], match: str) -> Paravirtualizatio
     (17, (0, 0), 3 << 16),
 ])
 def test_what_hypercalls_answer(number: int, arguments: tuple[int, ...], result: int) -> None:
-    stop, _ = _run(_call(number, *arguments) + EXIT_WITH_EAX)
+    stop, _ = run(call(number, *arguments) + EXIT_WITH_EAX, memory="static")
     assert stop.exit_code == result & 0xFFFFFFFF
 
 
@@ -236,8 +181,7 @@ def test_a_store_into_the_hypervisor_is_refused_and_recorded() -> None:
 
 
 def test_a_store_into_its_own_page_tables_faults() -> None:
-    strategy = Paravirtualization(Machine(path="portable"))
-    strategy.load(_guest(b""), "")
+    strategy = guest(b"", memory="static")
     table = strategy.domain.l3 - strategy.domain.machine(0)
     strategy.machine.ram.write(strategy.domain.machine(ENTRY), b"\xa3" + struct.pack("<I", table))
     with pytest.raises(GuestFault, match=r"exception 14, error code 0x3"):
@@ -252,38 +196,38 @@ def test_an_unpatched_kernel_gets_a_protection_fault(instruction: bytes) -> None
 @pytest.mark.parametrize(("cs", "match"), [(0xE018, "selector 0xe018"), (0xE021, "selector 0xe021"), (0x2B, "selector 0x2b")])
 def test_iret_goes_to_no_ring_but_one_and_three(cs: int, match: str) -> None:
     frame = b"".join(b"\x68" + struct.pack("<I", word) for word in (0x202, cs, ENTRY))
-    _ends(frame + b"\x50" + _mov(EAX, 23) + INT82, GuestRefused, match)
+    _ends(frame + b"\x50" + mov(EAX, 23) + INT82, GuestRefused, match)
 
 
 def test_users_make_no_hypercalls() -> None:
     user = 0x103000
     frame = b"".join(b"\x68" + struct.pack("<I", word) for word in (xen.FLAT_RING3_DS, STACK, 0x202, xen.FLAT_RING3_CS, user))
     write = b"\x66\xc7\x05" + struct.pack("<I", user) + INT82  # mov word ptr [user], INT 0x82
-    _ends(write + frame + b"\x50" + _mov(EAX, 23) + INT82, GuestFault, "exception 13, error code 0x412")
+    _ends(write + frame + b"\x50" + mov(EAX, 23) + INT82, GuestFault, "exception 13, error code 0x412")
 
 
 @pytest.mark.parametrize(("trigger", "popped"), [(b"\xf7\xf1", 0), (b"\x0f\x0b", 0), (b"\xcd\x30", 2)])  # DIV; UD2; INT 0x30
 def test_the_guests_own_exceptions_reach_its_handlers(trigger: bytes, popped: int) -> None:
     """The handler ends the run with the return address it finds on its stack: at the fault, or past INT n."""
-    setup = b"\x31\xc9" + _call(0, DATA) + b"\x31\xc9"
+    setup = b"\x31\xc9" + call(0, DATA) + b"\x31\xc9"
     handler = ENTRY + len(setup) + len(trigger)
     traps = b"".join(struct.pack("<BBHI", vector, 1, xen.FLAT_RING1_CS, handler) for vector in (0, 6, 0x30)) + bytes(8)
-    stop, strategy = _run(setup + trigger + b"\x58" + EXIT_WITH_EAX, traps)
+    stop, strategy = run(setup + trigger + b"\x58" + EXIT_WITH_EAX, traps)
     assert stop.exit_code == ENTRY + len(setup) + popped
     assert strategy.counts["vmm.inject"] == 1
 
 
 def _pending_event() -> tuple[bytes, bytes]:
     """Code that binds the UART's interrupt and raises it while events are masked; its handler follows the code."""
-    bind = _call(32, xen.EVTCHNOP_BIND_PIRQ, DATA) + _call(55, 1, 0x3F9, 1, 2)
-    callbacks = len(_call(4, 0, 0, 0, 0))
-    handler = ENTRY + callbacks + len(bind) + len(_call(29, xen.SCHEDOP_BLOCK, 0)) + 2
-    return _call(4, xen.FLAT_RING1_CS, handler, xen.FLAT_RING1_CS, handler) + bind, struct.pack("<III", 4, 0, 0)
+    bind = call(32, xen.EVTCHNOP_BIND_PIRQ, DATA) + call(55, 1, 0x3F9, 1, 2)
+    callbacks = len(call(4, 0, 0, 0, 0))
+    handler = ENTRY + callbacks + len(bind) + len(call(29, xen.SCHEDOP_BLOCK, 0)) + 2
+    return call(4, xen.FLAT_RING1_CS, handler, xen.FLAT_RING1_CS, handler) + bind, struct.pack("<III", 4, 0, 0)
 
 
 def test_an_event_that_came_before_the_wait_is_not_lost() -> None:
     code, data = _pending_event()
-    stop, strategy = _run(code + _call(29, xen.SCHEDOP_BLOCK, 0) + b"\xeb\xfe" + _mov(EAX, 7) + EXIT_WITH_EAX, data)
+    stop, strategy = run(code + call(29, xen.SCHEDOP_BLOCK, 0) + b"\xeb\xfe" + mov(EAX, 7) + EXIT_WITH_EAX, data)
     assert stop.exit_code == 7
     assert strategy.counts["event.upcall"] == 1
     assert strategy.domain.shared.masked  # during the upcall
@@ -292,18 +236,17 @@ def test_an_event_that_came_before_the_wait_is_not_lost() -> None:
 def test_an_event_waits_while_the_guest_masks_it() -> None:
     code, data = _pending_event()
     with pytest.raises(GuestError, match="budget"):
-        _run(code + _call(29, xen.SCHEDOP_YIELD, 0) + b"\xeb\xfe" + _mov(EAX, 7) + EXIT_WITH_EAX, data)
+        run(code + call(29, xen.SCHEDOP_YIELD, 0) + b"\xeb\xfe" + mov(EAX, 7) + EXIT_WITH_EAX, data)
 
 
 def test_waiting_for_nothing_ends_the_run() -> None:
-    stop, _ = _run(_call(29, xen.SCHEDOP_BLOCK, 0))
+    stop, _ = run(call(29, xen.SCHEDOP_BLOCK, 0))
     assert stop.exit_code is None
     assert "halted" in stop.reason.value
 
 
 def test_a_guest_that_loops_with_events_masked_does_not_keep_the_machine() -> None:
-    strategy = Paravirtualization(Machine(path="portable"))
-    strategy.load(_guest(b"\xeb\xfe"), "")
+    strategy = guest(b"\xeb\xfe", memory="static")
     with pytest.raises(GuestError, match="budget"):
         strategy.run(10_000)
     assert strategy.domain.shared.masked

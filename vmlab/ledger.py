@@ -134,6 +134,13 @@ def _kinds() -> Iterator[EventKind]:
     # Paravirtualization.
     for name in HYPERCALLS:
         yield vmm(f"hypercall.{name}", f"hypercall {name}")
+    yield vmm("mmu.update", "page-table entries changed on the guest's request", "entry")
+    yield vmm("mmu.validate", "page tables checked, or given up, entry by entry", "table")
+    yield vmm("mmuext.pin", "page tables pinned on the guest's request", "table")
+    yield vmm("mmuext.unpin", "page tables unpinned on the guest's request", "table")
+    yield vmm("mmuext.new_baseptr", "page-table bases loaded on the guest's request")
+    yield vmm("mmuext.tlb_flush", "TLB flushes on the guest's request")
+    yield vmm("mmuext.invlpg", "single translations flushed on the guest's request")
     yield vmm("event.upcall", "event-channel upcalls into the guest")
     yield vmm("emulate.prefix", "instructions emulated on the guest's explicit request (Xen's prefix)")
     # Binary translation.

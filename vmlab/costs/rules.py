@@ -99,6 +99,14 @@ def _rules() -> dict[str, Rule]:
     rules["vmcb.write"] = _rule("VM exits", "vmwrite")
     for name in HYPERCALLS:
         rules[f"hypercall.{name}"] = _rule("hypercalls", "path.hypercall")
+    rules["mmu.update"] = _rule("hypercalls", "path.mmu_update")
+    rules["mmu.validate"] = _rule("hypercalls", "path.mmu_validate")
+    for name in ("pin", "unpin"):
+        rules[f"mmuext.{name}"] = _rule("hypercalls", "path.mmuext")
+    # A TLB is flushed, and a base loaded, by MOV to CR3.
+    for name in ("new_baseptr", "tlb_flush"):
+        rules[f"mmuext.{name}"] = _rule("hypercalls", "path.mmuext", "insn.mov_to_cr")
+    rules["mmuext.invlpg"] = _rule("hypercalls", "path.mmuext", "insn.invlpg")
     rules["emulate.prefix"] = _rule("VMM emulation", "path.emulate")
     for callout in CALLOUT_CAUSES:
         light = callout in _LIGHT_CALLOUTS

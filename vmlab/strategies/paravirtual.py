@@ -26,8 +26,9 @@ class Paravirtualization(ParavirtualizationTechnique, Strategy):
 
     def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
         super().__init__(machine, parameters)
-        self.domain = Domain(machine.ram, GUEST_MEMORY)
-        self.hypervisor = Hypervisor(machine, self.domain, self.counts, self.refused)
+        self.domain = Domain(machine.ram, GUEST_MEMORY, self.counts, machine.engine.flush_tlb)
+        self.hypervisor = Hypervisor(machine, self.domain, self.counts, self.refused,
+                                     direct_paging=self.chosen["memory"] == "direct")
 
     def load(self, image: GuestImage, command_line: str) -> None:
         begin = self.domain.build(image, command_line)
@@ -35,7 +36,7 @@ class Paravirtualization(ParavirtualizationTechnique, Strategy):
 
     def deliver_interrupt(self, vector: int) -> None:
         """Raise the event that the guest bound to the interrupt input of this vector."""
-        self.hypervisor.raise_irq(vector - PHYSICAL_BASE)
+        self.hypervisor.events.raise_irq(vector - PHYSICAL_BASE)
 
     def guest_state(self) -> GuestState:
         """The physical CPU is the guest's own but for the interrupt flag, which is the upcall mask."""

@@ -78,7 +78,7 @@ class ParavirtualizationTechnique(Technique):
     name = "paravirtualization"
     summary = "the kernel makes hypercalls; its interrupt flag is a byte in shared memory"
     parameters: ClassVar[Mapping[str, Parameter]] = {
-        "memory": Parameter(_MEMORY, "static", ("static",)),
+        "memory": Parameter(f"{_MEMORY}, direct = the guest's own, checked", "static", ("static", "direct")),
         "hypervisor": _HYPERVISOR,
     }
     full_virtualization = False

@@ -21,7 +21,7 @@ HYPERCALL_VECTOR = 0x82
 SYSCALL_VECTOR = 0x80               # the one vector that may go from ring 3 to ring 1 without the hypervisor
 
 # errno.h, negated as hypercalls return them
-ENOENT, EFAULT, EBUSY, EINVAL, ENOSYS = -2, -14, -16, -22, -38
+ENOENT, ESRCH, EFAULT, EEXIST, EINVAL, ENOSPC, ENOSYS, ETIME = -2, -3, -14, -17, -22, -28, -38, -62
 
 # arch-x86/xen-x86_32.h: selectors in the hypervisor's part of every GDT, and where the hypervisor's hole begins
 FLAT_RING1_CS, FLAT_RING1_DS = 0xE019, 0xE021
@@ -29,11 +29,30 @@ FLAT_RING3_CS, FLAT_RING3_DS = 0xE02B, 0xE033
 HYPERVISOR_START = 0xF5800000
 M2P_START = 0xF5800000
 
-# event_channel.h, sched.h, version.h, xen.h
-EVTCHNOP_CLOSE, EVTCHNOP_BIND_PIRQ, EVTCHNOP_SEND, EVTCHNOP_UNMASK = 3, 2, 4, 9
+# arch-x86/xen.h: the guest's part of the GDT
+FIRST_RESERVED_GDT_PAGE = 14
+FIRST_RESERVED_GDT_ENTRY = FIRST_RESERVED_GDT_PAGE * 512
+
+# xen.h: mmu_update, mmuext_op, update_va_mapping
+DOMID_SELF = 0x7FF0
+MMU_NORMAL_PT_UPDATE, MMU_MACHPHYS_UPDATE, MMU_PT_UPDATE_PRESERVE_AD = 0, 1, 2
+MMU_UPDATE_PREEMPTED = 1 << 31
+MMUEXT_PIN_LEVELS = {0: 1, 1: 2, 2: 3}      # MMUEXT_PIN_L1_TABLE … L3; there is no L4 with 32 bits
+MMUEXT_UNPIN_TABLE, MMUEXT_NEW_BASEPTR, MMUEXT_FLUSH_CACHE = 4, 5, 12
+MMUEXT_FLUSHES = frozenset((6, 8, 10))      # TLB_FLUSH_LOCAL, _MULTI, _ALL: all the same with one vCPU
+MMUEXT_INVLPGS = frozenset((7, 9, 11))      # INVLPG_LOCAL, _MULTI, _ALL
+UVMF_TLB_FLUSH, UVMF_INVLPG, UVMF_FLUSHTYPE_MASK = 1, 2, 3
+
+# event_channel.h, sched.h, version.h, physdev.h, xen.h
+EVTCHNOP_BIND_VIRQ, EVTCHNOP_BIND_PIRQ, EVTCHNOP_CLOSE, EVTCHNOP_SEND, EVTCHNOP_STATUS, EVTCHNOP_BIND_IPI, EVTCHNOP_UNMASK = (
+    1, 2, 3, 4, 5, 7, 9)
+EVTCHNSTAT_CLOSED, EVTCHNSTAT_INTERDOMAIN, EVTCHNSTAT_PIRQ, EVTCHNSTAT_VIRQ, EVTCHNSTAT_IPI = 0, 2, 3, 4, 5
+VIRQ_TIMER, NR_VIRQS = 0, 24
 SCHEDOP_YIELD, SCHEDOP_BLOCK, SCHEDOP_SHUTDOWN = 0, 1, 2
 XENVER_VERSION, XENVER_GET_FEATURES = 0, 6
 CONSOLEIO_WRITE = 0
+VMASST_CMD_ENABLE, VMASST_CMD_DISABLE = 0, 1
+PHYSDEVOP_IRQ_STATUS_QUERY, PHYSDEVOP_EOI = 5, 12
 SIF_PRIVILEGED = 1
 MAX_GUEST_CMDLINE = 1024
 EVENT_PORTS = 1024                  # 32 words of 32 bits
@@ -136,6 +155,11 @@ class SharedInfo:
         selector = self.frame + self._SELECTOR
         self._ram.write32(selector, self._ram.read32(selector) | 1 << port // 32)
         self._ram.bytes[self.frame + self._PENDING] = 1
+
+    def clear_event(self, port: int) -> None:
+        """The port was closed: nothing is pending there."""
+        at, bit = self._bit(self._EVENTS, port)
+        self._ram.write32(at, self._ram.read32(at) & ~bit)
 
     def unmask(self, port: int) -> None:
         """EVTCHNOP_unmask: an event that came meanwhile asks for its upcall now."""

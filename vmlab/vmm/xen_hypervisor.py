@@ -1,51 +1,59 @@
-"""The paravirtual VMM: what its trap handlers and hypercalls do, one method each.
+"""The paravirtual VMM: what reaches it, and how it goes back into the guest.
 
 The guest's kernel runs in ring 1 and never executes a sensitive instruction; it asks. What reaches this file are
 software interrupts (hypercalls), exceptions of the guest to pass on, and the machine's own interrupts, which become
 events. On every way back pending events are delivered, if the guest lets them (xen/include/public/event_channel.h).
+The hypercalls themselves are in :mod:`vmlab.vmm.xen_calls`, :mod:`vmlab.vmm.xen_mmu` and :mod:`vmlab.vmm.xen_events`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 from vmlab.errors import GuestFault, GuestRefused
 from vmlab.ledger import Counts
 from vmlab.machine.cpu import IF, IOPL, NT, RF, TF, VM, Cpu, Segment
 from vmlab.machine.delivery import HAS_ERROR_CODE
 from vmlab.machine.paging import PageFault
-from vmlab.machine.pc import UART_PORT, Machine, Stop, StopReason, cpuid
+from vmlab.machine.pc import Machine, cpuid
 from vmlab.machine.state import CS, RAX, RBX, RCX, RDI, RDX, RSI, RSP, SS
 from vmlab.vmm import xen
 from vmlab.vmm.platform import PHYSICAL_BASE, VirtualPlatform
+from vmlab.vmm.xen_calls import Call, Calls
 from vmlab.vmm.xen_domain import Domain
+from vmlab.vmm.xen_events import EventChannels
+from vmlab.vmm.xen_memory import GuestMemory
+from vmlab.vmm.xen_mmu import Mmu
 
 _GP, _PF, _UD = 13, 14, 6
 _ARGUMENTS = (RBX, RCX, RDX, RSI, RDI)
-_PIC_PORTS = frozenset((0x20, 0x21, 0xA0, 0xA1))
-_WRITE_CHUNK = 4096
+_MULTICALL_ENTRY = 32
+#: As many calls as one multicall may have; Xen's own list has no end but a look at other domains on the way.
+MAX_MULTICALL = 128
 
 
 class Hypervisor:
-    """Takes every exception and interrupt of the machine while a paravirtual guest runs (a ``Monitor``)."""
+    """Takes every exception and interrupt of the machine while a paravirtual guest runs (a ``Monitor``).
 
-    def __init__(self, machine: Machine, domain: Domain, counts: Counts, refused: list[str]) -> None:
+    :param direct_paging: the guest may make page tables of its own, not only change L1 entries.
+    """
+
+    def __init__(self, machine: Machine, domain: Domain, counts: Counts, refused: list[str], *, direct_paging: bool) -> None:
         self.machine, self.domain, self.counts, self.refused = machine, domain, counts, refused
         self.cpu: Cpu = machine.cpu
         VirtualPlatform(machine)    # sets up the physical interrupt controller; the guest has none
+        self.memory = GuestMemory(machine.cpu)
         self.traps: dict[int, xen.Trap] = {}
         self.kernel_stack = (xen.FLAT_RING1_DS, 0)
         self.event_callback: tuple[int, int] | None = None
-        self.port_of_irq: dict[int, int] = {}
-        self._next_port = 1
-        self._calls: dict[str, Callable[[int, int, int, int, int], int]] = {
-            "set_trap_table": self._set_trap_table, "stack_switch": self._stack_switch, "set_callbacks": self._set_callbacks,
-            "update_va_mapping": self._update_va_mapping, "xen_version": self._xen_version, "console_io": self._console_io,
-            "sched_op": self._sched_op, "event_channel_op": self._event_channel_op, "port_io": self._port_io,
+        self.events = EventChannels(domain.shared, self.memory)
+        mmu = Mmu(machine.cpu, domain, self.memory, counts, refused, direct=direct_paging)
+        self._calls: dict[str, Call] = {
+            **Calls(self).table(), "event_channel_op": self.events.event_channel_op, "mmu_update": mmu.mmu_update,
+            "mmuext_op": mmu.mmuext_op, "update_va_mapping": mmu.update_va_mapping, "multicall": self._multicall,
         }
         machine.monitor = self
-        self._open_gates()
+        self.open_gates()
 
     # ---- the monitor's entries
     def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
@@ -62,14 +70,8 @@ class Hypervisor:
         if irq >= 8:
             self.machine.ports.write(0xA0, 1, 0x20)
         self.machine.ports.write(0x20, 1, 0x20)
-        self.raise_irq(irq)
+        self.events.raise_irq(irq)
         self._deliver_events()
-
-    def raise_irq(self, irq: int) -> None:
-        """An interrupt for the guest becomes an event, if the guest has bound it."""
-        port = self.port_of_irq.get(irq)
-        if port is not None:
-            self.domain.shared.raise_event(port)
 
     # ---- into the guest
     def _deliver_events(self) -> None:
@@ -86,7 +88,7 @@ class Hypervisor:
         if vector == _PF:
             self.domain.shared.set_cr2(self.cpu.cr2)
             if self.cpu.cr2 >= xen.HYPERVISOR_START:
-                self._refuse(f"the guest at {self.cpu.rip:#x} reached for the hypervisor's memory at {self.cpu.cr2:#x}")
+                self.refuse(f"the guest at {self.cpu.rip:#x} reached for the hypervisor's memory at {self.cpu.cr2:#x}")
         if trap is None:
             raise GuestFault(vector, error_code, self.cpu.rip, "the paravirtual guest has set no handler")
         self.counts["vmm.inject"] += 1
@@ -109,13 +111,13 @@ class Hypervisor:
         if cpu.cpl == 3:
             words += [cpu.gpr(RSP) & 0xFFFFFFFF, cpu.selector(SS)]
             ss, esp = self.kernel_stack
-            stack: Segment | None = self.domain.descriptor(ss)
+            stack: Segment | None = self.domain.tables.descriptor(ss)
         else:
             esp, stack = cpu.gpr(RSP) & 0xFFFFFFFF, None
         if error_code is not None:
             words.insert(0, error_code)
         esp = (esp - 4 * len(words)) & 0xFFFFFFFF
-        self._write(esp, struct.pack(f"<{len(words)}I", *words))
+        self._push(esp, struct.pack(f"<{len(words)}I", *words))
         if stack is not None:
             cpu.set_segment(SS, stack)
         cpu.set_segment(CS, self._code(cs))
@@ -124,29 +126,23 @@ class Hypervisor:
         cpu.eflags = (cpu.eflags & ~(TF | NT | RF | VM)) | IF
         cpu.rip = eip
 
-    def _code(self, selector: int) -> Segment:
-        """A code segment of the guest's; ends a guest that names another."""
-        segment = self.domain.descriptor(selector)
-        if selector not in (xen.FLAT_RING1_CS, xen.FLAT_RING3_CS):
-            raise GuestRefused(f"the guest asked to run with the code selector {selector:#x}")
-        return segment
-
-    # ---- guest memory
-    def _read(self, address: int, size: int) -> bytes:
-        """Guest memory by linear address, never the hypervisor's. Raises :class:`PageFault`."""
-        if address + size > xen.HYPERVISOR_START:
-            raise PageFault(address, 1)
-        return self.cpu.read_linear(address, size)
-
-    def _write(self, address: int, data: bytes) -> None:
-        if address + len(data) > xen.HYPERVISOR_START:
+    def _push(self, address: int, frame: bytes) -> None:
+        """A frame onto the guest's kernel stack; a guest whose stack is not there, or is not its own, ends."""
+        if address + len(frame) > xen.HYPERVISOR_START:
             raise GuestRefused(f"the guest at {self.cpu.rip:#x} had the hypervisor write to {address:#x}, which is not its own")
         try:
-            self.cpu.write_linear(address, data)
+            self.memory.write(address, frame)
         except PageFault as fault:
             raise GuestFault(_PF, fault.error_code, self.cpu.rip, f"the guest's stack at {address:#x} is not there") from fault
 
-    def _refuse(self, what: str) -> None:
+    def _code(self, selector: int) -> Segment:
+        """A code segment of the guest's; ends a guest that names another."""
+        if selector not in (xen.FLAT_RING1_CS, xen.FLAT_RING3_CS):
+            raise GuestRefused(f"the guest asked to run with the code selector {selector:#x}")
+        return self.domain.tables.descriptor(selector)
+
+    def refuse(self, what: str) -> None:
+        """Record what the guest tried and may not."""
         self.counts["safety.refused"] += 1
         self.refused.append(what)
 
@@ -155,7 +151,7 @@ class Hypervisor:
         """UD2 "xen" CPUID: the guest asks for CPUID as the hypervisor shows it. False if it is another #UD."""
         cpu = self.cpu
         try:
-            code = self._read(cpu.rip, len(xen.EMULATE_PREFIX + xen.CPUID_CODE))
+            code = self.memory.read(cpu.rip, len(xen.EMULATE_PREFIX + xen.CPUID_CODE))
         except PageFault:
             return False
         if code != xen.EMULATE_PREFIX + xen.CPUID_CODE:
@@ -174,34 +170,42 @@ class Hypervisor:
     # ---- hypercalls
     def _hypercall(self) -> None:
         cpu = self.cpu
-        name = xen.HYPERCALLS.get(cpu.gpr(RAX) & 0xFFFFFFFF)
-        self.counts[f"hypercall.{name or 'unknown'}"] += 1
-        if name == "iret":
+        number = cpu.gpr(RAX) & 0xFFFFFFFF
+        if xen.HYPERCALLS.get(number) == "iret":
+            self.counts["hypercall.iret"] += 1
             self._iret()
-            return
-        call = self._calls.get(name or "")
-        result = xen.ENOSYS
-        if call is not None:
-            arguments = [cpu.gpr(register) & 0xFFFFFFFF for register in _ARGUMENTS]
-            try:
-                result = call(*arguments)
-            except PageFault:
-                result = xen.EFAULT
-        cpu.set_gpr(RAX, result)
+        else:
+            cpu.set_gpr(RAX, self._call(number, [cpu.gpr(register) & 0xFFFFFFFF for register in _ARGUMENTS]))
 
-    def _set_trap_table(self, table: int, *_: int) -> int:
-        if not table:
-            self.traps.clear()
-        while table:
-            vector, trap = xen.parse_trap(self._read(table, 8))
-            if not trap.address:
-                break
-            self.traps[vector] = trap
-            table += 8
-        self._open_gates()
+    def _call(self, number: int, arguments: list[int]) -> int:
+        """One hypercall by its number; a pointer that leads nowhere is -EFAULT."""
+        name = xen.HYPERCALLS.get(number)
+        self.counts[f"hypercall.{name or 'unknown'}"] += 1
+        call = self._calls.get(name or "")
+        if call is None:
+            return xen.ENOSYS
+        try:
+            return call(*arguments)
+        except PageFault:
+            return xen.EFAULT
+
+    def _multicall(self, calls: int, count: int, *_: int) -> int:
+        """struct multicall_entry: several hypercalls for one transition. Calls that change RIP cannot be among them."""
+        if count > MAX_MULTICALL:
+            return xen.EINVAL
+        for at in range(calls, calls + _MULTICALL_ENTRY * count, _MULTICALL_ENTRY):
+            number, _result, *arguments = struct.unpack("<8I", self.memory.read(at, _MULTICALL_ENTRY))
+            inner = xen.HYPERCALLS.get(number) in ("multicall", "iret")
+            result = xen.EINVAL if inner else self._call(number, arguments[:5])
+            self.memory.write(at + 4, struct.pack("<I", result & 0xFFFFFFFF))
         return 0
 
-    def _open_gates(self) -> None:
+    def set_traps(self, traps: dict[int, xen.Trap]) -> None:
+        """The guest's handlers are these from now on."""
+        self.traps = traps
+        self.open_gates()
+
+    def open_gates(self) -> None:
         """The hypervisor's IDT as INT n sees it: hypercalls from ring 1, and what the guest opened to its users."""
         gates = {xen.HYPERCALL_VECTOR: 1}
         for vector, trap in self.traps.items():
@@ -210,111 +214,24 @@ class Hypervisor:
         direct = self.traps.get(xen.SYSCALL_VECTOR)
         if direct is not None and (direct.mask_events or direct.level < 3):
             direct = None           # no CPU can set a mask in memory on its way: then it must come through here
-        self.domain.set_direct_gate(xen.SYSCALL_VECTOR, direct)
+        self.domain.tables.set_direct_gate(xen.SYSCALL_VECTOR, direct)
         self.machine.software_gates = gates
         self.machine.direct_gates = frozenset() if direct is None else frozenset((xen.SYSCALL_VECTOR,))
 
-    def _stack_switch(self, ss: int, esp: int, *_: int) -> int:
-        if ss | 1 != xen.FLAT_RING1_DS:
-            return xen.EINVAL
-        self.kernel_stack = (ss | 1, esp)
-        self.domain.set_kernel_stack(ss | 1, esp)
-        return 0
-
-    def _set_callbacks(self, event_cs: int, event_eip: int, _failsafe_cs: int, _failsafe_eip: int, *_: int) -> int:
-        # The failsafe callback is for a return whose selectors fail; here such a return ends the guest.
-        self.event_callback = (event_cs | 1, event_eip)
-        return 0
-
-    def _update_va_mapping(self, address: int, low: int, high: int, _flags: int, *_: int) -> int:
-        result = self.domain.update_mapping(address, low | high << 32)
-        if result:
-            self._refuse(f"the guest asked to map {low | high << 32:#x} at {address:#x}")
-        self.machine.engine.flush_tlb()
-        return result
-
-    def _xen_version(self, command: int, buffer: int, *_: int) -> int:
-        if command == xen.XENVER_VERSION:
-            return 3 << 16
-        if command == xen.XENVER_GET_FEATURES:
-            submap = struct.unpack("<I", self._read(buffer, 4))[0]
-            if submap:
-                return xen.EINVAL
-            self._write(buffer + 4, bytes(4))
-            return 0
-        return xen.ENOSYS
-
-    def _console_io(self, command: int, count: int, buffer: int, *_: int) -> int:
-        """The text goes out by the serial port, as the hypervisor's own does."""
-        if command != xen.CONSOLEIO_WRITE:
-            return xen.ENOSYS
-        while count:
-            size = min(count, _WRITE_CHUNK)
-            for character in self._read(buffer, size):
-                self.machine.port_write(UART_PORT, 1, character)
-            buffer, count = buffer + size, count - size
-        return 0
-
-    def _sched_op(self, command: int, argument: int, *_: int) -> int:
-        if command == xen.SCHEDOP_YIELD:
-            return 0
-        if command == xen.SCHEDOP_SHUTDOWN:
-            self.machine.stop(Stop(StopReason.EXIT, struct.unpack("<I", self._read(argument, 4))[0]))
-            return 0
-        if command != xen.SCHEDOP_BLOCK:
-            return xen.ENOSYS
-        shared = self.domain.shared
-        shared.masked = False       # letting events in and looking for one is one step: no wake-up is lost
-        self.machine.idle()
-        if not shared.pending and not self.machine.pic.pending:  # no device here acts by itself: for ever
-            self.machine.stop(Stop(StopReason.HALTED))
-        return 0
-
-    def _event_channel_op(self, command: int, argument: int, *_: int) -> int:
-        if command == xen.EVTCHNOP_BIND_PIRQ:
-            irq = struct.unpack("<I", self._read(argument, 4))[0]
-            if irq >= 16:
-                return xen.EINVAL
-            if irq in self.port_of_irq:
-                return xen.EBUSY
-            self._write(argument + 8, struct.pack("<I", self._next_port))
-            self.port_of_irq[irq] = self._next_port
-            self._next_port += 1
-            return 0
-        port = struct.unpack("<I", self._read(argument, 4))[0]
-        irq = next((i for i, p in self.port_of_irq.items() if p == port), None)
-        if irq is None:
-            return xen.EINVAL
-        if command == xen.EVTCHNOP_UNMASK:
-            self.domain.shared.unmask(port)
-            return 0
-        if command == xen.EVTCHNOP_CLOSE:
-            del self.port_of_irq[irq]
-            return 0
-        return xen.ENOSYS
-
-    def _port_io(self, write: int, port: int, size: int, value: int, *_: int) -> int:
-        """The lab's own: IN or OUT for a guest that may use the port. The interrupt controller is the hypervisor's."""
-        if size not in (1, 2, 4) or port > 0xFFFF or write > 1:
-            return xen.EINVAL
-        self.counts["vmm.device"] += 1
-        if port in _PIC_PORTS:
-            self._refuse(f"the guest asked for port {port:#x} of the interrupt controller")
-            return xen.EINVAL if write else (1 << 8 * size) - 1
-        if write:
-            self.machine.port_write(port, size, value)
-            return 0
-        return self.machine.port_read(port, size)
+    def set_kernel_stack(self, ss: int, esp: int) -> None:
+        """Where the CPU and the hypervisor build frames on the way from ring 3."""
+        self.kernel_stack = (ss, esp)
+        self.domain.tables.set_kernel_stack(ss, esp)
 
     def _iret(self) -> None:
         """HYPERVISOR_iret: EAX, then the frame of an IRET; EFLAGS.IF gives the upcall mask."""
         cpu = self.cpu
         esp = cpu.gpr(RSP) & 0xFFFFFFFF
         try:
-            eax, eip, cs, eflags = struct.unpack("<4I", self._read(esp, 16))
+            eax, eip, cs, eflags = struct.unpack("<4I", self.memory.read(esp, 16))
             selector = cs & 0xFFFF
             outer = selector & 3 == 3
-            new_esp, ss = struct.unpack("<2I", self._read(esp + 16, 8)) if outer else (esp + 16, 0)
+            new_esp, ss = struct.unpack("<2I", self.memory.read(esp + 16, 8)) if outer else (esp + 16, 0)
         except PageFault as fault:
             raise GuestFault(_PF, fault.error_code, cpu.rip, "the frame for iret is not there") from fault
         if eflags & VM or selector & 3 not in (1, 3):
@@ -323,7 +240,7 @@ class Hypervisor:
         if outer:
             if ss & 0xFFFF != xen.FLAT_RING3_DS:
                 raise GuestRefused(f"the guest asked iret for the user stack selector {ss & 0xFFFF:#x}")
-            cpu.set_segment(SS, self.domain.descriptor(xen.FLAT_RING3_DS))
+            cpu.set_segment(SS, self.domain.tables.descriptor(xen.FLAT_RING3_DS))
         cpu.set_segment(CS, code)
         cpu.set_cpl(3 if outer else 1)
         cpu.eflags = (eflags & ~(IOPL | VM)) | IF | 2

@@ -1,0 +1,167 @@
+"""The smaller hypercalls: traps, stacks, descriptors, version, console, ports, scheduling."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vmlab.machine.pc import UART_PORT, Stop, StopReason
+from vmlab.vmm import xen
+from vmlab.vmm.xen_frames import Refused
+
+if TYPE_CHECKING:
+    from vmlab.vmm.xen_hypervisor import Hypervisor
+
+#: A hypercall: five words in, EAX out. May raise :class:`~vmlab.machine.paging.PageFault`, which is -EFAULT.
+Call = Callable[[int, int, int, int, int], int]
+
+_PIC_PORTS = frozenset((0x20, 0x21, 0xA0, 0xA1))
+_LONGEST_TEXT = 1 << 16             # of one console_io; Xen goes on with more after a look at other domains
+_CR0_TS = 1 << 3
+
+
+class Calls:
+    """What needs little state of its own."""
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self._vmm, self._memory = hypervisor, hypervisor.memory
+        self._machine, self._domain = hypervisor.machine, hypervisor.domain
+        self._assists: set[int] = set()
+
+    def table(self) -> dict[str, Call]:
+        """By the hypercall's name."""
+        return {
+            "set_trap_table": self._set_trap_table, "set_gdt": self._set_gdt, "stack_switch": self._stack_switch,
+            "set_callbacks": self._set_callbacks, "fpu_taskswitch": self._fpu_taskswitch,
+            "update_descriptor": self._update_descriptor, "xen_version": self._xen_version, "console_io": self._console_io,
+            "vm_assist": self._vm_assist, "sched_op": self._sched_op, "physdev_op": self._physdev_op, "port_io": self._port_io,
+        }
+
+    # ---- traps, stacks, descriptors
+    def _set_trap_table(self, table: int, *_: int) -> int:
+        traps = dict(self._vmm.traps) if table else {}
+        for at in range(table, table + 8 * 257, 8) if table else ():
+            vector, trap = xen.parse_trap(self._memory.read(at, 8))
+            if not trap.address:
+                break
+            if trap.cs != xen.FLAT_RING1_CS:
+                return xen.EINVAL
+            traps[vector] = trap
+        else:
+            if table:
+                return xen.EINVAL   # more entries than there are vectors
+        self._vmm.set_traps(traps)
+        return 0
+
+    def _stack_switch(self, ss: int, esp: int, *_: int) -> int:
+        if ss | 1 != xen.FLAT_RING1_DS:
+            return xen.EINVAL
+        self._vmm.set_kernel_stack(ss | 1, esp)
+        return 0
+
+    def _set_callbacks(self, event_cs: int, event_eip: int, failsafe_cs: int, _failsafe_eip: int, *_: int) -> int:
+        # The failsafe callback is for a return whose selectors fail; here such a return ends the guest.
+        if {event_cs | 1, failsafe_cs | 1} != {xen.FLAT_RING1_CS}:
+            return xen.EINVAL
+        self._vmm.event_callback = (event_cs | 1, event_eip)
+        return 0
+
+    def _set_gdt(self, frames: int, entries: int, *_: int) -> int:
+        if entries > xen.FIRST_RESERVED_GDT_ENTRY:
+            return xen.EINVAL
+        pages = (entries + 511) // 512
+        try:
+            self._domain.tables.set_gdt(list(struct.unpack(f"<{pages}I", self._memory.read(frames, 4 * pages))), entries)
+        except Refused as refusal:
+            return self._refuse(f"a descriptor table: {refusal}")
+        self._domain.flush_tlb()
+        return 0
+
+    def _update_descriptor(self, address_low: int, address_high: int, low: int, high: int, *_: int) -> int:
+        try:
+            self._domain.tables.update(address_low | address_high << 32, low, high)
+        except Refused as refusal:
+            return self._refuse(f"a descriptor: {refusal}")
+        return 0
+
+    def _refuse(self, what: str) -> int:
+        self._vmm.refuse(f"the guest at {self._vmm.cpu.rip:#x} asked for {what}")
+        return xen.EINVAL
+
+    def _fpu_taskswitch(self, on: int, *_: int) -> int:
+        """CR0.TS, so that the next use of the FPU is #NM (device not available)."""
+        cpu = self._vmm.cpu
+        cr0 = cpu.cr(0)
+        cpu.set_cr(0, cr0 | _CR0_TS if on else cr0 & ~_CR0_TS)
+        return 0
+
+    def _vm_assist(self, command: int, kind: int, *_: int) -> int:
+        """4gb_segments(_notify) may be switched: segment limits are not used here. The others are not offered."""
+        if kind not in (0, 1):
+            return xen.EINVAL
+        if command not in (xen.VMASST_CMD_ENABLE, xen.VMASST_CMD_DISABLE):
+            return xen.ENOSYS
+        (self._assists.add if command == xen.VMASST_CMD_ENABLE else self._assists.discard)(kind)
+        return 0
+
+    # ---- version and console
+    def _xen_version(self, command: int, buffer: int, *_: int) -> int:
+        if command == xen.XENVER_VERSION:
+            return 3 << 16
+        if command == xen.XENVER_GET_FEATURES:
+            if self._memory.read32(buffer):
+                return xen.EINVAL
+            self._memory.write(buffer + 4, bytes(4))
+            return 0
+        return xen.ENOSYS
+
+    def _console_io(self, command: int, count: int, buffer: int, *_: int) -> int:
+        """The text goes out by the serial port, as the hypervisor's own does."""
+        if command != xen.CONSOLEIO_WRITE:
+            return xen.ENOSYS
+        if count > _LONGEST_TEXT:
+            return xen.EINVAL
+        for character in self._memory.read(buffer, count):
+            self._machine.port_write(UART_PORT, 1, character)
+        return 0
+
+    # ---- scheduling
+    def _sched_op(self, command: int, argument: int, *_: int) -> int:
+        if command == xen.SCHEDOP_YIELD:
+            return 0
+        if command == xen.SCHEDOP_SHUTDOWN:
+            self._machine.stop(Stop(StopReason.EXIT, self._memory.read32(argument)))
+            return 0
+        if command != xen.SCHEDOP_BLOCK:
+            return xen.ENOSYS
+        shared = self._domain.shared
+        shared.masked = False       # letting events in and looking for one is one step: no wake-up is lost
+        self._machine.idle()
+        if not shared.pending and not self._machine.pic.pending:  # no device here acts by itself: for ever
+            self._machine.stop(Stop(StopReason.HALTED))
+        return 0
+
+    # ---- devices
+    def _physdev_op(self, command: int, argument: int, *_: int) -> int:
+        """Physical interrupts are edges here and were acknowledged when they became events."""
+        if command not in (xen.PHYSDEVOP_EOI, xen.PHYSDEVOP_IRQ_STATUS_QUERY):
+            return xen.ENOSYS
+        if self._memory.read32(argument) >= 16:
+            return xen.EINVAL
+        if command == xen.PHYSDEVOP_IRQ_STATUS_QUERY:
+            self._memory.write(argument + 4, bytes(4))  # needs no EOI, is not shared
+        return 0
+
+    def _port_io(self, write: int, port: int, size: int, value: int, *_: int) -> int:
+        """The lab's own: IN or OUT for a guest that may use the port. The interrupt controller is the hypervisor's."""
+        if size not in (1, 2, 4) or port > 0xFFFF or write > 1:
+            return xen.EINVAL
+        self._vmm.counts["vmm.device"] += 1
+        if port in _PIC_PORTS:
+            self._vmm.refuse(f"the guest asked for port {port:#x} of the interrupt controller")
+            return xen.EINVAL if write else (1 << 8 * size) - 1
+        if write:
+            self._machine.port_write(port, size, value)
+            return 0
+        return self._machine.port_read(port, size)
