@@ -11,18 +11,27 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vmlab import costs as pricing
-from vmlab.costs import Figure, Profile, Ratio, Unsupported
+from vmlab.costs import Figure, NoFigure, Profile, Quantity, Ratio, Unsupported
 from vmlab.errors import VmlabError
+from vmlab.parameters import nearest
 
 Cell = Mapping[str, Any]
 Verdict = Literal["holds", "fails", "undecided"]
 
-#: Parameters that say what the guest does. Two cells that agree in them ran the same work.
-WORK_KEYS = ("guest", "workload", "iterations", "density")
+#: Parameters that say how much the guest does, not what: a claim's cells may be larger or smaller than it asks for.
+SIZES = ("iterations", "density", "budget")
 
 
 class Missing(VmlabError):
     """The evidence that a claim needs is not there; the message names it. The verdict is ``undecided``."""
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What a verdict on one profile hangs on: it holds where at least ``enough`` (None: all) of them are 0 or more."""
+
+    of: tuple[Quantity, ...]
+    enough: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Finding:
     reason: str
     by_profile: dict[str, Verdict] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
+    margins: dict[str, Margins] = field(default_factory=dict)
+    """By profile, where a comparison of prices decides: for the confidence and the cost that decides."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,10 @@ class Evidence:
     profiles: tuple[str, ...]
     costs: Mapping[str, Profile]
     probe: Mapping[str, Any] | None = None
+    blocks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The claim's own experiment: name -> technique, workload and parameters of one of its cells."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Name of a block -> why the lab cannot run it."""
 
     def find(self, technique: str | None = None, workload: str | None = None, **parameters: object) -> list[Cell]:
         """Finished cells of this technique and workload whose parameters agree, densest last."""
@@ -66,6 +81,23 @@ class Evidence:
             raise Missing(f"no finished cell of {technique} on {workload}{detail}")
         return found[-1]
 
+    def cell(self, name: str) -> Cell:
+        """The cell that the claim's experiment calls ``name``; of several sizes the largest.
+
+        :raises Missing: the experiment has no such block, it cannot run here, or no finished cell is of it.
+        """
+        if name not in self.blocks:
+            raise Missing(f"the claim's experiment has no cell {name!r}{nearest(name, self.blocks)}")
+        if name in self.absent:
+            raise Missing(self.absent[name])
+        wanted = {key: value for key, value in self.blocks[name].items() if key not in SIZES}
+        found = [cell for cell in self.find() if _is_of(cell, wanted)]
+        if found:
+            return found[-1]
+        broken = [cell for cell in self.cells if _is_of(cell, wanted)]
+        words = ", ".join(f"{key}: {value}" for key, value in wanted.items())
+        raise Missing(f"{words}: {broken[-1].get('error')}" if broken else f"no finished cell of {words}")
+
     def profile(self, name: str) -> Profile:
         """A cost profile that a claim names itself, whether or not the run was priced on it."""
         return self.costs.get(name) or pricing.load(name)
@@ -75,20 +107,33 @@ class Evidence:
 
         :raises Missing: the profile has no such cost (a CPU without hardware assistance has no exit).
         """
-        figure = self.costs[profile].figure(key)
+        figure = self.profile(profile).figure(key)
         if figure is None:
             raise Missing(f"profile {profile} has no cost {key}")
         return figure
+
+    def value(self, quantity: Quantity, profile: str) -> float:
+        """Nominal cycles.
+
+        :raises Missing: the profile has no figure for something in it.
+        """
+        try:
+            return quantity.value(self.profile(profile))
+        except NoFigure as lacking:
+            raise Missing(f"profile {profile} has {lacking}") from lacking
+
+    def runnable(self, cell: Cell, profile: str) -> None:
+        """:raises Missing: that CPU could not have run the cell."""
+        if not pricing.supports(self.profile(profile), cell["platform"]):
+            raise Missing(f"{describe(cell)}: {profile} does not provide what {cell['platform']} needs")
 
     def cycles(self, cell: Cell, profile: str) -> float:
         """Nominal cycles of the cell's steady state on a profile.
 
         :raises Missing: that CPU could not have run it.
         """
-        priced = pricing.nominal(steady(cell), self.costs[profile], cell["platform"])
-        if isinstance(priced, Unsupported):
-            raise Missing(f"{describe(cell)}: {priced.reason}")
-        return priced
+        self.runnable(cell, profile)
+        return self.value(Quantity(steady(cell)), profile)
 
     def ratio(self, cell: Cell, other: Cell, profile: str) -> Ratio:
         """One cell's steady state over another's, under common samples of the costs.
@@ -103,15 +148,20 @@ class Evidence:
         return found
 
     def native_of(self, cell: Cell) -> Cell:
-        """The bare machine's run of the same work.
+        """The bare machine's run of the same work: every parameter that it has is the cell's too.
 
         :raises Missing: that cell is absent or did not finish.
         """
-        wanted = {name: cell["parameters"].get(name) for name in WORK_KEYS}
-        found = self.find("native", **wanted)
-        if not found:
-            raise Missing(f"no finished native cell for the work of {describe(cell)}")
-        return found[0]
+        for native in self.find("native", cell["parameters"].get("workload")):
+            if all(cell["parameters"].get(key, value) == value for key, value in native["parameters"].items()):
+                return native
+        raise Missing(f"no finished native cell for the work of {describe(cell)}")
+
+
+def _is_of(cell: Cell, wanted: Mapping[str, Any]) -> bool:
+    """Whether a cell is of a block. A parameter that the cell's technique or workload does not have excludes nothing."""
+    has = {"technique": cell["technique"], **cell["parameters"]}
+    return all(has.get(key, value) == value for key, value in wanted.items())
 
 
 def number(cell: Cell, parameter: str) -> float:
@@ -123,14 +173,19 @@ def number(cell: Cell, parameter: str) -> float:
 def describe(cell: Cell) -> str:
     """A cell in a few words, for reasons."""
     parameters = cell["parameters"]
-    extra = [f"{name}: {parameters[name]}" for name in ("sensitive", "emulation") if name in parameters]
+    extra = [f"{name}: {parameters[name]}" for name in ("sensitive", "emulation", "memory") if name in parameters]
     return f"{cell['technique']} on {parameters.get('workload')}" + (f" ({', '.join(extra)})" if extra else "")
 
 
 def steady(cell: Cell) -> Mapping[str, int]:
     """Events of the region's warm part, where everything has been translated; of the whole region where it has none."""
-    warm: Mapping[str, int] = (cell.get("phases") or {}).get("roi.warm", {}).get("events") or {}
-    return warm or cell["events"]
+    return phase(cell, "roi.warm") or cell["events"]
+
+
+def phase(cell: Cell, name: str) -> Mapping[str, int]:
+    """Events of one phase; none where the run has no such phase."""
+    events: Mapping[str, int] = (cell.get("phases") or {}).get(name, {}).get("events") or {}
+    return events
 
 
 def count(events: Mapping[str, int], kinds: Iterable[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,9 @@ class Claim:
     predicate: str
     arguments: Mapping[str, Any]
     falsifier: str
+    experiment: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The cells that test it, at the reduced size that ``vmlab claims`` runs: name -> technique, workload, parameters.
+    A value may be a list, as in a block of an experiment file; such a block's cells are found by the predicate itself."""
 
 
 @cache
@@ -63,8 +66,8 @@ def _read(file: Path) -> Claim:
         raise ConfigError(f"{file.name}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{file.name}: must be a mapping with {', '.join(_TEXTS)} and arguments")
-    if extra := sorted(set(data) - {"id", *_TEXTS, "arguments"}):
-        raise ConfigError(f"{file.name}: unknown key {extra[0]!r}; the keys are id, {', '.join(_TEXTS)}, arguments")
+    if extra := sorted(set(data) - {"id", *_TEXTS, "arguments", "experiment"}):
+        raise ConfigError(f"{file.name}: unknown key {extra[0]!r}; the keys are id, {', '.join(_TEXTS)}, arguments, experiment")
     if data.get("id") != file.stem:
         raise ConfigError(f"{file.name}: id: is {data.get('id')!r}, but the file is called {file.stem!r}")
     for key in _TEXTS:
@@ -75,5 +78,8 @@ def _read(file: Path) -> Claim:
     arguments = data.get("arguments", {})
     if not isinstance(arguments, dict):
         raise ConfigError(f"{file.name}: arguments: must be a mapping, not {arguments!r}")
+    blocks = data.get("experiment", {})
+    if not isinstance(blocks, dict) or not all(isinstance(block, dict) and "technique" in block for block in blocks.values()):
+        raise ConfigError(f"{file.name}: experiment: must give each cell by name as a mapping with its technique")
     words = {key: " ".join(data[key].split()) for key in _TEXTS}
-    return Claim(id=file.stem, arguments=arguments, **words)  # type: ignore[arg-type]  # kind was checked above
+    return Claim(id=file.stem, arguments=arguments, experiment=blocks, **words)  # type: ignore[arg-type]  # kind was checked above

@@ -1,4 +1,4 @@
-"""Predicates that need prices: of whole cells, or single published costs."""
+"""Predicates that need prices and more than a list of checks: of whole cells, or of single published costs."""
 
 from __future__ import annotations
 
@@ -6,100 +6,60 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from vmlab.claims.evidence import Cell, Evidence, Finding, Missing, Verdict, count, describe, steady
+from vmlab.claims.checks import in_scope, judged, per_operation, repetitions
+from vmlab.claims.evidence import Cell, Evidence, Finding, Margins, Missing, Verdict, count, describe, steady
+from vmlab.costs import Quantity
 
 Arguments = Mapping[str, Any]
-
-
-def in_scope(by_profile: Mapping[str, Verdict], scope: list[str]) -> Verdict:
-    """The overall verdict: what the profiles that the sentence speaks of say together."""
-    said = [by_profile.get(name, "undecided") for name in scope]
-    if "fails" in said:
-        return "fails"
-    return "holds" if said and all(verdict == "holds" for verdict in said) else "undecided"
-
-
-def at_least(low: float, high: float, limit: float) -> Verdict:
-    """``holds`` when the whole range reaches the limit, ``fails`` when it is below, else ``undecided``."""
-    if low >= limit:
-        return "holds"
-    return "fails" if high < limit else "undecided"
+#: Share of the cost samples that must agree where a claim says "faster".
+CERTAIN = 0.95
 
 
 def instruction_is_slow(evidence: Evidence, arguments: Arguments) -> Finding:
     """Cited: the named costs together come to at least ``threshold`` cycles on the scope's profiles."""
     by_profile: dict[str, Verdict] = {}
     figures: dict[str, Any] = {"threshold": arguments["threshold"]}
+    margins: dict[str, Margins] = {}
     for profile in evidence.profiles:
         costs = [evidence.figure(profile, key) for key in arguments["costs"]]
         value, low, high = (sum(part) for part in zip(*((c.value, c.low, c.high) for c in costs), strict=True))
-        # A published figure decides by its value; where one is assumed, the whole range must agree.
-        if any(cost.provenance == "assumed" for cost in costs):
-            by_profile[profile] = at_least(low, high, arguments["threshold"])
-        else:
-            by_profile[profile] = at_least(value, value, arguments["threshold"])
+        margins[profile] = Margins((Quantity(costs=dict.fromkeys(arguments["costs"], 1.0), constant=-arguments["threshold"]),))
+        # A published figure decides by its value; where one is assumed, the samples must agree.
+        certainty = CERTAIN if any(cost.provenance == "assumed" for cost in costs) else 0.0
+        by_profile[profile] = judged(margins[profile], evidence.profile(profile), certainty)
         figures[profile] = {"cycles": value, "low": low, "high": high, "provenance": [cost.provenance for cost in costs]}
-    said = [f"{figures[name]['cycles']:.0f} cycles on {name} ({verdict})" for name, verdict in by_profile.items()]
-    return Finding(in_scope(by_profile, arguments["scope"]), "; ".join(said), by_profile, figures)
-
-
-def below(low: float, high: float, limit: float) -> Verdict:
-    """``holds`` when the whole range is below the limit, ``fails`` when it reaches it, else ``undecided``."""
-    if high < limit:
-        return "holds"
-    return "fails" if low >= limit else "undecided"
-
-
-def repetitions(native: Cell, instructions: list[str]) -> int:
-    """How often the bare machine executed the named instructions, taken together as one operation.
-
-    :raises Missing: not once.
-    """
-    times = min(count(steady(native), [f"machine.{op}"]) for op in instructions)
-    if not times:
-        raise Missing(f"{describe(native)} executed no {' and '.join(op.upper() for op in instructions)}")
-    return times
-
-
-def per_operation(evidence: Evidence, cell: Cell, profile: str, instructions: list[str]) -> float:
-    """Cycles that one operation (the named instructions once each) costs here, the guest's others subtracted.
-
-    The others cost what they cost natively: the native total less the named instructions at their own price.
-    Everything that the technique adds is charged to the operation.
-    """
-    native = evidence.native_of(cell)
-    ran = steady(native)
-    own = sum(count(ran, [f"machine.{op}"]) * evidence.figure(profile, f"insn.{op}").value for op in instructions)
-    others = evidence.cycles(native, profile) - own
-    return (evidence.cycles(cell, profile) - others) / repetitions(native, instructions)
+    said = [f"{figures[name]['cycles']:.0f} cycles on {name}" for name in arguments["scope"]]
+    return Finding(in_scope(by_profile, arguments["scope"]), "; ".join(said), by_profile, figures, margins)
 
 
 def translated_is_faster(evidence: Evidence, arguments: Arguments) -> Finding:
     """The translated operation is cheaper than the native one; sampled costs decide whether that is certain."""
     cell = evidence.densest(arguments["technique"], arguments["workload"], **arguments["with"])
     native, names = evidence.native_of(cell), list(arguments["instructions"])
+    # Same work, same samples: the whole run is shorter exactly when its operation is cheaper.
+    margin = Margins((Quantity(steady(native)) - Quantity(steady(cell)),))
     by_profile: dict[str, Verdict] = {}
     figures: dict[str, Any] = {}
+    margins: dict[str, Margins] = {}
     for profile in evidence.profiles:
         try:
-            # Same work, same samples: the whole is shorter exactly when the operation is cheaper.
             whole = evidence.ratio(cell, native, profile)
             figures[profile] = {
-                "native": round(per_operation(evidence, native, profile, names), 2),
-                "translated": round(per_operation(evidence, cell, profile, names), 2),
+                "native": round(evidence.value(per_operation(evidence, native, names), profile), 2),
+                "translated": round(evidence.value(per_operation(evidence, cell, names), profile), 2),
                 "slowdown": [whole.low, whole.high],
             }
-            by_profile[profile] = below(whole.low, whole.high, 1.0)
+            margins[profile] = margin
+            by_profile[profile] = judged(margin, evidence.profile(profile), CERTAIN)
         except Missing as missing:
             by_profile[profile], figures[profile] = "undecided", {"reason": str(missing)}
     stops = [name for name, verdict in by_profile.items() if verdict != "holds"]
     said = "; ".join(
         f"{name}: {figures[name]['translated']:.3g} against {figures[name]['native']:.3g} cycles"
-        for name in evidence.profiles if "native" in figures[name]
+        for name in arguments["scope"] if "native" in figures[name]
     )
-    where = f"not certain or not so on {', '.join(stops)}" if stops else "so on every profile asked"
     figures["stops"] = stops
-    return Finding(in_scope(by_profile, arguments["scope"]), f"{said}; {where}", by_profile, figures)
+    return Finding(in_scope(by_profile, arguments["scope"]), said or "not priced on the profiles it speaks of", by_profile, figures, margins)
 
 
 def dearer_step_by_step(evidence: Evidence, arguments: Arguments) -> Finding:
@@ -113,16 +73,20 @@ def dearer_step_by_step(evidence: Evidence, arguments: Arguments) -> Finding:
         _mechanism(step, cell, repetitions(natives[0], names))
     by_profile: dict[str, Verdict] = {}
     figures: dict[str, Any] = {"published": dict(arguments["published"])}
+    margins: dict[str, Margins] = {}
+    each = [per_operation(evidence, cell, names) for cell in cells]
+    factors = [float(step["factor"]) for step in steps]
+    by_factor = tuple(dear - cheap * factor for (dear, cheap), factor in zip(pairwise(each), factors, strict=False))
     for profile in evidence.profiles:
         try:
-            each = [per_operation(evidence, cell, profile, names) for cell in cells]
+            cycles = [evidence.value(quantity, profile) for quantity in each]
             lowest = [evidence.ratio(dear, cheap, profile).low for dear, cheap in pairwise(cells)]
         except Missing as missing:
             by_profile[profile], figures[profile] = "undecided", {"reason": str(missing)}
             continue
-        figures[profile] = {step["name"]: round(cycles, 1) for step, cycles in zip(steps, each, strict=True)}
-        by_factor = all(dear >= step["factor"] * cheap for (dear, cheap), step in zip(pairwise(each), steps, strict=False))
-        by_profile[profile] = "holds" if by_factor else "fails"
+        figures[profile] = {step["name"]: round(value, 1) for step, value in zip(steps, cycles, strict=True)}
+        margins[profile] = Margins(by_factor)
+        by_profile[profile] = judged(margins[profile], evidence.profile(profile))
         # The handlers' lengths are sampled one by one although the published totals pin their sums, so whether the
         # order survives sampling is told and does not decide.
         figures[profile]["survives_sampling"] = min(lowest) > 1
@@ -132,7 +96,7 @@ def dearer_step_by_step(evidence: Evidence, arguments: Arguments) -> Finding:
         sure = figures[first]["survives_sampling"]
         reason = f"{first}: " + ", ".join(f"{step['name']} {figures[first][step['name']]:.0f}" for step in steps) + " cycles" + (
             "" if sure else "; with every handler's length varied on its own, not always in this order")
-    return Finding(in_scope(by_profile, arguments["scope"]), reason, by_profile, figures)
+    return Finding(in_scope(by_profile, arguments["scope"]), reason, by_profile, figures, margins)
 
 
 def _mechanism(step: Mapping[str, Any], cell: Cell, times: int) -> None:
@@ -148,11 +112,12 @@ def _mechanism(step: Mapping[str, Any], cell: Cell, times: int) -> None:
 def round_trip_fell(evidence: Evidence, arguments: Arguments) -> Finding:
     """Cited: exit and entry together became ``at_least`` to ``at_most`` times cheaper between two profiles of one maker."""
     begin, end = (evidence.profile(arguments[name]) for name in ("first", "last"))
+    trip = Quantity(costs=dict.fromkeys(arguments["costs"], 1.0))
     cycles: dict[str, float] = {}
     for name in sorted({*evidence.profiles, begin.name, end.name}, key=lambda name: (evidence.profile(name).year, name)):
-        figures_of = [evidence.profile(name).figure(key) for key in arguments["costs"]]
-        if evidence.profile(name).vendor == begin.vendor and all(figures_of):
-            cycles[name] = sum(figure.value for figure in figures_of if figure)
+        profile = evidence.profile(name)
+        if profile.vendor == begin.vendor and all(profile.figure(key) for key in arguments["costs"]):
+            cycles[name] = trip.value(profile)
     for name in (begin.name, end.name):
         if name not in cycles:
             raise Missing(f"profile {name} has no {' or '.join(arguments['costs'])}")
@@ -160,7 +125,12 @@ def round_trip_fell(evidence: Evidence, arguments: Arguments) -> Finding:
     figures = {
         "cycles": cycles, "factor": round(factor, 2), "years": end.year - begin.year, "published": dict(arguments["published"]),
     }
-    holds = arguments["at_least"] <= factor <= arguments["at_most"]
+    # Against the first CPU's nominal round trip, so that the last one's costs are what decides.
+    margins = Margins((
+        Quantity(constant=cycles[begin.name]) - trip * arguments["at_least"],
+        trip * arguments["at_most"] - Quantity(constant=cycles[begin.name]),
+    ))
+    verdict = judged(margins, end)
     reason = (f"{cycles[begin.name]:.0f} cycles in {begin.year}, {cycles[end.name]:.0f} in {end.year}: "
               f"{factor:.1f} times fewer in {end.year - begin.year} years")
-    return Finding("holds" if holds else "fails", reason, figures=figures)
+    return Finding(verdict, reason, {end.name: verdict}, figures, {end.name: margins})

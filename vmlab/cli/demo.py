@@ -82,8 +82,8 @@ def _cell(
 
 
 def _row(evidence: Any, cell: Mapping[str, Any], label: str) -> dict[str, Any]:
+    from vmlab.claims.checks import per_operation, repetitions
     from vmlab.claims.evidence import Missing, steady
-    from vmlab.claims.priced import per_operation, repetitions
 
     row: dict[str, Any] = {"technique": cell["technique"], "label": label, "error": None, "cycles": {}, "why": "", "per_pair": {}}
     if cell["status"] != "ok":
@@ -96,7 +96,8 @@ def _row(evidence: Any, cell: Mapping[str, Any], label: str) -> dict[str, Any]:
     row["why"] = _why(label, row["per_pair"])
     for profile in evidence.profiles:
         try:
-            row["cycles"][profile] = round(per_operation(evidence, cell, profile, ["cli", "sti"]), 1)
+            evidence.runnable(cell, profile)
+            row["cycles"][profile] = round(evidence.value(per_operation(evidence, cell, ["cli", "sti"]), profile), 1)
         except Missing:
             row["cycles"][profile] = None  # this CPU could not have run it
     return row

@@ -31,6 +31,7 @@ VERBS = {
     "demo": "what one CLI costs under each technique, on one screen",
     "experiment": "run a matrix of cells from a YAML file; price, judge and chart it",
     "run": "run one workload under one technique and print its ledger",
+    "claims": "the textbook's sentences, each tested by an experiment, with verdict and figures",
     "probe": "really run sensitive instructions at CPL 0, 1 and 3 and compare",
     "cite": "the documents behind a run's prices, as BibTeX",
     "list": "techniques, guests, workloads, profiles, claims, experiments, events",

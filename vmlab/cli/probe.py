@@ -61,13 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The verdicts on the claims about single instructions; none of a part of the probe, which would mislead.
-
-    An instruction stands by its first, telling case; those that no one calls sensitive are left out.
-    """
+    """The verdicts on the claims about single instructions; none of a part of the probe, which would mislead."""
     if not result["complete"]:
         return []
     from vmlab.claims import evaluate
 
-    rows = [row for row in result["rows"] if row["op"] and (row["sensitive"] != "no" or row["lists"])]
-    return evaluate(CLAIMS, [], [], probe=result | {"rows": rows})
+    return evaluate(CLAIMS, [], [], probe=telling(result))
+
+
+def telling(result: dict[str, Any]) -> dict[str, Any]:
+    """The part of a probe that claims judge: instructions that no one calls sensitive are left out."""
+    return result | {"rows": [row for row in result["rows"] if row["op"] and (row["sensitive"] != "no" or row["lists"])]}

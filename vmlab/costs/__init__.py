@@ -14,6 +14,7 @@ from __future__ import annotations
 from vmlab.costs.bibliography import Reference, bibliography, bibtex
 from vmlab.costs.explain import explain_cost, explain_event, references_used, unit_of
 from vmlab.costs.figures import PROVENANCES, Figure
+from vmlab.costs.model import NoFigure
 from vmlab.costs.paths import PathTable, path_table
 from vmlab.costs.pricing import (
     Price,
@@ -27,12 +28,14 @@ from vmlab.costs.pricing import (
     unit_cost,
 )
 from vmlab.costs.profile import PLATFORMS, Profile, load, names, supports
+from vmlab.costs.quantity import Quantity
 from vmlab.costs.rules import CAUSES, NOT_PRICED, RULES, Rule
 from vmlab.costs.sampling import SAMPLES, SEED
+from vmlab.costs.sensitivity import Decider, agreement, decider, holds
 
 __all__ = [
-    "CAUSES", "NOT_PRICED", "PLATFORMS", "PROVENANCES", "RULES", "SAMPLES", "SEED", "Figure", "PathTable", "Price", "Profile",
-    "Ratio", "Reference", "Rule", "Unsupported", "bibliography", "bibtex", "breakeven", "costs_used", "explain_cost",
-    "explain_event", "load", "names", "nominal", "path_table", "price", "references_used", "slowdown", "supports",
-    "unit_cost", "unit_of",
+    "CAUSES", "NOT_PRICED", "PLATFORMS", "PROVENANCES", "RULES", "SAMPLES", "SEED", "Decider", "Figure", "NoFigure",
+    "PathTable", "Price", "Profile", "Quantity", "Ratio", "Reference", "Rule", "Unsupported", "agreement",
+    "bibliography", "bibtex", "breakeven", "costs_used", "decider", "explain_cost", "explain_event", "holds", "load",
+    "names", "nominal", "path_table", "price", "references_used", "slowdown", "supports", "unit_cost", "unit_of",
 ]

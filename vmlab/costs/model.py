@@ -12,11 +12,11 @@ from vmlab.costs.sampling import SAMPLES, samples
 
 
 class NoFigure(Exception):
-    """The profile has no figure for ``key``, which an event of ``kind`` needs."""
+    """The profile has no figure for ``key``, which an event of ``kind`` (None: a question about the cost itself) needs."""
 
-    def __init__(self, kind: str, key: str) -> None:
+    def __init__(self, kind: str | None, key: str) -> None:
         self.kind, self.key = kind, key
-        super().__init__(f"no figure for {key!r}, which {kind!r} events need")
+        super().__init__(f"no figure for {key!r}" + (f", which {kind!r} events need" if kind else ""))
 
 
 class CostModel:
@@ -82,6 +82,20 @@ class CostModel:
             self._vectors[kind] = total
         return self._vectors[kind]
 
+    def cost_figure(self, key: str) -> Figure:
+        """The figure of one cost key. :raises NoFigure: the profile has none."""
+        return self._need(key)
+
+    def cost(self, key: str) -> float:
+        """Nominal cycles of one cost key (a path's length times what an instruction of VMM code costs)."""
+        figure = self._need(key)
+        return figure.value * self._nominal_factor(figure.key)
+
+    def cost_vector(self, key: str) -> list[float]:
+        """The same under each sample of the costs."""
+        values, scale = self._samples(self._need(key)), self._sampled_factor(self._need(key).key)
+        return list(map(mul, values, scale)) if scale else values
+
     def instruction(self) -> float:
         """Nominal cycles of one instruction of VMM code: the path table's mix of class costs."""
         return sum(share * self._need(f"class.{name}").value for name, share in path_table().mix.items())
@@ -109,7 +123,7 @@ class CostModel:
     def _need(self, key: str) -> Figure:
         figure = self.profile.figure(key)
         if figure is None:
-            raise NoFigure("path", key)
+            raise NoFigure(None, key)
         return figure
 
     def _samples(self, figure: Figure) -> list[float]:

@@ -51,6 +51,20 @@ def write_json(path: Path, value: Any) -> None:
     write(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote.
+
+    :raises ExperimentError: it cannot be read, or is not what was written.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExperimentError(f"{path} cannot be read: {error}; remove it and try again") from error
+    if not isinstance(value, dict):
+        raise ExperimentError(f"{path} cannot be read: it is not a mapping; remove it and try again")
+    return value
+
+
 def content_hash(cell: Cell, image: str, versions: Mapping[str, str]) -> str:
     """The cell's identity for reuse. The guest counts by its image, not by its name or path."""
     parameters = {k: v for k, v in cell.parameters.items() if k != "guest"}
@@ -118,12 +132,9 @@ class RunDirectory:
     def cell(self, content: str) -> dict[str, Any] | None:
         """A finished cell by its content hash; one that failed counts as not finished."""
         path = self.path / "cells" / f"{content}.json"
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (OSError, ValueError) as error:
-            raise ExperimentError(f"{path} cannot be read: {error}; remove it and resume") from error
+        value = read_json(path)
         return value if value.get("status") in ("ok", "unsupported") else None
 
     def write_cell(self, content: str, record: Mapping[str, Any]) -> None:

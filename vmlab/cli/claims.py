@@ -1,0 +1,191 @@
+"""``vmlab claims``: the textbook's sentences, each tested by an experiment of its own, with a verdict and figures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vmlab.cli.output import Progress, print_json
+from vmlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vmlab.claims import Claim
+    from vmlab.experiment.gather import Gatherer, Observer
+    from vmlab.experiment.lab import Lab
+    from vmlab.experiment.matrix import Cell
+
+EXAMPLE = """\
+examples:
+  vmlab claims                                     every claim; runs what has not been run yet
+  vmlab claims cli-bt-beats-native exit-cost-falls these two
+  vmlab claims --brief                             a line for each
+  vmlab claims --cost prescott-2005:insn.cli=5     what if? No run is made again
+  vmlab claims --json                              for a program
+
+A verdict is an answer: the exit status is 0 whatever it says, and 1 where a claim could not be evaluated or a cell of its
+experiment failed. What is run is kept below results/claims and used again as long as the code that counts is the same.
+"""
+WIDTH = 100
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.epilog = EXAMPLE
+    parser.add_argument("ids", nargs="*", metavar="ID", help="claims (default: all); 'vmlab list claims' names them")
+    parser.add_argument("--profile", dest="profiles", metavar="NAME", action="append",
+                        help="judge on this profile (default: all); may be repeated; a claim adds those that it speaks of")
+    parser.add_argument("--cost", dest="costs", metavar="PROFILE:COST=VALUE", action="append", default=[],
+                        help="hold a cost at another value; may be repeated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="cells to run at a time")
+    parser.add_argument("--brief", action="store_true", help="one line for each claim")
+    parser.add_argument("--json", action="store_true", help="print {schema_version, claims} and nothing else on stdout")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Gather the evidence, judge, print."""
+    from vmlab import claims, costs
+    from vmlab.experiment.gather import Gatherer
+    from vmlab.experiment.lab import Lab
+
+    if arguments.jobs < 1:
+        raise ConfigError(f"--jobs: a whole number from 1 is needed, not {arguments.jobs}")
+    chosen = [claims.load(name) for name in arguments.ids or claims.names()]
+    profiles = arguments.profiles or costs.names()
+    book = costbook(arguments.costs)
+    lab = Lab()
+    gatherer = Gatherer(lab, "claims")
+    cells_of, absent = experiments(chosen, gatherer)
+    progress = Progress(0)
+
+    def starting(todo: int, reused: int) -> Observer:
+        progress.total = todo
+        if todo:
+            print(f"{todo} cells to run, {reused} found", file=sys.stderr)
+        return progress.finished
+
+    try:
+        gathered = gatherer.gather((cell for cells in cells_of.values() for cell in cells), arguments.jobs, starting)
+    finally:
+        progress.close()
+    probe = probed(lab) if any(claim.predicate in claims.NEED_PROBE for claim in chosen) else None
+    verdicts = []
+    for claim in chosen:
+        # Each claim is judged on the cells of its own experiment, so that its verdict does not depend on which others are asked.
+        own = {cell.id for cell in cells_of[claim.id]}
+        verdicts += claims.evaluate(
+            [claim.id], [cell for cell in gathered.cells if cell["id"] in own], profiles, probe=probe, costbook=book,
+            absent={claim.id: absent[claim.id]},
+        )
+    if arguments.json:
+        print_json({"schema_version": 1, "claims": verdicts})
+    else:
+        print("\n".join(map(brief, verdicts)) if arguments.brief else "\n\n".join(map(screen, verdicts)))
+        print(f"\n{tally(verdicts)}")
+    broken = [f"{claim}: {reason}" for claim, several in absent.items() for reason in sorted(set(several.values()))]
+    failed = [f"{cell['id']}: {cell['error']}" for cell in gathered.failed if not _meant_to(cell, chosen)]
+    for line in [*(f"claim not evaluated: {text}" for text in broken), *(f"cell failed: {text}" for text in failed)]:
+        print(f"vmlab: {line}", file=sys.stderr)
+    return 1 if broken or failed else 0
+
+
+def experiments(
+    chosen: Sequence[Claim], gatherer: Gatherer,
+) -> tuple[dict[str, list[Cell]], dict[str, dict[str, str]]]:
+    """Claim -> the cells of its experiment, and claim -> block -> why the lab cannot run that."""
+    cells: dict[str, list[Cell]] = {}
+    absent: dict[str, dict[str, str]] = {}
+    for claim in chosen:
+        cells[claim.id], absent[claim.id] = [], {}
+        for name, block in claim.experiment.items():
+            try:
+                cells[claim.id] += gatherer.expand(block)
+            except ConfigError as error:
+                absent[claim.id][name] = f"the lab cannot run cell {name!r} of the claim's experiment: {error}"
+    return cells, absent
+
+
+def costbook(changes: Sequence[str]) -> dict[str, Any]:
+    """``PROFILE:COST=VALUE`` texts as altered profiles.
+
+    :raises ConfigError: not of that form, or no such profile or cost.
+    """
+    from vmlab import costs
+
+    altered: dict[str, dict[str, float]] = {}
+    for change in changes:
+        profile, colon, rest = change.partition(":")
+        key, equals, value = rest.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not colon or not equals or number <= 0:
+            raise ConfigError(f"--cost {change}: write PROFILE:COST=VALUE with a positive value, as prescott-2005:insn.cli=5")
+        altered.setdefault(profile, {})[key] = number
+    return {name: costs.load(name).with_values(values) for name, values in altered.items()}
+
+
+def probed(lab: Lab) -> dict[str, Any]:
+    """The probe's result, made once for this state of the lab's code."""
+    from vmlab.cli.probe import telling
+    from vmlab.experiment.gather import RESULTS, kept
+
+    def make() -> dict[str, Any]:
+        from vmlab.probe import probe
+
+        return probe()
+
+    return telling(kept(RESULTS, "claims", f"probe-{lab.code()}", make))
+
+
+def _meant_to(cell: Mapping[str, Any], chosen: Sequence[Claim]) -> bool:
+    """Whether a claim's experiment is about a guest that ends so."""
+    return any(
+        block.get("ends_badly") and block.get("workload") == cell["parameters"].get("workload")
+        for claim in chosen for block in claim.experiment.values()
+    )
+
+
+# --- words -------------------------------------------------------------------------------------------------
+
+
+def brief(verdict: Mapping[str, Any]) -> str:
+    """A claim in one line."""
+    return f"{verdict['verdict']:<10} {verdict['id']:<28} {_kind(verdict)}"
+
+
+def screen(verdict: Mapping[str, Any]) -> str:
+    """A claim with its figures, for people."""
+    lines = [f"{verdict['verdict'].upper():<10} {verdict['id']}  ({_kind(verdict)})", *_wrapped(verdict["statement"])]
+    lines += _wrapped(f"Found: {verdict['reason']}")
+    for word in ("holds", "fails", "undecided"):
+        where = [name for name, answer in verdict["by_profile"].items() if answer == word]
+        lines += _wrapped(f"{word} on {', '.join(where)}") if where and len(verdict["by_profile"]) > 1 else []
+    for profile, decided in verdict["decided_by"].items():
+        share = f"{100 * verdict['confidence'][profile]:.3g} % of the cost samples agree"
+        if decided is None:
+            lines += _wrapped(f"{profile}: {share}; no single cost can flip it")
+            continue
+        beyond = "within its range" if decided["within_range"] else "outside its range"
+        lines += _wrapped(
+            f"{profile}: {share}; decided by {decided['cost']} = {decided['value']:g} ({decided['low']:g} to {decided['high']:g}, "
+            f"{decided['provenance']}): flips at {decided['flips_at']:.3g}, {beyond}")
+    return "\n".join(lines)
+
+
+def _kind(verdict: Mapping[str, Any]) -> str:
+    return f"{verdict['kind']}{', calibrated' if verdict['calibrated'] else ''}"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+
+
+def tally(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """How many of each verdict."""
+    counts = {word: sum(v["verdict"] == word for v in verdicts) for word in ("holds", "fails", "undecided")}
+    return f"{len(verdicts)} claims: " + ", ".join(f"{n} {word}" for word, n in counts.items())
