@@ -61,9 +61,12 @@ def test_missing_baselines_are_added_once() -> None:
     assert experiment.cells[2].id == experiment.cells[0].baseline
 
 
-def test_a_parameter_that_the_workload_lacks_is_dropped() -> None:
-    assert ids(load("name: x\nmatrix: {technique: native, workload: compute, density: [1, 2]}")) == [
-        "native/guest=nano,iterations=1000,workload=compute"]
+def test_a_parameter_that_a_workload_lacks_is_dropped_for_it() -> None:
+    assert ids(load("name: x\nmatrix: {technique: native, workload: [compute, popf], density: [1, 2]}")) == [
+        "native/guest=nano,iterations=1000,workload=compute",
+        "native/density=1,guest=nano,iterations=1000,workload=popf", "native/density=2,guest=nano,iterations=1000,workload=popf"]
+    with pytest.raises(ConfigError, match="no technique or workload of this block has the parameter 'density' .native, compute."):
+        load("name: x\nmatrix: {technique: native, workload: compute, density: [1, 2]}")
 
 
 def test_experiment_parameters_are_shared_and_a_block_may_replace_them() -> None:
@@ -116,7 +119,7 @@ def test_the_resolved_configuration_is_the_same_experiment() -> None:
     (("trap-and-emulate]", "trap-and-emulat]"),
      "f.yaml:3: matrix[0].technique[1]: 'trap-and-emulat' is not a technique; did you mean 'trap-and-emulate'?"),
     (("sensitive: [", "sensitiv: ["), "f.yaml:5: matrix[0].sensitiv: unknown key; did you mean 'sensitive'?"),
-    (("sensitive: [silent, trap]", "emulation: callout"), "no technique of this block has the parameter 'emulation'"),
+    (("sensitive: [silent, trap]", "emulation: callout"), "no technique or workload of this block has the parameter 'emulation'"),
     (("[silent, trap]", "[silent, tarp]"),
      "f.yaml:5: matrix[0].sensitive: sensitive: 'tarp' is not allowed; did you mean 'trap'?"),
     (("[silent, trap]", "[]"), "matrix[0].sensitive: the list is empty"),

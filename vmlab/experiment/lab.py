@@ -84,6 +84,10 @@ class Lab:
 
         return {name: workload.parameters for name, workload in guests.workloads(guest).items()}
 
+    def guest_parameters(self) -> set[str]:
+        """Every parameter that some workload of some built-in guest takes."""
+        return {key for guest in self.guests() for workload in self.workloads(guest).values() for key in workload}
+
     def workload_summary(self, guest: str, workload: str) -> str:
         """The workload in one line."""
         from vmlab import guests

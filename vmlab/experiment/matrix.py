@@ -20,8 +20,8 @@ from vmlab.parameters import Parameter, Value, nearest
 MAX_CELLS = 5_000
 BASELINE = "native"
 
-#: Keys that are no parameter of a technique but say which guest runs what, and for how long.
-GUEST_KEYS = ("guest", "workload", "iterations", "density", "budget")
+#: Keys that every cell may have, whatever guest and technique declare: which guest runs what, and for how long.
+GUEST_KEYS = ("guest", "workload", "budget")
 DEFAULT_GUEST = "nano"
 
 Assignment = dict[str, Value]
@@ -29,10 +29,15 @@ Assignment = dict[str, Value]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: ``id`` is readable and unique within an experiment."""
+    """One run: ``id`` is readable and unique within an experiment.
+
+    ``work`` is what the native run of the same work is given: the guest's parameters without the technique's,
+    and what native declares itself.
+    """
 
     technique: str
     parameters: Mapping[str, Value]
+    work: Mapping[str, Value] = field(default_factory=dict)
     added: bool = False
 
     @property
@@ -43,7 +48,7 @@ class Cell:
     @property
     def baseline(self) -> str:
         """The id of the native cell that this one is compared with."""
-        return Cell(BASELINE, {k: v for k, v in self.parameters.items() if k in GUEST_KEYS}).id
+        return Cell(BASELINE, self.work).id
 
 
 @dataclass
@@ -112,8 +117,7 @@ class Expander:
                 found.setdefault(cell.id, cell)
         for cell in list(found.values()):
             if cell.baseline not in found:
-                parameters = {k: v for k, v in cell.parameters.items() if k in GUEST_KEYS}
-                found[cell.baseline] = Cell(BASELINE, parameters, added=True)
+                found[cell.baseline] = Cell(BASELINE, cell.work, cell.work, added=True)
         return list(found.values())
 
     def _assignments(self, block: Block) -> Iterator[Assignment]:
@@ -140,7 +144,7 @@ class Expander:
         technique = str(assignment["technique"])
         guest = str(assignment.get("guest", DEFAULT_GUEST))
         workloads = self.lab.workloads(guest)
-        parameters: Assignment = {"guest": guest}
+        work: Assignment = {"guest": guest}
         declared: dict[str, Parameter] = {}
         if workloads:  # a kernel from a file has none: it does what it does
             if "workload" not in assignment:
@@ -148,17 +152,24 @@ class Expander:
             workload = str(assignment["workload"])
             if workload not in workloads:
                 raise refuse("workload", f"{workload!r} is not a workload of {guest}{nearest(workload, workloads)}")
-            parameters["workload"] = workload
+            work["workload"] = workload
             declared |= workloads[workload]
-        declared |= self.lab.parameters(technique)
-        for key, parameter in declared.items():
-            try:
-                parameters[key] = parameter.check(key, assignment.get(key, parameter.default))
-            except ConfigError as error:
-                raise refuse(key, f"{error} (under {technique})") from error
         if "budget" in assignment:
-            parameters["budget"] = BUDGET.check("budget", assignment["budget"])
-        return Cell(technique, dict(sorted(parameters.items())))
+            declared["budget"] = BUDGET
+
+        def values(of: Mapping[str, Parameter], under: str) -> Assignment:
+            found: Assignment = {}
+            for key, parameter in of.items():
+                try:
+                    found[key] = parameter.check(key, assignment.get(key, parameter.default))
+                except ConfigError as error:
+                    raise refuse(key, f"{error} (under {under})") from error
+            return found
+
+        work |= values(declared, technique)
+        parameters = work | values(self.lab.parameters(technique), technique)
+        work |= values(self.lab.parameters(BASELINE), BASELINE)
+        return Cell(technique, dict(sorted(parameters.items())), dict(sorted(work.items())))
 
 
 BUDGET = Parameter("most guest instructions that a cell may take before it is stopped", 2**31 - 1, minimum=1)

@@ -16,7 +16,7 @@ from typing import Any
 
 from vmlab.errors import ConfigError, GuestImageError
 from vmlab.experiment.lab import Lab
-from vmlab.experiment.matrix import GUEST_KEYS, Assignment, Axis, Block, Cell, Expander, override
+from vmlab.experiment.matrix import DEFAULT_GUEST, GUEST_KEYS, Assignment, Axis, Block, Cell, Expander, override
 from vmlab.experiment.yamlfile import Document, Where
 from vmlab.parameters import Value, nearest
 
@@ -90,7 +90,7 @@ class _Reader:
         self.document, self.lab = document, lab
         self.techniques = lab.techniques()
         self.by_technique = lab.loadable()
-        self.declared = {name for parameters in self.by_technique.values() for name in parameters}
+        self.declared = {name for parameters in self.by_technique.values() for name in parameters} | lab.guest_parameters()
 
     # --- small helpers, each refusing with a place -------------------------------------------------
 
@@ -206,13 +206,20 @@ class _Reader:
         return block
 
     def somebody_has(self, block: Block, own: Mapping[str, Where]) -> None:
-        """Refuse a parameter of the block that none of the block's techniques declares."""
-        techniques = {str(row["technique"]) for axis in block.axes for row in axis.rows if "technique" in row}
+        """Refuse a parameter of the block that none of the block's techniques and workloads declares."""
+        def named(what: str) -> set[str]:
+            return {str(row[what]) for axis in block.axes for row in axis.rows if what in row}
+
+        techniques, workloads = named("technique"), named("workload")
         known = {key for technique in techniques for key in self.by_technique.get(technique, ())}
+        takes = {name: set(p) for guest in named("guest") or {DEFAULT_GUEST} for name, p in self.lab.workloads(guest).items()}
+        if not workloads or workloads - set(takes):
+            known |= self.lab.guest_parameters()  # which of them is wrong is found with the cells
+        known |= {key for name in workloads & set(takes) for key in takes[name]}
         for key, where in own.items():
             if techniques and key not in known and key not in ("technique", *GUEST_KEYS):
-                names = ", ".join(sorted(techniques))
-                raise self.refuse(where, f"no technique of this block has the parameter {key!r} ({names})")
+                names = ", ".join(sorted(techniques) + sorted(workloads))
+                raise self.refuse(where, f"no technique or workload of this block has the parameter {key!r} ({names})")
 
     def axes(self, section: Mapping[str, Any], where: Where) -> list[Axis]:
         axes = []

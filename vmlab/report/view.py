@@ -11,7 +11,7 @@ from vmlab.report.style import order
 
 Cell = Mapping[str, Any]
 
-#: Parameters that say what the guest does; the others say how the technique does it.
+#: Parameters that say what the guest does, beside those of the native cells; the others say how the technique does it.
 WORK_KEYS = ("guest", "workload", "iterations", "density", "budget")
 
 
@@ -143,11 +143,12 @@ def times(value: float) -> str:
 
 def _spread(cells: list[Cell]) -> dict[str, list[str]]:
     """By technique, the parameters that are not about the work and take several values in this run."""
+    work = {*WORK_KEYS, *(key for cell in cells if cell["technique"] == "native" for key in cell["parameters"])}
     values: dict[str, dict[str, set[str]]] = {}
     for cell in cells:
         of = values.setdefault(str(cell["technique"]), {})
         for key, value in cell["parameters"].items():
-            if key not in WORK_KEYS:
+            if key not in work:
                 of.setdefault(key, set()).add(str(value))
     return {technique: sorted(key for key, seen in of.items() if len(seen) > 1) for technique, of in values.items()}
 
