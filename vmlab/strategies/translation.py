@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.guests import GuestImage
-from vmlab.machine.cpu import IF, IOPL, Cpu, Segment
+from vmlab.machine.cpu import IF, IOPL, OF, Cpu, Segment
 from vmlab.machine.delivery import Fault
 from vmlab.machine.pc import Machine, Stop
 from vmlab.machine.state import CS, DS
@@ -169,6 +169,9 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             self.inject_pending()
         elif instruction is None:
             self.reflect(Fault(6))
+        elif instruction.op == "into" and not vcpu.eflags & OF:
+            vcpu.rip += instruction.size
+            self.emulator.count("into", False)
         elif instruction.op in ("int", "int3", "into", "int1"):
             self.software_interrupt(instruction)
         elif self.emulator.knows(instruction.op):

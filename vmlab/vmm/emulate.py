@@ -16,12 +16,13 @@ from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import Fault, read_descriptor
 from vmlab.machine.paging import CR0_PG
 from vmlab.machine.pc import Machine, cpuid, port_operands
-from vmlab.machine.state import CS, RAX, RBX, RCX, RDI, RDX, RSI, RSP, SS
+from vmlab.machine.state import CS, DS, ES, FS, GS, RAX, RBX, RCX, RDI, RDX, RSI, RSP, SS
 from vmlab.vmm.operands import CONTROL, DEBUG, REGISTERS, SEGMENTS, effective_address, read_operand, write_operand
 from vmlab.vmm.platform import VirtualPlatform
 from vmlab.vmm.vcpu import CHANGEABLE, VirtualCpu
 
 GP = 13
+CPUID_OSXSAVE, CR4_OSXSAVE = 1 << 27, 1 << 18
 
 
 class Emulator:
@@ -152,9 +153,7 @@ class Emulator:
         size = _operand_size(instruction)
         cpl = vcpu.cpl
         rip, selector, flags = self._peek(0, size), self._peek(size, size) & 0xFFFF, self._peek(2 * size, size)
-        code = self._code_segment(selector)
-        if selector & 3 < cpl or (not code.flags & (1 << 10) and code.dpl != selector & 3):
-            raise Fault(GP, selector & 0xFFFC)
+        code = self._return_segment(selector, cpl)
         if selector & 3 > cpl:
             new_sp, new_ss = self._peek(3 * size, size), self._peek(4 * size, size) & 0xFFFF
             stack = self._stack_segment(new_ss, selector & 3)
@@ -163,11 +162,33 @@ class Emulator:
             vcpu.set_segment(SS, stack)
             vcpu.set_cpl(selector & 3)
             vcpu.set_gpr(RSP, new_sp, 4)
+            self._drop_inner_segments(selector & 3)
         else:
             self._drop(3 * size)
             self._set_flags(flags, size, cpl)
             vcpu.set_segment(CS, Segment(selector, code.base, code.limit, code.flags | 0x100))
         self._next = rip
+
+    def _drop_inner_segments(self, cpl: int) -> None:
+        """On the way to an outer ring, data segments that it could not have loaded become null (SDM Vol. 2, IRET and RET)."""
+        vcpu = self.vcpu
+        for number in (ES, DS, FS, GS):
+            segment = vcpu.segment(number)
+            conforming = segment.flags & 0x0C00 == 0x0C00
+            # As the machine's CPU does: a null FS or GS stays as it is, for in long mode it may have a base.
+            null = number in (FS, GS) and not segment.selector & 0xFFFC
+            if not conforming and not null and segment.dpl < cpl:
+                vcpu.set_segment(number, Segment(0, 0, 0, 0))
+
+    def _return_segment(self, selector: int, cpl: int) -> Segment:
+        """The code segment that IRET or RET at ``cpl`` goes to: not an inner ring's, and its DPL is the RPL (SDM Vol. 2, RET)."""
+        if selector & 0xFFFC and selector & 3 < cpl:
+            raise Fault(GP, selector & 0xFFFC)
+        code = self._code_segment(selector)
+        conforming = bool(code.flags & (1 << 10))
+        if (conforming and code.dpl > selector & 3) or (not conforming and code.dpl != selector & 3):
+            raise Fault(GP, selector & 0xFFFC)
+        return code
 
     def _code_segment(self, selector: int) -> Segment:
         if not selector & 0xFFFC:
@@ -231,8 +252,11 @@ class Emulator:
 
     # ---- identification and time
     def _cpuid(self, _: Instruction) -> None:
-        """The physical CPU's own answer: nothing is masked."""
-        values = cpuid(self.vcpu.gpr(RAX) & 0xFFFFFFFF, self.vcpu.gpr(RCX) & 0xFFFFFFFF)
+        """The physical CPU's own answer: nothing is masked. OSXSAVE mirrors CR4 (SDM Vol. 2, CPUID), here the virtual one."""
+        leaf = self.vcpu.gpr(RAX) & 0xFFFFFFFF
+        values = list(cpuid(leaf, self.vcpu.gpr(RCX) & 0xFFFFFFFF))
+        if leaf == 1:
+            values[2] = values[2] & ~CPUID_OSXSAVE | (CPUID_OSXSAVE if self.vcpu.cr4 & CR4_OSXSAVE else 0)
         for register, value in zip((RAX, RBX, RCX, RDX), values, strict=True):
             self.vcpu.set_gpr(register, value)
 
@@ -349,7 +373,14 @@ class Emulator:
     def _lldt(self, instruction: Instruction) -> None:
         self._privileged()
         selector = read_operand(self.vcpu, instruction, instruction.cs.operands[0], 2)
+        if selector & 4:
+            raise Fault(GP, selector & 0xFFFC)
         if selector & 0xFFFC:
+            table = read_descriptor(self.vcpu, selector)
+            if (table.flags >> 8) & 0x1F != 2:
+                raise Fault(GP, selector & 0xFFFC)
+            if not table.flags & (1 << 15):
+                raise Fault(11, selector & 0xFFFC)
             raise UnsupportedByStrategy("a local descriptor table is not shadowed by this VMM; the guest loaded one with LLDT")
         self.vcpu.ldt = Segment(selector, 0, 0, 0)
 
@@ -460,36 +491,35 @@ class Emulator:
         raw = self.vcpu.read_linear(address, size + 2, user=self.vcpu.cpl == 3)
         return int.from_bytes(raw[:size], "little"), int.from_bytes(raw[size:], "little")
 
-    def _enter_code(self, selector: int, rip: int) -> None:
+    def _transfer_segment(self, selector: int) -> Segment:
+        """The code segment that a far JMP or CALL may go to: one of this ring (SDM Vol. 2, JMP)."""
         vcpu = self.vcpu
         code = self._code_segment(selector)
         conforming = bool(code.flags & (1 << 10))
         if (conforming and code.dpl > vcpu.cpl) or (not conforming and (selector & 3 > vcpu.cpl or code.dpl != vcpu.cpl)):
             raise Fault(GP, selector & 0xFFFC)
-        vcpu.set_segment(CS, Segment((selector & 0xFFFC) | vcpu.cpl, code.base, code.limit, code.flags | 0x100))
-        self._next = rip
+        return Segment((selector & 0xFFFC) | vcpu.cpl, code.base, code.limit, code.flags | 0x100)
 
     def _jmp_far(self, instruction: Instruction) -> None:
         rip, selector = self._far_target(instruction)
-        self._enter_code(selector, rip)
+        self.vcpu.set_segment(CS, self._transfer_segment(selector))
+        self._next = rip
 
     def _call_far(self, instruction: Instruction) -> None:
         rip, selector = self._far_target(instruction)
         size = _operand_size(instruction)
-        old_cs, old_next = self.vcpu.selector(CS), self._next
-        self._code_segment(selector)
-        self.push(old_cs, size)
-        self.push(old_next, size)
-        self._enter_code(selector, rip)
+        code = self._transfer_segment(selector)
+        self.push(self.vcpu.selector(CS), size)
+        self.push(self._next, size)
+        self.vcpu.set_segment(CS, code)
+        self._next = rip
 
     def _ret_far(self, instruction: Instruction) -> None:
         vcpu = self.vcpu
         size = _operand_size(instruction)
         rip, selector = self._peek(0, size), self._peek(size, size) & 0xFFFF
         release = int(instruction.cs.operands[0].imm) if instruction.cs.operands else 0
-        code = self._code_segment(selector)
-        if selector & 3 < vcpu.cpl:
-            raise Fault(GP, selector & 0xFFFC)
+        code = self._return_segment(selector, vcpu.cpl)
         if selector & 3 > vcpu.cpl:
             new_sp, new_ss = self._peek(2 * size + release, size), self._peek(3 * size + release, size) & 0xFFFF
             stack = self._stack_segment(new_ss, selector & 3)
@@ -497,6 +527,7 @@ class Emulator:
             vcpu.set_segment(SS, stack)
             vcpu.set_cpl(selector & 3)
             vcpu.set_gpr(RSP, new_sp + release, 4)
+            self._drop_inner_segments(selector & 3)
         else:
             self._drop(2 * size + release)
             vcpu.set_segment(CS, Segment(selector, code.base, code.limit, code.flags | 0x100))
