@@ -65,7 +65,7 @@ def test_a_parameter_that_a_workload_lacks_is_dropped_for_it() -> None:
     assert ids(load("name: x\nmatrix: {technique: native, workload: [compute, popf], density: [1, 2]}")) == [
         "native/guest=nano,iterations=1000,workload=compute",
         "native/density=1,guest=nano,iterations=1000,workload=popf", "native/density=2,guest=nano,iterations=1000,workload=popf"]
-    with pytest.raises(ConfigError, match="no technique or workload of this block has the parameter 'density' .native, compute."):
+    with pytest.raises(ConfigError, match="no technique or workload of this block has the parameter 'density'"):
         load("name: x\nmatrix: {technique: native, workload: compute, density: [1, 2]}")
 
 
