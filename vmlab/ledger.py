@@ -62,12 +62,12 @@ EXIT_REASONS = (
     "shutdown", "other",
 )
 
-#: Xen hypercall names (xen/include/public/xen.h), and the lab's own ``port_io`` (number 55).
+#: Xen hypercall names (xen/include/public/xen.h), and the lab's own ``ring_op`` and ``port_io`` (numbers 54 and 55).
 HYPERCALLS = (
     "set_trap_table", "mmu_update", "set_gdt", "stack_switch", "set_callbacks", "fpu_taskswitch",
     "update_descriptor", "multicall", "update_va_mapping", "set_timer_op", "xen_version",
     "console_io", "grant_table_op", "vm_assist", "iret", "vcpu_op", "mmuext_op", "sched_op",
-    "event_channel_op", "physdev_op", "port_io", "unknown",
+    "event_channel_op", "physdev_op", "ring_op", "port_io", "unknown",
 )
 
 #: Why translated code left the cache for the monitor.
@@ -141,6 +141,7 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("mmuext.new_baseptr", "page-table bases loaded on the guest's request")
     yield vmm("mmuext.tlb_flush", "TLB flushes on the guest's request")
     yield vmm("mmuext.invlpg", "single translations flushed on the guest's request")
+    yield vmm("ring.request", "requests taken from the shared block ring", "request")
     yield vmm("event.upcall", "event-channel upcalls into the guest")
     yield vmm("emulate.prefix", "instructions emulated on the guest's explicit request (Xen's prefix)")
     # Binary translation.
@@ -161,6 +162,8 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("vmm.shadow_update", "shadow entries written by the VMM")
     yield vmm("vmm.inject", "exceptions and interrupts built for the guest by the VMM")
     yield vmm("vmm.device", "device models entered by the VMM")
+    yield vmm("vmm.timer", "times the VMM programmed the physical timer")
+    yield vmm("vmm.disk", "requests that the VMM gave the physical disk", "request")
     yield vmm("vmm.shadow_descriptor", "shadow descriptors made by the VMM")
     yield vmm("safety.refused", "attempts of the guest that the VMM refused")
     yield vmm("host.world_switch", "switches between monitor and host operating system")

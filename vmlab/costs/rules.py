@@ -106,6 +106,10 @@ def _rules() -> dict[str, Rule]:
     # A TLB is flushed, and a base loaded, by MOV to CR3.
     for name in ("new_baseptr", "tlb_flush"):
         rules[f"mmuext.{name}"] = _rule("hypercalls", "path.mmuext", "insn.mov_to_cr")
+    rules["ring.request"] = _rule("devices", "path.ring_request")
+    # Three OUTs program the timer; a disk request takes six, and one IN when it is done.
+    rules["vmm.timer"] = Rule("devices", ((1, "path.device"), (3, "insn.out"), (3, "shared.port_latency_ns")))
+    rules["vmm.disk"] = Rule("devices", ((1, "path.device"), (6, "insn.out"), (1, "insn.in"), (7, "shared.port_latency_ns")))
     rules["mmuext.invlpg"] = _rule("hypercalls", "path.mmuext", "insn.invlpg")
     rules["emulate.prefix"] = _rule("VMM emulation", "path.emulate")
     for callout in CALLOUT_CAUSES:

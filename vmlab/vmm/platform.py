@@ -7,12 +7,33 @@ port and debug exit are handed through: the VMM performs the guest's accesses on
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vmlab.machine.devices.bus import PortBus
 from vmlab.machine.devices.pic import PicPair
 from vmlab.machine.pc import UART_IRQ, Machine
 
 #: Vectors at which the VMM has the physical controller interrupt; any free ones would do.
 PHYSICAL_BASE = 0x20
+
+
+def program_physical_pic(machine: Machine, irqs: Iterable[int]) -> None:
+    """Initialize the physical pair as any operating system does (8259A data sheet, ICW1–ICW4), and let ``irqs`` through."""
+    mask = 0xFFFF & ~(1 << 2)           # the slave's input
+    for irq in irqs:
+        mask &= ~(1 << irq)
+    for port, value in ((0x20, 0x11), (0xA0, 0x11), (0x21, PHYSICAL_BASE), (0xA1, PHYSICAL_BASE + 8), (0x21, 4), (0xA1, 2),
+                        (0x21, 1), (0xA1, 1), (0x21, mask & 0xFF), (0xA1, mask >> 8)):
+        machine.ports.write(port, 1, value)
+
+
+def acknowledge_physical(machine: Machine) -> int:
+    """Take the physical interrupt: INTA and end of interrupt; returns its IRQ."""
+    irq = machine.pic.acknowledge() - PHYSICAL_BASE
+    if irq >= 8:
+        machine.ports.write(0xA0, 1, 0x20)
+    machine.ports.write(0x20, 1, 0x20)
+    return irq
 
 
 class VirtualPlatform:
@@ -23,10 +44,7 @@ class VirtualPlatform:
         self.pic = PicPair(lambda: None)
         self._own = PortBus()
         self.pic.attach(self._own)
-        # Initialize the physical pair as any operating system does (8259A data sheet, ICW1–ICW4).
-        for port, value in ((0x20, 0x11), (0xA0, 0x11), (0x21, PHYSICAL_BASE), (0xA1, PHYSICAL_BASE + 8), (0x21, 4), (0xA1, 2),
-                            (0x21, 1), (0xA1, 1), (0x21, 0xFF & ~(1 << UART_IRQ) & ~(1 << 2)), (0xA1, 0xFF)):
-            machine.ports.write(port, 1, value)
+        program_physical_pic(machine, (UART_IRQ,))
 
     @staticmethod
     def _is_own(port: int) -> bool:
@@ -46,10 +64,7 @@ class VirtualPlatform:
 
     def physical_interrupt(self) -> None:
         """Take the physical interrupt (INTA, EOI) and pass it on as an edge to the guest's controller."""
-        irq = self._machine.pic.acknowledge() - PHYSICAL_BASE
-        if irq >= 8:
-            self._machine.ports.write(0xA0, 1, 0x20)
-        self._machine.ports.write(0x20, 1, 0x20)
+        irq = acknowledge_physical(self._machine)
         self.pic.set_line(irq, False)
         self.pic.set_line(irq, True)
 

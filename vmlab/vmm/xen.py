@@ -10,18 +10,19 @@ from dataclasses import dataclass
 
 from vmlab.machine.memory import PAGE, Ram
 
-# xen.h: __HYPERVISOR_*; 55 is __HYPERVISOR_arch_7, here the lab's own port_io(op, port, size, value).
+# xen.h: __HYPERVISOR_*; 54 and 55 are __HYPERVISOR_arch_6 and _7, here the lab's own:
+# ring_op(command, frame, answer) and port_io(op, port, size, value).
 HYPERCALLS = {
     0: "set_trap_table", 1: "mmu_update", 2: "set_gdt", 3: "stack_switch", 4: "set_callbacks", 5: "fpu_taskswitch",
     10: "update_descriptor", 13: "multicall", 14: "update_va_mapping", 15: "set_timer_op", 17: "xen_version", 18: "console_io",
     20: "grant_table_op", 21: "vm_assist", 23: "iret", 24: "vcpu_op", 26: "mmuext_op", 29: "sched_op", 32: "event_channel_op",
-    33: "physdev_op", 55: "port_io",
+    33: "physdev_op", 54: "ring_op", 55: "port_io",
 }
 HYPERCALL_VECTOR = 0x82
 SYSCALL_VECTOR = 0x80               # the one vector that may go from ring 3 to ring 1 without the hypervisor
 
 # errno.h, negated as hypercalls return them
-ENOENT, ESRCH, EFAULT, EEXIST, EINVAL, ENOSPC, ENOSYS, ETIME = -2, -3, -14, -17, -22, -28, -38, -62
+ENOENT, ESRCH, EFAULT, EEXIST, ENODEV, EINVAL, ENOSPC, ENOSYS, ETIME = -2, -3, -14, -17, -19, -22, -28, -38, -62
 
 # arch-x86/xen-x86_32.h: selectors in the hypervisor's part of every GDT, and where the hypervisor's hole begins
 FLAT_RING1_CS, FLAT_RING1_DS = 0xE019, 0xE021
@@ -51,8 +52,14 @@ VIRQ_TIMER, NR_VIRQS = 0, 24
 SCHEDOP_YIELD, SCHEDOP_BLOCK, SCHEDOP_SHUTDOWN = 0, 1, 2
 XENVER_VERSION, XENVER_GET_FEATURES = 0, 6
 CONSOLEIO_WRITE = 0
+VCPUOP_IS_UP, VCPUOP_GET_RUNSTATE_INFO = 3, 4                               # vcpu.h
+VCPUOP_SET_PERIODIC_TIMER, VCPUOP_STOP_PERIODIC_TIMER, VCPUOP_SET_SINGLESHOT_TIMER, VCPUOP_STOP_SINGLESHOT_TIMER = 6, 7, 8, 9
+VCPU_SSHOTTMR_FUTURE, RUNSTATE_RUNNING = 1, 0
+SHORTEST_PERIOD = 10_000            # ns; the header allows a hypervisor to refuse what is below a millisecond
+WALL_CLOCK = 1_066_694_400          # seconds since 1970 at the machine's start: 21 October 2003, the same in every run
 VMASST_CMD_ENABLE, VMASST_CMD_DISABLE = 0, 1
 PHYSDEVOP_IRQ_STATUS_QUERY, PHYSDEVOP_EOI = 5, 12
+RINGOP_CONNECT = 0                  # the lab's own
 SIF_PRIVILEGED = 1
 MAX_GUEST_CMDLINE = 1024
 EVENT_PORTS = 1024                  # 32 words of 32 bits
@@ -111,12 +118,16 @@ class SharedInfo:
     """struct shared_info of a domain of one vCPU, in the machine page at ``frame`` (hpa)."""
 
     _PENDING, _MASK, _SELECTOR, _CR2 = 0, 1, 4, 8     # struct vcpu_info: 64 bytes, 32 of them
-    _EVENTS, _EVENT_MASKS = 2048, 2048 + 128
+    _TIME, _EVENTS, _EVENT_MASKS, _WALL_CLOCK = 32, 2048, 2048 + 128, 2048 + 256
 
     def __init__(self, ram: Ram, frame: int) -> None:
         self._ram, self.frame = ram, frame
         ram.write(frame, bytes(PAGE))
         self.masked = True          # a domain starts with upcalls masked
+        # struct vcpu_time_info: TSC and system time are both virtual nanoseconds from 0, so ((tsc << 1) * 2**31) >> 32
+        # is right for ever. The version is even: no update is under way.
+        ram.write(frame + self._TIME, struct.pack("<IIQQIbxxx", 2, 0, 0, 0, 1 << 31, 1))
+        ram.write(frame + self._WALL_CLOCK, struct.pack("<III", 2, WALL_CLOCK, 0))
 
     @property
     def pending(self) -> bool:

@@ -1,4 +1,4 @@
-"""The smaller hypercalls: traps, stacks, descriptors, version, console, ports, scheduling."""
+"""The smaller hypercalls: traps, stacks, descriptors, version, console, scheduling, physical interrupts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 #: A hypercall: five words in, EAX out. May raise :class:`~vmlab.machine.paging.PageFault`, which is -EFAULT.
 Call = Callable[[int, int, int, int, int], int]
 
-_PIC_PORTS = frozenset((0x20, 0x21, 0xA0, 0xA1))
 _LONGEST_TEXT = 1 << 16             # of one console_io; Xen goes on with more after a look at other domains
 _CR0_TS = 1 << 3
 
@@ -35,7 +34,7 @@ class Calls:
             "set_trap_table": self._set_trap_table, "set_gdt": self._set_gdt, "stack_switch": self._stack_switch,
             "set_callbacks": self._set_callbacks, "fpu_taskswitch": self._fpu_taskswitch,
             "update_descriptor": self._update_descriptor, "xen_version": self._xen_version, "console_io": self._console_io,
-            "vm_assist": self._vm_assist, "sched_op": self._sched_op, "physdev_op": self._physdev_op, "port_io": self._port_io,
+            "vm_assist": self._vm_assist, "sched_op": self._sched_op, "physdev_op": self._physdev_op,
         }
 
     # ---- traps, stacks, descriptors
@@ -135,11 +134,7 @@ class Calls:
             return 0
         if command != xen.SCHEDOP_BLOCK:
             return xen.ENOSYS
-        shared = self._domain.shared
-        shared.masked = False       # letting events in and looking for one is one step: no wake-up is lost
-        self._machine.idle()
-        if not shared.pending and not self._machine.pic.pending:  # no device here acts by itself: for ever
-            self._machine.stop(Stop(StopReason.HALTED))
+        self._vmm.block()
         return 0
 
     # ---- devices
@@ -152,16 +147,3 @@ class Calls:
         if command == xen.PHYSDEVOP_IRQ_STATUS_QUERY:
             self._memory.write(argument + 4, bytes(4))  # needs no EOI, is not shared
         return 0
-
-    def _port_io(self, write: int, port: int, size: int, value: int, *_: int) -> int:
-        """The lab's own: IN or OUT for a guest that may use the port. The interrupt controller is the hypervisor's."""
-        if size not in (1, 2, 4) or port > 0xFFFF or write > 1:
-            return xen.EINVAL
-        self._vmm.counts["vmm.device"] += 1
-        if port in _PIC_PORTS:
-            self._vmm.refuse(f"the guest asked for port {port:#x} of the interrupt controller")
-            return xen.EINVAL if write else (1 << 8 * size) - 1
-        if write:
-            self._machine.port_write(port, size, value)
-            return 0
-        return self._machine.port_read(port, size)

@@ -15,19 +15,25 @@ from vmlab.ledger import Counts
 from vmlab.machine.cpu import IF, IOPL, NT, RF, TF, VM, Cpu, Segment
 from vmlab.machine.delivery import HAS_ERROR_CODE
 from vmlab.machine.paging import PageFault
-from vmlab.machine.pc import Machine, cpuid
+from vmlab.machine.pc import DISK_IRQ, PIT_IRQ, UART_IRQ, Machine, Stop, StopReason, cpuid
 from vmlab.machine.state import CS, RAX, RBX, RCX, RDI, RDX, RSI, RSP, SS
 from vmlab.vmm import xen
-from vmlab.vmm.platform import PHYSICAL_BASE, VirtualPlatform
+from vmlab.vmm.disk import DiskDriver
+from vmlab.vmm.platform import acknowledge_physical, program_physical_pic
 from vmlab.vmm.xen_calls import Call, Calls
 from vmlab.vmm.xen_domain import Domain
 from vmlab.vmm.xen_events import EventChannels
 from vmlab.vmm.xen_memory import GuestMemory
 from vmlab.vmm.xen_mmu import Mmu
+from vmlab.vmm.xen_ports import GuestPorts
+from vmlab.vmm.xen_ring import BlockRing
+from vmlab.vmm.xen_time import GuestTimers
 
 _GP, _PF, _UD = 13, 14, 6
 _ARGUMENTS = (RBX, RCX, RDX, RSI, RDI)
 _MULTICALL_ENTRY = 32
+#: A guest that blocks through so many physical interrupts, none of which is an event of its own, waits for ever.
+_VAIN_INTERRUPTS = 10_000
 #: As many calls as one multicall may have; Xen's own list has no end but a look at other domains on the way.
 MAX_MULTICALL = 128
 
@@ -41,16 +47,23 @@ class Hypervisor:
     def __init__(self, machine: Machine, domain: Domain, counts: Counts, refused: list[str], *, direct_paging: bool) -> None:
         self.machine, self.domain, self.counts, self.refused = machine, domain, counts, refused
         self.cpu: Cpu = machine.cpu
-        VirtualPlatform(machine)    # sets up the physical interrupt controller; the guest has none
+        program_physical_pic(machine, (PIT_IRQ, UART_IRQ, DISK_IRQ))
         self.memory = GuestMemory(machine.cpu)
         self.traps: dict[int, xen.Trap] = {}
         self.kernel_stack = (xen.FLAT_RING1_DS, 0)
         self.event_callback: tuple[int, int] | None = None
         self.events = EventChannels(domain.shared, self.memory)
+        self.timers = GuestTimers(machine, self.memory, counts, lambda: self.events.raise_virq(xen.VIRQ_TIMER))
+        self._disk = DiskDriver(machine, counts)
+        self._blocked = False       # the vCPU waits in the hypervisor: what comes is delivered on the way back
+        ports = GuestPorts(machine, domain, self._disk, self.events, counts, self.refuse)
+        ring = BlockRing(machine.ram, domain.frames, self.memory, self.events, self._disk, counts, self.refuse)
         mmu = Mmu(machine.cpu, domain, self.memory, counts, refused, direct=direct_paging)
         self._calls: dict[str, Call] = {
             **Calls(self).table(), "event_channel_op": self.events.event_channel_op, "mmu_update": mmu.mmu_update,
             "mmuext_op": mmu.mmuext_op, "update_va_mapping": mmu.update_va_mapping, "multicall": self._multicall,
+            "set_timer_op": self.timers.set_timer_op, "vcpu_op": self.timers.vcpu_op,
+            "port_io": ports.port_io, "ring_op": ring.ring_op,
         }
         machine.monitor = self
         self.open_gates()
@@ -65,13 +78,31 @@ class Hypervisor:
         self._deliver_events()
 
     def interrupt(self) -> None:
-        """The machine's interrupt: acknowledge it, and make it an event of the guest."""
-        irq = self.machine.pic.acknowledge() - PHYSICAL_BASE
-        if irq >= 8:
-            self.machine.ports.write(0xA0, 1, 0x20)
-        self.machine.ports.write(0x20, 1, 0x20)
-        self.events.raise_irq(irq)
-        self._deliver_events()
+        """The machine's interrupt: acknowledge it, and see whose it is."""
+        irq = acknowledge_physical(self.machine)
+        if irq == PIT_IRQ:
+            self.timers.interrupt()
+        elif irq == DISK_IRQ:
+            self._disk.interrupt()
+        else:
+            self.events.raise_irq(irq)
+        if not self._blocked:
+            self._deliver_events()
+
+    def block(self) -> None:
+        """SCHEDOP_block: the physical CPU waits in HLT until there is an event for the guest; the run ends if none can come."""
+        machine, shared = self.machine, self.domain.shared
+        shared.masked = False       # letting events in and looking for one is one step: no wake-up is lost
+        machine.idle()
+        since, self._blocked, vain = machine.time, True, 0
+        while not shared.pending and machine.ending is None:
+            vain += 1
+            if vain < _VAIN_INTERRUPTS and machine.wait():
+                machine.interrupts.take()
+            elif machine.ending is None:
+                machine.stop(Stop(StopReason.HALTED))
+        self._blocked = False
+        self.timers.blocked += machine.time - since
 
     # ---- into the guest
     def _deliver_events(self) -> None:

@@ -1,0 +1,114 @@
+"""Time for a paravirtual guest: the clock in shared memory, and the timers it may set.
+
+System time is virtual nanoseconds since the machine's start, which the time stamp counter counts too, so that the
+clock in ``shared_info`` is right for ever once it is written (xen/include/public/xen.h: vcpu_time_info). A guest's
+timer comes due by the physical interval timer: the hypervisor programs it, takes its interrupt, and raises VIRQ_TIMER.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from vmlab.ledger import Counts
+from vmlab.machine.devices.pit import HZ, NANOSECONDS
+from vmlab.machine.pc import PIT_PORT, Machine
+from vmlab.vmm import xen
+from vmlab.vmm.xen_memory import GuestMemory
+
+#: Channel 0, both bytes of the count, mode 0: one interrupt (Intel 8254 data sheet, "Control Word Format").
+_ONE_SHOT = 0x30
+_LONGEST = 0xFFFF
+
+
+class PhysicalTimer:
+    """Channel 0 of the machine's 8254 as a one-shot timer of the VMM's."""
+
+    def __init__(self, machine: Machine, counts: Counts) -> None:
+        self._machine, self._counts = machine, counts
+        self._due: int | None = None
+
+    def arm(self, due: int | None) -> None:
+        """Interrupt at ``due`` (virtual ns) or soon after; None: not at all."""
+        if due == self._due:
+            return
+        self._due = due
+        self._counts["vmm.timer"] += 1
+        ports = self._machine.ports
+        ports.write(PIT_PORT + 3, 1, _ONE_SHOT)     # stops what was counted
+        if due is None:
+            return
+        ticks = -(-max(due - self._machine.time, 0) * HZ // NANOSECONDS)
+        count = min(max(ticks - 1, 1), _LONGEST)    # OUT goes high count + 1 clocks after the count was written
+        ports.write(PIT_PORT, 1, count & 0xFF)
+        ports.write(PIT_PORT, 1, count >> 8)
+
+    def fired(self) -> None:
+        """Its interrupt came: nothing is armed now."""
+        self._due = None
+
+
+class GuestTimers:
+    """The vCPU's single-shot timer (which set_timer_op sets too) and its periodic one."""
+
+    def __init__(self, machine: Machine, memory: GuestMemory, counts: Counts, expired: Callable[[], None]) -> None:
+        self._machine, self._memory, self._expired = machine, memory, expired
+        self._physical = PhysicalTimer(machine, counts)
+        self._single: int | None = None
+        self._periodic: int | None = None
+        self._period = 0
+        self.blocked = 0                # virtual ns that the vCPU spent blocked
+
+    def interrupt(self) -> None:
+        """The physical timer's interrupt: whoever is due has expired; the next one is armed."""
+        self._physical.fired()
+        now, expired = self._machine.time, False
+        if self._single is not None and self._single <= now:
+            self._single, expired = None, True
+        if self._periodic is not None and self._periodic <= now:
+            self._periodic += (now - self._periodic) // self._period * self._period + self._period
+            expired = True
+        if expired:
+            self._expired()
+        self._arm()
+
+    def _arm(self) -> None:
+        due = [time for time in (self._single, self._periodic) if time is not None]
+        self._physical.arm(min(due) if due else None)
+
+    # ---- hypercalls
+    def set_timer_op(self, low: int, high: int, *_: int) -> int:
+        """VIRQ_TIMER at this system time, at once if that has passed; 0 takes the wish back."""
+        timeout = low | high << 32
+        self._single = timeout or None
+        self._arm()
+        return 0
+
+    def vcpu_op(self, command: int, vcpu: int, argument: int, *_: int) -> int:
+        """The timers of vcpu.h, and what else can be asked of the one vCPU there is."""
+        if vcpu:
+            return xen.ENOENT
+        if command == xen.VCPUOP_IS_UP:
+            return 1
+        if command == xen.VCPUOP_SET_SINGLESHOT_TIMER:
+            timeout, flags = struct.unpack("<QI", self._memory.read(argument, 12))
+            if flags & xen.VCPU_SSHOTTMR_FUTURE and timeout < self._machine.time:
+                return xen.ETIME
+            self._single = timeout
+        elif command == xen.VCPUOP_STOP_SINGLESHOT_TIMER:
+            self._single = None
+        elif command == xen.VCPUOP_SET_PERIODIC_TIMER:
+            period = struct.unpack("<Q", self._memory.read(argument, 8))[0]
+            if period < xen.SHORTEST_PERIOD:
+                return xen.EINVAL
+            self._period, self._periodic = period, self._machine.time + period
+        elif command == xen.VCPUOP_STOP_PERIODIC_TIMER:
+            self._periodic = None
+        elif command == xen.VCPUOP_GET_RUNSTATE_INFO:
+            now = self._machine.time
+            self._memory.write(argument, struct.pack("<I5Q", xen.RUNSTATE_RUNNING, now, now - self.blocked, 0, self.blocked, 0))
+            return 0
+        else:
+            return xen.ENOSYS
+        self._arm()
+        return 0
