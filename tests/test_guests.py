@@ -106,6 +106,8 @@ def test_command_line_takes_what_the_workload_takes() -> None:
     assert guests.command_line(values) == "workload=cli_sti iterations=7 density=500"
     assert guests.command_line({"workload": "compute", "iterations": 7, "density": 500}) == "workload=compute iterations=7"
     assert guests.command_line({}).startswith("workload=cli_sti iterations=50000")
+    assert guests.command_line({"guest": "minios"}) == "workload=forkwait iterations=100 batch=32 timer=0 phase=0"
+    assert "pages=7" in guests.command_line({"guest": "minios64", "workload": "chase", "pages": 7})
 
 
 def test_command_line_refuses_what_is_wrong() -> None:
@@ -115,6 +117,19 @@ def test_command_line_refuses_what_is_wrong() -> None:
         guests.command_line({"density": 0})
     with pytest.raises(ConfigError, match="iterations"):
         guests.command_line({"iterations": "many"})
+    with pytest.raises(ConfigError, match="did you mean 'minios'"):
+        guests.command_line({"guest": "minos"})
+    with pytest.raises(ConfigError, match="in minios; did you mean 'ctxsw'"):
+        guests.command_line({"guest": "minios", "workload": "ctxswitch"})
+
+
+def test_interrupts_that_come_by_themselves_are_known() -> None:
+    assert guests.asynchronous({"workload": "interrupt"})
+    assert not guests.asynchronous({"workload": "cli_sti"})
+    assert not guests.asynchronous({"guest": "minios", "workload": "forkwait"})
+    assert guests.asynchronous({"guest": "minios", "workload": "forkwait", "timer": 50_000})
+    assert guests.asynchronous({"guest": "minios", "workload": "io", "timer": 0})
+    assert not guests.asynchronous({"guest": "minios64", "workload": "chase", "timer": 0})
 
 
 def test_multiboot_information_points_at_its_parts() -> None:

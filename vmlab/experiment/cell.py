@@ -20,8 +20,6 @@ from vmlab.strategies.base import Strategy
 
 #: Guest instructions after which a run counts as an endless loop, unless the cell says otherwise.
 DEFAULT_BUDGET = 2_000_000_000
-#: Workloads with asynchronous interrupts: when they arrive differs by technique, so the full state may too.
-ASYNCHRONOUS = frozenset({"interrupt", "mixed"})
 _MARKERS = ("vmlab_roi_begin", "vmlab_roi_warm", "vmlab_roi_end")
 _PHASES = ("boot", "roi.cold", "roi.warm", "exit")
 
@@ -116,7 +114,7 @@ def run_cell(technique: str, parameters: Mapping[str, Value]) -> Cell:
         error = str(ended)
     phases = run.phases()
     region = phases["roi.cold"].plus(phases["roi.warm"])
-    deterministic_state = run.kind.full_virtualization and run.workload not in ASYNCHRONOUS and error is None
+    deterministic_state = run.kind.full_virtualization and not guests.asynchronous(parameters) and error is None
     record: Cell = {
         "technique": technique, "parameters": dict(parameters),
         "status": "ok" if error is None or declared else "failed", "error": error,

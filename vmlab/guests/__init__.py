@@ -1,25 +1,44 @@
 """Guest images and their workloads. Knows nothing of VMMs and prices, and needs no Unicorn.
 
     image = load("nano")                       # or a path to an ELF32 i386 kernel
-    line = command_line({"workload": "cli_sti", "iterations": 1000, "density": 100})
+    line = command_line({"guest": "nano", "workload": "cli_sti", "iterations": 1000, "density": 100})
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from vmlab.errors import ConfigError, GuestImageError
 from vmlab.guests.elf import parse
 from vmlab.guests.image import GuestImage, PvNotes, Segment, Workload
-from vmlab.guests.nano.workloads import PARAMETERS, WORKLOADS
+from vmlab.guests.minios.workloads import WORKLOADS as MINIOS_WORKLOADS
+from vmlab.guests.nano.workloads import WORKLOADS as NANO_WORKLOADS
 from vmlab.parameters import Parameter, nearest
 
-__all__ = ["GuestImage", "PvNotes", "Segment", "Workload", "command_line", "load", "names", "parameters", "workloads"]
+__all__ = ["GuestImage", "PvNotes", "Segment", "Workload", "asynchronous", "command_line", "load", "names", "parameters", "workloads"]
 
-_BUILT_IN = {"nano": Path(__file__).resolve().parent / "nano" / "nano.elf"}
+_HERE = Path(__file__).resolve().parent
+_DEFAULT = "nano"
+
+
+@dataclass(frozen=True)
+class _BuiltIn:
+    """A guest that comes with the lab; ``usual`` is the workload where none is said."""
+
+    image: Path
+    workloads: Mapping[str, Workload]
+    usual: str
+
+
+_BUILT_IN = {
+    "nano": _BuiltIn(_HERE / "nano" / "nano.elf", NANO_WORKLOADS, "cli_sti"),
+    "minios": _BuiltIn(_HERE / "minios" / "minios.elf", MINIOS_WORKLOADS, "forkwait"),
+    "minios64": _BuiltIn(_HERE / "minios" / "minios64.elf", MINIOS_WORKLOADS, "forkwait"),
+}
 
 
 def names() -> list[str]:
@@ -34,7 +53,7 @@ def load(name_or_path: str | Path) -> GuestImage:
     truncated, or not an ELF32 i386 kernel with a Multiboot header, and for an unknown name with the nearest choice.
     """
     text = os.fspath(name_or_path)
-    path = _BUILT_IN.get(text)
+    path = _BUILT_IN[text].image if text in _BUILT_IN else None
     if path is None:
         path = Path(text)
         if isinstance(name_or_path, str) and not path.suffix and path.name == text and not path.exists():
@@ -50,12 +69,34 @@ def load(name_or_path: str | Path) -> GuestImage:
 
 def workloads(name: str) -> Mapping[str, Workload]:
     """The guest's workloads by name; none for a kernel from a file."""
-    return WORKLOADS if name in _BUILT_IN else MappingProxyType({})
+    return _BUILT_IN[name].workloads if name in _BUILT_IN else MappingProxyType({})
 
 
 def parameters(name: str) -> Mapping[str, Parameter]:
-    """All parameters that the guest's command line takes; none for a kernel from a file."""
-    return PARAMETERS if name in _BUILT_IN else MappingProxyType({})
+    """All parameters that the guest's command line takes; none for a kernel from a file.
+
+    One that several workloads take is described as the first of them does; defaults and ranges may differ.
+    """
+    if name not in _BUILT_IN:
+        return MappingProxyType({})
+    guest = _BUILT_IN[name]
+    found = {"workload": Parameter("what the guest does", guest.usual, choices=tuple(guest.workloads))}
+    for workload in guest.workloads.values():
+        for key, parameter in workload.parameters.items():
+            found.setdefault(key, parameter)
+    return MappingProxyType(found)
+
+
+def _chosen(values: Mapping[str, object]) -> Workload:
+    """The workload that ``values`` name, of the built-in guest that they name. Raises :class:`ConfigError`."""
+    guest = str(values.get("guest", _DEFAULT))
+    if guest not in _BUILT_IN:
+        raise ConfigError(f"{guest!r} is no built-in guest{nearest(guest, _BUILT_IN)}")
+    name = str(values.get("workload", _BUILT_IN[guest].usual))
+    known = _BUILT_IN[guest].workloads
+    if name not in known:
+        raise ConfigError(f"no workload {name!r} in {guest}{nearest(name, known)}")
+    return known[name]
 
 
 def command_line(values: Mapping[str, object]) -> str:
@@ -63,11 +104,20 @@ def command_line(values: Mapping[str, object]) -> str:
 
     Others are left out. Missing ones get their default; a wrong one is a :class:`ConfigError`.
     """
-    name = PARAMETERS["workload"].check("workload", values.get("workload", PARAMETERS["workload"].default))
-    workload = WORKLOADS.get(str(name))
-    if workload is None:
-        raise ConfigError(f"no workload {name!r}{nearest(str(name), WORKLOADS)}")
+    workload = _chosen(values)
     words = [f"workload={workload.name}"]
     for key, parameter in workload.parameters.items():
         words.append(f"{key}={parameter.check(key, values.get(key, parameter.default))}")
     return " ".join(words)
+
+
+def asynchronous(values: Mapping[str, object]) -> bool:
+    """Whether interrupts come in this run at times that differ by technique: then only its outcome can be compared.
+
+    A kernel from a file is taken to have some. Raises :class:`ConfigError` for an unknown workload.
+    """
+    if str(values.get("guest", _DEFAULT)) not in _BUILT_IN:
+        return True
+    workload = _chosen(values)
+    timer = workload.parameters.get("timer")
+    return workload.asynchronous or (timer is not None and bool(values.get("timer", timer.default)))

@@ -64,3 +64,5 @@ class Workload:
     name: str
     summary: str
     parameters: Mapping[str, Parameter]
+    #: Whether interrupts arrive in it at times that differ by technique, so that the full state at its end may too.
+    asynchronous: bool = False

@@ -26,15 +26,8 @@ _SUMMARIES = {
 
 def _workload(name: str, summary: str) -> Workload:
     parameters = {"iterations": _ITERATIONS} if name == "compute" else {"iterations": _ITERATIONS, "density": _DENSITY}
-    return Workload(name, summary, MappingProxyType(parameters))
+    return Workload(name, summary, MappingProxyType(parameters), asynchronous=name in ("interrupt", "mixed"))
 
 
 #: By name.
 WORKLOADS: Mapping[str, Workload] = MappingProxyType({n: _workload(n, s) for n, s in _SUMMARIES.items()})
-
-#: Parameters of the guest as a whole; a workload declares which of the others it uses.
-PARAMETERS: Mapping[str, Parameter] = MappingProxyType({
-    "workload": Parameter("what the guest does", "cli_sti", choices=tuple(_SUMMARIES)),
-    "iterations": _ITERATIONS,
-    "density": _DENSITY,
-})
