@@ -20,8 +20,11 @@ TOOLS = ("gcc", "as", "ld", "objcopy")
 #: By image: width in bits, and what only it is made of; all other sources are in both.
 IMAGES = {"minios.elf": 32, "minios64.elf": 64}
 _ONLY = {"start32.S": 32, "entry32.S": 32, "library32.S": 32, "start64.S": 64, "entry64.S": 64, "library64.S": 64}
-_FLAGS = ("-std=gnu11 -O2 -Wall -Wextra -Werror -Wno-unused-parameter -ffreestanding -fno-pic -fno-pie -fno-stack-protector -fno-builtin "
-          "-fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns -mgeneral-regs-only -Wa,--fatal-warnings").split()
+_FLAGS = [
+    "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wa,--fatal-warnings",
+    "-ffreestanding", "-fno-builtin", "-fno-pic", "-fno-pie", "-fno-stack-protector", "-fno-asynchronous-unwind-tables",
+    "-fno-tree-loop-distribute-patterns", "-mgeneral-regs-only",
+]
 _WIDTH = {32: ["-m32", "-march=i686", "-mregparm=3"], 64: ["-m64", "-mno-red-zone", "-mcmodel=small"]}
 
 

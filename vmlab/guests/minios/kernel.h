@@ -31,7 +31,7 @@ void page_hold(word page);
 void page_drop(word page);
 word page_holders(word page);
 word page_free(void *page);                     /* what the caller must store in its first word */
-void page_clear(void *page);
+void clear(void *at, word bytes);               /* a multiple of 4 */
 void page_copy(void *to, const void *from);
 void copy(void *to, const void *from, word count);
 
@@ -43,7 +43,7 @@ struct space {
 };
 #define MAY_READ 1
 #define MAY_WRITE 2
-void space_new(struct space *space);
+void space_new(struct space *space);            /* without rights yet */
 void space_program(struct space *space);        /* the program's text, data and stack */
 void space_fork(struct space *child, struct space *parent);
 void space_free(struct space *space);

@@ -61,7 +61,7 @@ static void entries(word which, word iterations, word empty)
         else if (which == NANO_PTEMOD_NP_P)
             value = shared;
         if (empty)
-            LOOP(part, NOTHING; at++)
+            LOOP(part, asm volatile("" : "+r"(at) :: "memory"); at++)
         else
             LOOP(part, modify(at, value); at++)
         address += part * PAGE;

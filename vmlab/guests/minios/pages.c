@@ -50,9 +50,9 @@ void page_drop(word page)
         *(word *)page = page_free((void *)page);
 }
 
-void page_clear(void *page)
+void clear(void *page, word bytes)
 {
-    word count = PAGE / 4;
+    word count = bytes / 4;
     asm volatile("rep stosl" : "+D"(page), "+c"(count) : "a"(0) : "memory");
 }
 

@@ -27,7 +27,6 @@ void space_new(struct space *space)
 {
     entry *root;
     space->rights = page_new();
-    page_clear(space->rights);
     space->table = table();
 #ifdef __x86_64__
     entry *middle = table();
@@ -37,7 +36,7 @@ void space_new(struct space *space)
     entry_write(root, (word)middle | USER_ENTRY);
 #else
     root = page_new();
-    page_clear(root);
+    clear(root, 4 * sizeof *root);
     root_new(root, (word)kernel_table | PRESENT, (word)space->table | PRESENT);
 #endif
     space->root = (word)root;
@@ -65,6 +64,7 @@ entry *space_entry(struct space *space, word address)
 void space_program(struct space *space)
 {
     word address = USER;
+    clear(space->rights, USER_PAGES);
     for (; address < (word)user_data_start; address += PAGE) {
         word frame = address - USER + (word)user_load;
         page_hold(frame);
@@ -149,7 +149,7 @@ int space_fault(struct space *space, word address, word error)
     word value = entry_read(at);
     if (!(value & PRESENT)) {           /* the first touch */
         void *frame = page_new();
-        page_clear(frame);
+        clear(frame, PAGE);
         counts.pages_zeroed++;
         entry_write_now(at, (word)frame | extra);
     } else if (wanted == MAY_WRITE && !(value & WRITABLE)) {

@@ -58,7 +58,7 @@ _ALL = (
     _nano("ctxsw", "a token between two processes through pipes: two switches (2p/0K)", 200),
     _nano("mmap", "map pages, touch every fourth, unmap them", 50, pages=_pages(64, 2000)),
     _nano("protfault", "a write to a page that may only be read, sent to the program's handler", 1000),
-    _nano("pagefault", "the first touch of a page", 1000, 3500),
+    _nano("pagefault", "the first touch of a page", 300, 3500),
     # loads like whole programs
     _macro("build", "compilations: fork, exec, fresh memory, computing, files, wait", 12, disk=True, pages=_pages(64, 1000), processes=_processes(2)),
     _macro("server", "requests through pipes: switches, system calls, a little computing, files", 200, disk=True, processes=_processes(4)),

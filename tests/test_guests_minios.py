@@ -1,0 +1,167 @@
+"""minios: its images and their lock, its runs on the bare machine and in QEMU, and the counts worked out by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import struct
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
+
+from vmlab import guests
+from vmlab.guests.minios import build
+from vmlab.guests.minios.workloads import WORKLOADS
+from vmlab.ledger import Snapshot
+from vmlab.machine.pc import Machine
+from vmlab.strategies.native import Native
+
+GUESTS = ("minios",)
+#: Sizes that make each workload quick; whatever is not named has its default.
+SMALL: Mapping[str, Mapping[str, int]] = {
+    "fork": {"iterations": 4, "pages": 40}, "forkwait": {"iterations": 10}, "mmap": {"iterations": 5}, "pagefault": {"iterations": 40},
+    "build": {"iterations": 4, "pages": 20}, "server": {"iterations": 30}, "chase": {"iterations": 200, "pages": 40}, "compute": {"iterations": 5},
+    "mixed": {"iterations": 4}, "random": {"iterations": 30, "seeds": 3}, "ctxsw": {"iterations": 40}, "io": {"iterations": 6},
+    "idle": {"iterations": 3},
+}
+NEEDS_DISK = {"io"}
+NEEDS_TIMER = {"idle"}
+NEEDS_FAST_CALLS = {"syscall", "mixed"}
+RUNNING = sorted(set(WORKLOADS) - {"bad"} - NEEDS_DISK - NEEDS_TIMER - NEEDS_FAST_CALLS)
+MARKS = ("vmlab_empty_begin", "vmlab_empty_end", "vmlab_roi_begin", "vmlab_roi_warm", "vmlab_roi_end")
+
+
+@dataclass
+class Ran:
+    """What is left of a run on the bare machine."""
+
+    console: str
+    exit_code: int | None
+    outcome: bytes
+    work: tuple[int, int]
+    counts: dict[str, int]
+    marks: dict[str, Snapshot] = field(default_factory=dict)
+
+    def between(self, first: str, last: str) -> Snapshot:
+        return self.marks[f"vmlab_{last}"].minus(self.marks[f"vmlab_{first}"])
+
+
+def line_of(guest: str, workload: str, **more: object) -> str:
+    return guests.command_line({"guest": guest, "workload": workload, "iterations": 50, "timer": 0, **SMALL.get(workload, {}), **more})
+
+
+def run(guest: str, workload: str, path: str | None = None, **more: object) -> Ran:
+    image = guests.load(guest)
+    machine = Machine(path=path)
+    native = Native(machine)
+    marks: dict[str, Snapshot] = {}
+    for symbol in MARKS:
+        native.watch(image.symbol(symbol), lambda address, symbol=symbol: marks.setdefault(symbol, native.snapshot(address)))
+    native.load(image, line_of(guest, workload, **more))
+    stop = native.run(500_000_000)
+    at, end = image.symbol("vmlab_outcome_start"), image.symbol("vmlab_outcome_end")
+    operations, iterations = struct.unpack("<II", native.read_guest(image.symbol("vmlab_work"), 8))
+    counts = {
+        name.removeprefix("vmlab_count_"): int.from_bytes(native.read_guest(address, 4), "little")
+        for name, address in image.symbols.items() if name.startswith("vmlab_count_")
+    }
+    return Ran(machine.console.decode(), stop.exit_code, native.read_guest(at, end - at), (operations, iterations), counts, marks)
+
+
+def test_the_lock_ties_images_sources_and_tools_together() -> None:
+    lock = build.read_lock()
+    assert lock["sources"] == build.sources()
+    assert lock["source_sha256"] == build.source_hash(), "sources changed: python -m vmlab.guests.minios.build"
+    for name, expected in dict(lock["images"]).items():  # type: ignore[call-overload]
+        assert hashlib.sha256((build.HERE / name).read_bytes()).hexdigest() == expected
+
+
+@pytest.mark.parametrize("image", sorted(build.IMAGES))
+def test_the_same_tools_build_the_same_image(image: str) -> None:
+    if build.tools() != build.read_lock()["tools"]:
+        pytest.skip("other versions of gcc, as, ld or objcopy")
+    assert build.build(image) == (build.HERE / image).read_bytes()
+
+
+def test_the_kernel_is_read_in_an_evening() -> None:
+    lines = sum(len((build.HERE / name).read_text(encoding="utf-8").splitlines()) for name in build.sources())
+    assert lines <= 3000
+
+
+@pytest.mark.parametrize("guest", GUESTS)
+@pytest.mark.parametrize("workload", RUNNING)
+def test_every_workload_runs_and_gives_the_same_twice(guest: str, workload: str) -> None:
+    first, second = run(guest, workload), run(guest, workload)
+    assert first.exit_code == 0, first.console
+    assert f"workload={workload} bits={64 if guest.endswith('64') else 32}" in first.console
+    assert first == second
+    assert first.work[0] > 0 and first.work[1] > 0
+
+
+def test_fork_writes_the_entries_that_a_hand_counts() -> None:
+    """A fork of a process with P pages: what `fork` adds to `forkwait` is two stores for each page (the parent's right
+    to write is taken, the child's entry made) the first time, and one after it, for they stay shared."""
+    few, many = run("minios", "fork", pages=10), run("minios", "fork", pages=110)
+    forks = few.counts["forks"]
+    assert forks == many.counts["forks"] == few.work[0] == 5
+    assert many.counts["pt_writes"] - few.counts["pt_writes"] == 100 * 2 + 100 * (forks - 1)
+    assert many.counts["faults"] == few.counts["faults"] == 2 * forks  # the stack, in parent and child
+
+
+def test_counts_of_the_nanobenchmarks() -> None:
+    for workload, counts in {
+        "null_call": {"system_calls": 51, "pt_writes": 0, "faults": 0},
+        "pgfault": {"faults": 51, "pt_writes": 0},
+        "ptemod": {"pt_writes": 51, "faults": 0}, "ptemod_p_np": {"pt_writes": 51, "faults": 0}, "ptemod_np_p": {"pt_writes": 51, "faults": 0},
+        "protfault": {"faults": 51, "pt_writes": 0, "system_calls": 0},
+        "pagefault": {"faults": 41, "pt_writes": 41, "pages_zeroed": 41},
+        "forkwait": {"forks": 11, "system_calls": 33, "faults": 22, "cr3_loads": 22, "flushes": 11},
+        "mmap": {"system_calls": 12, "faults": 6 * 16, "pt_writes": 6 * 32},
+    }.items():
+        ran = run("minios", workload)
+        assert {name: ran.counts[name] for name in counts} == counts, workload
+
+
+def test_a_nanobenchmark_is_its_loop_less_the_empty_loop() -> None:
+    """Per iteration, by hand: IN is one instruction; CALL and RET two; an entry's store one; a fault none of its own."""
+    for workload, own in {"in": 1, "callret": 2, "ptemod": 1, "ptemod_p_np": 1, "ptemod_np_p": 1}.items():
+        ran = run("minios", workload, iterations=100)
+        full, empty = ran.between("roi_warm", "roi_end"), ran.between("empty_begin", "empty_end")
+        assert 0 <= full.kernel - empty.kernel - 100 * own < 20, workload  # the call into the kernel goes another way round
+
+
+def test_context_switches_load_cr3_twice_a_round() -> None:
+    ran = run("minios", "ctxsw")
+    assert ran.work[0] == 2 * 41
+    assert ran.between("roi_warm", "roi_end").events["retired.mov_to_cr"] == 2 * 40
+
+
+@pytest.mark.parametrize("workload", ["forkwait", "random", "server"])
+def test_the_portable_path_counts_the_same(workload: str) -> None:
+    assert run("minios", workload, path="portable") == run("minios", workload)
+
+
+@pytest.mark.parametrize("guest", ["minios", "minios64"])
+@pytest.mark.parametrize("workload", sorted(set(WORKLOADS) - {"bad", "io"}))
+def test_the_same_in_another_emulator(guest: str, workload: str) -> None:
+    """An oracle that is not ours: QEMU, where the timer's ticks fall anywhere. All of the console must be the same."""
+    qemu = shutil.which("qemu-system-x86_64")
+    if qemu is None:
+        pytest.skip("no qemu-system-x86_64 here")
+    there = subprocess.run(
+        [qemu, "-kernel", str(build.HERE / f"{guest}.elf"), "-append", line_of(guest, workload, timer=1_000_000), "-m", "32",
+         "-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-display", "none", "-serial", "stdio", "-monitor", "none", "-nodefaults", "-no-reboot"],
+        capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+    )
+    assert there.returncode == 1, there.stdout + there.stderr
+    if guest in GUESTS and workload in RUNNING:
+        assert there.stdout.replace("\r", "") == run(guest, workload).console
+
+
+@pytest.mark.parametrize(("which", "words"), [(3, "exception 14 error code 00000000")])
+def test_a_broken_kernel_says_so_and_ends(which: int, words: str) -> None:
+    ran = run("minios", "bad", bad=which)
+    assert ran.exit_code == 2
+    assert words in ran.console
