@@ -32,6 +32,8 @@ PREDICATES: Mapping[str, Predicate] = {
     "monitor_regains": counted.monitor_regains,
     "trapping_would_not_do": counted.trapping_would_not_do,
     "shows_the_ring": counted.shows_the_ring,
+    "published_ratio": counted.published_ratio,
+    "model_gives": counted.model_gives,
     "instruction_is_slow": priced.instruction_is_slow,
     "translated_is_faster": priced.translated_is_faster,
     "dearer_step_by_step": priced.dearer_step_by_step,

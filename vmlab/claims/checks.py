@@ -9,8 +9,9 @@ A check is one of three kinds, and bounds one value by ``at_least``, ``at_most``
 
 ``count``    events of a cell (patterns allowed), ``in`` the region (default) or a phase, ``per`` iteration, operation, instruction
              or 1000 instructions; ``over`` another count divides it.
-``price``    cycles of a cell, or of ``costs`` alone; ``per`` run (default), iteration or {instructions: […]};
-             ``over`` another price divides it. Judged on every profile.
+``price``    cycles of a cell's steady state, of some ``events`` of it only, ``less`` another cell's, ``per`` run (default), iteration
+             or {instructions: […]}; or of ``costs`` alone, or a ``constant``; ``over`` another price divides it. Judged on every
+             profile.
 ``outcome``  the outcome digest of one cell is that of another (``same_as``) or is not (``differs_from``).
 
 All count and outcome checks must hold, and on each profile of the claim's ``scope`` ``enough`` (default: all) of the
@@ -103,7 +104,10 @@ def part(cell: Cell, name: str) -> Mapping[str, int]:
     if name == "region":
         events: Mapping[str, int] = cell["events"]
         return events
-    return steady(cell) if name == "steady" else phase(cell, name)
+    found = steady(cell) if name == "steady" else phase(cell, name)
+    if not found:
+        raise Missing(f"{describe(cell)} has no phase {name}")
+    return found
 
 
 def _divisor(cell: Cell, per: str) -> float:
@@ -157,6 +161,9 @@ def _priced(
             by_profile[profile], figures[profile] = "undecided", {"reason": str(missing)}
             continue
         figures[profile] = {name: value for name, (value, _) in found.items()}
+        for name, (_, several) in found.items():
+            if all(evidence.value(margin, profile) >= 0 for margin in several):
+                figures.setdefault("so on", {}).setdefault(name, []).append(profile)
         margins[profile] = Margins(tuple(margin for _, several in found.values() for margin in several), enough)
         by_profile[profile] = judged(margins[profile], evidence.profile(profile), certainty)
     scope = list(arguments["scope"])
@@ -185,6 +192,8 @@ def _price(evidence: Evidence, row: Mapping[str, Any], profile: str) -> tuple[fl
 
 def cycles(evidence: Evidence, reference: Mapping[str, Any], profile: str) -> Quantity:
     """A price as a check names it. :raises Missing: no such cell, or that CPU could not have run it."""
+    if "constant" in reference:
+        return Quantity(constant=float(reference["constant"]))
     if "costs" in reference:
         for key in reference["costs"]:
             evidence.figure(profile, key)
@@ -198,7 +207,11 @@ def cycles(evidence: Evidence, reference: Mapping[str, Any], profile: str) -> Qu
         return per_iteration(cell)
     if per != "run":
         raise ConfigError(f"per: {per!r} is none of run, iteration, {{instructions: […]}}")
-    return Quantity(steady(cell))
+    events = steady(cell)
+    if "events" in reference:
+        events = {kind: n for kind, n in events.items() if kind in set(kinds(reference["events"]))}
+    whole = Quantity(events)
+    return whole - Quantity(steady(evidence.cell(reference["less"]))) if "less" in reference else whole
 
 
 def per_iteration(cell: Cell) -> Quantity:

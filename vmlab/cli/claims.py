@@ -104,7 +104,7 @@ def experiments(
             try:
                 cells[claim.id] += gatherer.expand(block)
             except ConfigError as error:
-                absent[claim.id][name] = f"the lab cannot run cell {name!r} of the claim's experiment: {error}"
+                absent[claim.id][name] = f"its experiment cannot be run here: {error}"
     return cells, absent
 
 
