@@ -19,8 +19,10 @@ from vmlab.guests.image import Segment as ImageSegment
 from vmlab.ledger import Snapshot
 from vmlab.machine import fast
 from vmlab.machine.cpu import Segment
+from vmlab.machine.devices.pit import time_of
 from vmlab.machine.pc import Machine, Stop
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSP, SS
+from vmlab.machine.timeline import Timeline
 
 #: Every way to count that this host has: the tests run on each.
 PATHS = ("portable",) if fast.why_not() else ("portable", "fast")
@@ -129,6 +131,75 @@ class Bench:
         """The top of the stack."""
         self.cpu.load()
         return [self.read32((self.cpu.gpr(RSP) + 4 * i) & 0xFFFFFFFF) for i in range(items)]
+
+
+# ---- devices without a machine
+class Clock:
+    """A timeline whose time the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.timeline = Timeline(lambda: self.now, lambda: None)
+
+    def to(self, time: int) -> None:
+        while (due := self.timeline.next_due) is not None and due <= time:
+            self.now = max(due, self.now)
+            self.timeline.run_due()
+        self.now = time
+
+    def to_tick(self, tick: int) -> None:
+        """To a clock pulse of the 8254."""
+        self.to(time_of(tick))
+
+
+class Bits:
+    """An interrupt line that remembers when it rose."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.level, self.edges = clock, False, list[int]()
+
+    def __call__(self, level: bool) -> None:
+        if level and not self.level:
+            self.edges.append(self.clock.now)
+        self.level = level
+
+
+# ---- long mode
+CODE64, TABLES64, IDT64, TSS64, LONG = SPARE, 0x40000, 0x48000, 0x4A000, 0x50000
+IST1, RSP0 = 0xB000, 0xC000
+
+
+def gate64(address: int, *, ist: int = 0, dpl: int = 0, selector: int = CODE64, present: bool = True) -> bytes:
+    """SDM Vol. 3A figure 6-8."""
+    return struct.pack("<HHBBHII", address & 0xFFFF, selector, ist, 0xE | dpl << 5 | present << 7, address >> 16 & 0xFFFF, address >> 32, 0)
+
+
+def long_bench(source: str, path: str, handlers: dict[int, tuple[str, int, int]]) -> Bench:
+    """``source`` in 64-bit mode at :data:`LONG`; handlers are (assembly, IST, DPL). 2 MiB pages map everything for everybody."""
+    bench = Bench(f"mov eax, 0x20; mov cr4, eax; mov eax, {TABLES64:#x}; mov cr3, eax; mov ecx, 0xc0000080; rdmsr; or eax, 0x100; wrmsr;"
+                  f"mov eax, 0x80000011; mov cr0, eax; .byte 0xea; .long {LONG:#x}; .word {CODE64}", path=path, spare=0x00AF9B00_0000FFFF)
+    ram = bench.machine.ram
+    ram.write64(TABLES64, TABLES64 + 0x1007)
+    ram.write64(TABLES64 + 0x1000, TABLES64 + 0x2007)
+    for i in range(2):
+        ram.write64(TABLES64 + 0x2000 + 8 * i, i << 21 | 0x87)
+    ram.write64(TABLES64 + 0x1018, TABLES64 + 0x3007)
+    ram.write64(TABLES64 + 0x3000 + 8 * (0xFEE00000 >> 21 & 511), 0xFEE00000 | 0x9F)  # the local APIC, uncached
+    ram.write64(TSS64 + 4, RSP0)
+    ram.write64(TSS64 + 0x24, IST1)
+    ram.write(LONG, asm(source, LONG, 64))
+    for vector, (text, ist, dpl) in handlers.items():
+        ram.write(IDT64 + 16 * vector, gate64(bench.handler(vector), ist=ist, dpl=dpl))
+        ram.write(bench.handler(vector), asm(text, bench.handler(vector), 64))
+
+    def tables(_: int) -> None:
+        bench.cpu.load()
+        bench.cpu.set_table("idt", Segment(0, IDT64, 0xFFF, 0))
+        bench.cpu.set_table("tr", Segment(TASK, TSS64, 0x67, 0x8900))
+        bench.cpu.store()
+
+    bench.machine.watch(LONG, tables)
+    return bench
 
 
 # ---- guests

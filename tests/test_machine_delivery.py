@@ -5,7 +5,31 @@ from __future__ import annotations
 import struct
 
 import pytest
-from machinelab import CODE, CODE0, DATA0, IDT, PATHS, SPARE, STACK0, STACK3, TASK, TSS, USER, USER_CODE, USER_DATA, Bench, asm, gate
+from machinelab import (
+    CODE,
+    CODE0,
+    CODE64,
+    DATA0,
+    IDT,
+    IDT64,
+    IST1,
+    LONG,
+    PATHS,
+    RSP0,
+    SPARE,
+    STACK0,
+    STACK3,
+    TASK,
+    TSS,
+    USER,
+    USER_CODE,
+    USER_DATA,
+    Bench,
+    asm,
+    gate,
+    gate64,
+    long_bench,
+)
 
 from vmlab.errors import TripleFault
 from vmlab.machine.cpu import IF, NT, TF, Segment
@@ -306,41 +330,6 @@ def test_real_mode_delivers_through_the_vector_table(path: str) -> None:
 
 
 # ---- long mode
-CODE64, TABLES64, IDT64, TSS64, LONG = SPARE, 0x40000, 0x48000, 0x4A000, 0x50000
-IST1, RSP0 = 0xB000, 0xC000
-
-
-def gate64(address: int, *, ist: int = 0, dpl: int = 0, selector: int = CODE64, present: bool = True) -> bytes:
-    """SDM Vol. 3A figure 6-8."""
-    return struct.pack("<HHBBHII", address & 0xFFFF, selector, ist, 0xE | dpl << 5 | present << 7, address >> 16 & 0xFFFF, address >> 32, 0)
-
-
-def long_bench(source: str, path: str, handlers: dict[int, tuple[str, int, int]]) -> Bench:
-    """``source`` in 64-bit mode at :data:`LONG`; handlers are (assembly, IST, DPL). 2 MiB pages map everything for everybody."""
-    bench = Bench(f"mov eax, 0x20; mov cr4, eax; mov eax, {TABLES64:#x}; mov cr3, eax; mov ecx, 0xc0000080; rdmsr; or eax, 0x100; wrmsr;"
-                  f"mov eax, 0x80000011; mov cr0, eax; .byte 0xea; .long {LONG:#x}; .word {CODE64}", path=path, spare=0x00AF9B00_0000FFFF)
-    ram = bench.machine.ram
-    ram.write64(TABLES64, TABLES64 + 0x1007)
-    ram.write64(TABLES64 + 0x1000, TABLES64 + 0x2007)
-    for i in range(2):
-        ram.write64(TABLES64 + 0x2000 + 8 * i, i << 21 | 0x87)
-    ram.write64(TSS64 + 4, RSP0)
-    ram.write64(TSS64 + 0x24, IST1)
-    ram.write(LONG, asm(source, LONG, 64))
-    for vector, (text, ist, dpl) in handlers.items():
-        ram.write(IDT64 + 16 * vector, gate64(bench.handler(vector), ist=ist, dpl=dpl))
-        ram.write(bench.handler(vector), asm(text, bench.handler(vector), 64))
-
-    def tables(_: int) -> None:
-        bench.cpu.load()
-        bench.cpu.set_table("idt", Segment(0, IDT64, 0xFFF, 0))
-        bench.cpu.set_table("tr", Segment(TASK, TSS64, 0x67, 0x8900))
-        bench.cpu.store()
-
-    bench.machine.watch(LONG, tables)
-    return bench
-
-
 def stack64(bench: Bench, items: int) -> list[int]:
     bench.cpu.load()
     return [bench.machine.ram.read64(bench.cpu.gpr(RSP) + 8 * i) for i in range(items)]

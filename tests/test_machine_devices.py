@@ -3,42 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from machinelab import DATA, DEBUG_EXIT, PATHS, Bench, Bits, Clock, asm
 
-from tests.machinelab import DATA, DEBUG_EXIT, PATHS, Bench, asm
 from vmlab.errors import ConfigError
 from vmlab.machine.devices import disk as d
 from vmlab.machine.devices.pit import Pit, SystemControl, time_of
 from vmlab.machine.pc import Machine
-from vmlab.machine.timeline import Timeline
-
-
-class Clock:
-    """A timeline whose time the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self.timeline = Timeline(lambda: self.now, lambda: None)
-
-    def to(self, time: int) -> None:
-        while (due := self.timeline.next_due) is not None and due <= time:
-            self.now = max(due, self.now)
-            self.timeline.run_due()
-        self.now = time
-
-    def to_tick(self, tick: int) -> None:
-        self.to(time_of(tick))
-
-
-class Bits:
-    """Records an interrupt line's rising edges as (time)."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.level, self.edges = clock, False, list[int]()
-
-    def __call__(self, level: bool) -> None:
-        if level and not self.level:
-            self.edges.append(self.clock.now)
-        self.level = level
 
 
 def pit() -> tuple[Clock, Bits, Pit]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from machinelab import DATA, DEBUG_EXIT, PATHS, Bench
 
-from tests.machinelab import DATA, DEBUG_EXIT, PATHS, Bench
 from vmlab.errors import GuestBudget
 from vmlab.machine.pc import StopReason
 from vmlab.machine.timeline import Timeline

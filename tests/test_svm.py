@@ -385,3 +385,58 @@ def test_fields_lie_where_the_manual_has_them(path: str) -> None:
     spans = sorted((offset, offset + code.size) for offset, code in v.FIELDS.values())
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), "fields overlap"
     assert v.intercept_bit(v.EXIT_INTR) == 1 and v.intercept_bit(v.EXIT_VMRUN) == 1 << 32
+
+
+# ---- what the machine adds to guest mode
+def test_sysenter_stays_inside_the_guest(path: str) -> None:
+    box = Box(path, f"mov ecx, {0x9000}; mov edx, 0x30000; sysexit")
+    box.vmcb["sysenter_cs"], box.vmcb["sysenter_esp"], box.vmcb["sysenter_eip"] = CODE0, 0x8000, 0x31000
+    box.svm.vmload(VMCB)
+    box.write(0x30000, asm("mov ebx, cs; sysenter", 0x30000))
+    box.write(0x31000, asm("mov ecx, cs; hlt", 0x31000))
+    assert box.run() == v.EXIT_HLT
+    cpu = box.machine.cpu
+    assert (cpu.gpr(RBX), cpu.gpr(RCX), box.vmcb["rsp"], box.vmcb["cpl"]) == (CODE0 + 16 | 3, CODE0, 0x8000, 0)
+    assert (box.machine.snapshot().user, box.events()) == (2, {"entry": 1, "exit.hlt": 1})
+
+
+@pytest.mark.parametrize(("access", "info"), [("rdmsr", 0), ("wrmsr", 1)])
+def test_an_unknown_msr_exits_where_msrs_are_intercepted_and_faults_where_not(path: str, access: str, info: int) -> None:
+    box = Box(path, f"mov ecx, 0x12345; {access}", v.EXIT_MSR)
+    assert (box.run(), box.vmcb["exit_info_1"], box.vmcb["rip"]) == (v.EXIT_MSR, info, CODE + 5)
+    box = Box(path, f"mov ecx, 0x12345; {access}", handlers={13: "hlt"})
+    assert box.run() == v.EXIT_HLT
+    assert box.vmcb["rip"] == Bench.handler(13)
+
+
+def long_box(path: str, source: str, *exits: int) -> Box:
+    """A 64-bit guest: four-level tables with 2 MiB pages."""
+    box = Box(path, "nop", *exits)
+    ram, tables = box.machine.ram, FREE_FRAMES + 0x10000
+    ram.write64(tables, tables + 0x1007)
+    ram.write64(tables + 0x1000, tables + 0x2007)
+    ram.write64(tables + 0x2000, GUEST | 0x87)
+    box.write(CODE, asm(source, CODE, 64))
+    box.vmcb.set_segment("cs", Segment(CODE0, 0, 0xFFFFFFFF, 0xAF9B00))
+    box.vmcb["efer"], box.vmcb["cr3"], box.vmcb["cr4"] = 1 << 12 | 1 << 10 | 1 << 8, tables, 0x20
+    return box
+
+
+def test_cr8_of_a_masked_guest_is_its_own(path: str) -> None:
+    box = long_box(path, "mov eax, 9; mov cr8, rax; xor eax, eax; mov rbx, cr8; hlt")
+    box.vmcb["interrupt_control"] = v.V_INTR_MASKING
+    assert box.run() == v.EXIT_HLT
+    assert (box.machine.cpu.gpr(RBX), box.vmcb["interrupt_control"] & v.V_TPR, box.machine.lapic.tpr) == (9, 9, 0)
+
+
+def test_cr8_of_an_unmasked_guest_is_the_physical_one(path: str) -> None:
+    box = long_box(path, "mov eax, 9; mov cr8, rax; xor eax, eax; mov rbx, cr8; hlt")
+    assert box.run() == v.EXIT_HLT
+    assert (box.machine.cpu.gpr(RBX), box.machine.lapic.tpr) == (9, 0x90)
+
+
+@pytest.mark.parametrize(("field", "source", "code"), [("intercept_cr_write", "mov cr8, rax", 0x18), ("intercept_cr_read", "mov rax, cr8", 0x08)])
+def test_cr8_exits_where_it_is_intercepted(path: str, field: str, source: str, code: int) -> None:
+    box = long_box(path, source)
+    box.vmcb[field] = 1 << 8
+    assert (box.run(), box.vmcb["rip"]) == (code, CODE)

@@ -13,7 +13,7 @@ from vmlab.machine import state as hidden
 from vmlab.machine.counter import Block
 from vmlab.machine.decode import Instruction, decode_block
 from vmlab.machine.engine import CODE_CALLBACK, EDGE_CALLBACK
-from vmlab.machine.instructions import CARRIED_OUT, Instructions
+from vmlab.machine.instructions import Instructions, carried_out
 from vmlab.machine.memory import PAGE
 from vmlab.machine.state import HF_CS32, HF_CS64
 
@@ -103,7 +103,7 @@ class Blocks:
         return True
 
     def _wants_hook(self, address: int, instruction: Instruction) -> bool:
-        return (instruction.op in CARRIED_OUT or instruction.op in self._machine.trapping or instruction.search
+        return (carried_out(instruction) or instruction.op in self._machine.trapping or instruction.search
                 or address in self._watched or address in self._gates)
 
     def _hook(self, address: int, instruction: Instruction | None) -> None:

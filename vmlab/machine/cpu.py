@@ -46,6 +46,7 @@ CF, PF, AF, ZF, SF, TF, IF, DF, OF = 1, 4, 16, 64, 128, 1 << 8, 1 << 9, 1 << 10,
 IOPL, NT, RF, VM, AC = 3 << 12, 1 << 14, 1 << 16, 1 << 17, 1 << 18
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
 
+SYSENTER_CS = 0x174
 _CC_SRC, _CC_OP, _DF = 152, 168, 172   # lazily evaluated flags (QEMU target/i386/cpu.h)
 _CC_OP_EFLAGS = 1                      # "the flags are in cc_src"
 _TABLES = {"gdt": AT_GDT, "idt": AT_IDT, "ldt": AT_LDT, "tr": AT_TR}
@@ -159,6 +160,15 @@ class Cpu:
     def set_interrupt_flag(self, on: bool) -> None:
         flags = self._u64[AT_EFLAGS // 8]
         self._u64[AT_EFLAGS // 8] = flags | IF if on else flags & ~IF
+
+    def clear_flags(self, flags: int) -> None:
+        """Clear system flags of EFLAGS; the arithmetic ones stay as lazy as they are."""
+        self._u64[AT_EFLAGS // 8] &= ~flags
+
+    def msr(self, number: int) -> int:
+        """An MSR of the system-call instructions."""
+        at = self.layout.msrs[number]
+        return self._u32[at // 4] if number == SYSENTER_CS else self._u64[at // 8]
 
     def cr(self, number: int) -> int:
         return self._u64[AT_CR // 8 + number]

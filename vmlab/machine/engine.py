@@ -20,7 +20,8 @@ from vmlab.errors import UnsupportedHost
 _VOID, _U64, _U32, _INT = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int
 
 #: Callback prototypes (unicorn.h: uc_cb_hookcode_t, uc_cb_hookintr_t, uc_cb_hookinsn_invalid_t,
-#: uc_cb_insn_in_t, uc_cb_insn_out_t, uc_cb_insn_syscall_t, uc_cb_eventmem_t, uc_hook_edge_gen_t).
+#: uc_cb_insn_in_t, uc_cb_insn_out_t, uc_cb_insn_syscall_t, uc_cb_eventmem_t, uc_cb_mmio_read_t,
+#: uc_cb_mmio_write_t, uc_hook_edge_gen_t).
 CODE_CALLBACK = ctypes.CFUNCTYPE(None, _VOID, _U64, _U32, _VOID)
 INTR_CALLBACK = ctypes.CFUNCTYPE(None, _VOID, _U32, _VOID)
 INVALID_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, _VOID, _VOID)
@@ -28,6 +29,8 @@ IN_CALLBACK = ctypes.CFUNCTYPE(_U32, _VOID, _U32, _INT, _VOID)
 OUT_CALLBACK = ctypes.CFUNCTYPE(None, _VOID, _U32, _INT, _U32, _VOID)
 SYSCALL_CALLBACK = ctypes.CFUNCTYPE(None, _VOID, _VOID)
 MEMORY_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, _VOID, _INT, _U64, _INT, ctypes.c_int64, _VOID)
+DEVICE_READ_CALLBACK = ctypes.CFUNCTYPE(_U64, _VOID, _U64, _U32, _VOID)
+DEVICE_WRITE_CALLBACK = ctypes.CFUNCTYPE(None, _VOID, _U64, _U32, _U64, _VOID)
 EDGE_CALLBACK = ctypes.CFUNCTYPE(None, _VOID, ctypes.POINTER(_U64), _VOID, _VOID)
 
 _TLB_FLUSH = (uc_const.UC_CTL_IO_WRITE << 30) | uc_const.UC_CTL_TLB_FLUSH
@@ -99,6 +102,15 @@ class Engine:
         if error:
             raise UnsupportedHost(f"Unicorn refused a hook of kind {kind}: error {error}")
         return int(handle.value)
+
+    def map_device(self, first: int, size: int, read: Callable[[int, int, int, int], int],
+                   write: Callable[[int, int, int, int, int], None]) -> None:
+        """Have ``read(engine, offset, size, 0)`` and ``write(engine, offset, size, value, 0)`` answer at physical addresses."""
+        callbacks = DEVICE_READ_CALLBACK(read), DEVICE_WRITE_CALLBACK(write)
+        self._kept.append(callbacks)
+        error = uclib.uc_mmio_map(self.handle, _U64(first), ctypes.c_size_t(size), callbacks[0], _VOID(None), callbacks[1], _VOID(None))
+        if error:
+            raise UnsupportedHost(f"Unicorn refused a device at {first:#x}: error {error}")
 
     def unhook(self, handle: int) -> None:
         """Take a callback off again."""

@@ -1,6 +1,7 @@
 """Instructions that the machine carries out itself, at a hook on their exact address.
 
-Unicorn never faults IN and OUT, and its RDTSC reads the host's clock; see also :attr:`Machine.trapping`.
+Unicorn never faults IN and OUT, its RDTSC reads the host's clock, SYSENTER and SYSCALL do nothing, every MSR
+exists, and CR8 is nobody's. See also :attr:`Machine.trapping`.
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from capstone import x86_const as x86_capstone
 from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
 
 from vmlab.machine import state as hidden
 from vmlab.machine.cpu import IOPL, Cpu
 from vmlab.machine.decode import Instruction
-from vmlab.machine.delivery import GENERAL_PROTECTION
+from vmlab.machine.delivery import GENERAL_PROTECTION, Fault
 from vmlab.machine.engine import IN_CALLBACK, OUT_CALLBACK
+from vmlab.machine.msr import Msrs
 from vmlab.machine.state import HF_CS32, HF_CS64, HF_SHADOW, RAX, RCX, RDX
+from vmlab.machine.syscalls import syscall, sysenter
 
 if TYPE_CHECKING:
     from vmlab.machine.pc import Machine
@@ -24,7 +28,14 @@ if TYPE_CHECKING:
 CR4_TSD = 1 << 2
 
 #: Names of :data:`vmlab.ledger.SYSTEM_INSTRUCTIONS` that :class:`Instructions` knows.
-CARRIED_OUT = frozenset({"in", "out", "ins", "outs", "rdtsc", "rdtscp"})
+_CARRIED_OUT = frozenset({"in", "out", "ins", "outs", "rdtsc", "rdtscp", "rdmsr", "wrmsr", "sysenter", "syscall"})
+_CR8 = x86_capstone.X86_REG_CR8
+
+
+def carried_out(instruction: Instruction) -> bool:
+    """Whether the machine has something to do at this instruction."""
+    return instruction.op in _CARRIED_OUT or (
+        instruction.op in ("mov_to_cr", "mov_from_cr") and any(operand.reg == _CR8 for operand in instruction.cs.operands))
 
 
 class Instructions:
@@ -34,9 +45,10 @@ class Instructions:
         self._machine, self._cpu = machine, machine.cpu
         self._by_op: dict[str, Callable[[int, Instruction], None]] = {
             "in": self._port, "out": self._port, "ins": self._string_port, "outs": self._string_port,
-            "rdtsc": self._rdtsc, "rdtscp": self._rdtsc,
+            "rdtsc": self._rdtsc, "rdtscp": self._rdtsc, "rdmsr": self._rdmsr, "wrmsr": self._wrmsr,
+            "sysenter": self._sysenter, "syscall": self._syscall, "mov_to_cr": self._mov_to_cr8, "mov_from_cr": self._mov_from_cr8,
         }
-        assert self._by_op.keys() == CARRIED_OUT
+        self._msrs = Msrs(machine)
         machine.engine.hook(uc_const.UC_HOOK_INSN, IN_CALLBACK, self._string_in, instruction=x86.UC_X86_INS_IN)
         machine.engine.hook(uc_const.UC_HOOK_INSN, OUT_CALLBACK, self._string_out, instruction=x86.UC_X86_INS_OUT)
 
@@ -49,7 +61,10 @@ class Instructions:
         if op in self._machine.trapping and cpu.cpl > 0:
             self._fault(address, GENERAL_PROTECTION, 0)
         elif op in self._by_op:
-            self._by_op[op](address, instruction)
+            try:
+                self._by_op[op](address, instruction)
+            except Fault as fault:
+                self._fault(address, fault.vector, fault.error_code)
 
     def search_element(self, instruction: Instruction) -> None:
         """Before each element of REP SCAS or CMPS. Blocks do not tell their number: unless ECX is used up, the flags end them."""
@@ -85,8 +100,8 @@ class Instructions:
         op = instruction.op
         assert op is not None
         if not self._io_allowed(instruction):
-            self._fault(address, GENERAL_PROTECTION, 0)
-        elif not self._intercepted(address, op, instruction):
+            raise Fault(GENERAL_PROTECTION, 0)
+        if not self._intercepted(address, op, instruction):
             port, size = port_operands(instruction, self._cpu)
             self._machine.counter.leave(address, retired=True)  # first, so that the device sees the time
             if op == "in":
@@ -100,9 +115,8 @@ class Instructions:
         op = instruction.op
         assert op is not None
         if not self._io_allowed(instruction):
-            self._fault(address, GENERAL_PROTECTION, 0)
-        else:
-            self._intercepted(address, op, instruction)
+            raise Fault(GENERAL_PROTECTION, 0)
+        self._intercepted(address, op, instruction)
 
     def _io_allowed(self, instruction: Instruction) -> bool:
         """IOPL, then the TSS's I/O permission bitmap (SDM Vol. 1 §19.5)."""
@@ -137,14 +151,74 @@ class Instructions:
         op, cpu = instruction.op, self._cpu
         assert op is not None
         if cpu.cr(4) & CR4_TSD and cpu.cpl > 0:
-            self._fault(address, GENERAL_PROTECTION, 0)
-        elif not self._intercepted(address, op, instruction):
+            raise Fault(GENERAL_PROTECTION, 0)
+        if not self._intercepted(address, op, instruction):
             tsc = self._machine.read_tsc(address)
             cpu.set_gpr(RAX, tsc)
             cpu.set_gpr(RDX, tsc >> 32)
             if op == "rdtscp":
                 cpu.set_gpr(RCX, 0)
             self._complete(address, instruction)
+
+    # ---- model-specific registers: above ring 0 Unicorn raises #GP by itself
+    def _rdmsr(self, address: int, instruction: Instruction) -> None:
+        cpu = self._cpu
+        if cpu.cpl or self._intercepted(address, "rdmsr", instruction):
+            return
+        value = self._msrs.read(cpu.gpr(RCX) & 0xFFFFFFFF, address)
+        if value is not None:
+            cpu.set_gpr(RAX, value)
+            cpu.set_gpr(RDX, value >> 32)
+            self._complete(address, instruction)
+
+    def _wrmsr(self, address: int, instruction: Instruction) -> None:
+        cpu = self._cpu
+        if cpu.cpl or self._intercepted(address, "wrmsr", instruction):
+            return
+        if self._msrs.write(cpu.gpr(RCX) & 0xFFFFFFFF, cpu.gpr(RAX) & 0xFFFFFFFF | (cpu.gpr(RDX) & 0xFFFFFFFF) << 32, address):
+            self._complete(address, instruction)
+
+    # ---- system calls
+    def _sysenter(self, address: int, instruction: Instruction) -> None:
+        sysenter(self._cpu)
+        self._transferred(address)
+
+    def _syscall(self, address: int, instruction: Instruction) -> None:
+        syscall(self._cpu, self._cpu.rip + instruction.size)
+        self._transferred(address)
+
+    def _transferred(self, address: int) -> None:
+        """The instruction retired and set RIP itself; it was fetched, and counts, in the ring that it left."""
+        self._machine.counter.leave(address, retired=True)
+        self._machine.make_rip_count()
+
+    # ---- CR8, the task priority register of 64-bit mode (SDM Vol. 3A §10.8.6)
+    def _mov_to_cr8(self, address: int, instruction: Instruction) -> None:
+        if self._cpu.cpl or self._intercepted(address, "mov_to_cr", instruction):
+            return
+        value = self._cpu.gpr(_general_register(instruction))
+        if value > 15:
+            raise Fault(GENERAL_PROTECTION, 0)
+        machine = self._machine
+        machine.counter.leave(address, retired=True)
+        if machine.in_guest and machine.guest_mode is not None and machine.guest_mode.virtual_tpr is not None:
+            machine.guest_mode.virtual_tpr = value
+        else:
+            machine.lapic.set_tpr(value << 4)
+        self._complete(address, instruction)
+
+    def _mov_from_cr8(self, address: int, instruction: Instruction) -> None:
+        if self._cpu.cpl or self._intercepted(address, "mov_from_cr", instruction):
+            return
+        machine = self._machine
+        value = machine.guest_mode.virtual_tpr if machine.in_guest and machine.guest_mode is not None else None
+        self._cpu.set_gpr(_general_register(instruction), machine.lapic.tpr >> 4 if value is None else value, 8)
+        self._complete(address, instruction)
+
+
+def _general_register(instruction: Instruction) -> int:
+    """The general register of MOV to or from a control register: ModRM.rm and REX.B."""
+    return int(instruction.cs.modrm & 7 | (instruction.cs.rex & 1) << 3)
 
 
 def port_operands(instruction: Instruction, cpu: Cpu) -> tuple[int, int]:

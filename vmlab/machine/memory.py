@@ -1,7 +1,7 @@
-"""Physical memory: RAM from address 0, and the open bus above it.
+"""Physical memory: RAM from address 0, devices above it, and the open bus everywhere else.
 
 RAM is an anonymous mapping shared with the engine, so that Python reads it with no call at all.
-Nothing answers above it: reads give all ones and writes vanish, as on a PC's bus.
+Where nothing answers reads give all ones and writes vanish, as on a PC's bus.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
+from collections.abc import Callable
+from typing import Protocol
 
 from unicorn import unicorn_const as uc_const
 
@@ -18,8 +20,19 @@ PAGE = 0x1000
 FOUR_GIB = 1 << 32
 
 
+class MemoryDevice(Protocol):
+    """A device in physical memory. ``offset`` counts from the first address it was attached at."""
+
+    def read(self, offset: int, size: int) -> int: ...
+
+    def write(self, offset: int, size: int, value: int) -> None: ...
+
+
 class Ram:
-    """``size`` bytes of RAM at physical address 0. Addresses here are host-physical (hpa)."""
+    """``size`` bytes of RAM at physical address 0. Addresses here are host-physical (hpa).
+
+    :meth:`read` and its kind are the machine's own and a VMM's way to memory: devices do not answer there.
+    """
 
     def __init__(self, engine: Engine, size: int) -> None:
         self.size = size
@@ -27,15 +40,44 @@ class Ram:
         self.bytes = memoryview(self._map)
         self._base = (ctypes.c_ubyte * size).from_buffer(self._map)
         engine.uc.mem_map_ptr(0, size, uc_const.UC_PROT_ALL, ctypes.addressof(self._base))
-        engine.uc.mmio_map(size, FOUR_GIB - size, self._read_nothing, None, self._write_nothing, None)
+        self._engine, self._end = engine, size
         self.open_bus = 0
 
-    def _read_nothing(self, _uc: object, _offset: int, size: int, _data: object) -> int:
-        self.open_bus += 1
-        return (1 << (8 * size)) - 1
+    def attach(self, device: MemoryDevice, first: int, size: int, fail: Callable[[BaseException], None]) -> None:
+        """Let ``device`` answer at ``size`` bytes from ``first``, in rising order of addresses; ``fail`` gets what it raises."""
+        self._leave_open(first)
 
-    def _write_nothing(self, _uc: object, _offset: int, _size: int, _value: int, _data: object) -> None:
-        self.open_bus += 1
+        def read(_uc: int, offset: int, size: int, _data: int) -> int:
+            try:
+                return device.read(offset, size)
+            except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames
+                fail(failure)
+                return 0
+
+        def write(_uc: int, offset: int, size: int, value: int, _data: int) -> None:
+            try:
+                device.write(offset, size, value)
+            except BaseException as failure:  # noqa: BLE001
+                fail(failure)
+
+        self._engine.map_device(first, size, read, write)
+        self._end = first + size
+
+    def seal(self) -> None:
+        """Nothing more will be attached: the rest of the first 4 GiB is open bus."""
+        self._leave_open(FOUR_GIB)
+
+    def _leave_open(self, end: int) -> None:
+        def read(_uc: int, _offset: int, size: int, _data: int) -> int:
+            self.open_bus += 1
+            return (1 << (8 * size)) - 1
+
+        def write(_uc: int, _offset: int, _size: int, _value: int, _data: int) -> None:
+            self.open_bus += 1
+
+        if self._end < end:
+            self._engine.map_device(self._end, end - self._end, read, write)
+            self._end = end
 
     def read(self, address: int, size: int) -> bytes:
         """``size`` bytes; what lies beyond RAM reads as 0xFF."""

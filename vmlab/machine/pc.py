@@ -19,6 +19,7 @@ from vmlab.machine.counter import Counter, Tags, block_hook
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.cpuid import cpuid
 from vmlab.machine.decode import Instruction
+from vmlab.machine.devices import lapic
 from vmlab.machine.devices.bus import PortBus
 from vmlab.machine.devices.debug_exit import DebugExit
 from vmlab.machine.devices.disk import FIRST_PORT, PORT_COUNT, SECTOR, Disk
@@ -29,7 +30,7 @@ from vmlab.machine.dma import Dma
 from vmlab.machine.engine import CODE_CALLBACK, Engine
 from vmlab.machine.exceptions import Exceptions, Interrupts
 from vmlab.machine.instructions import CR4_TSD, Instructions, port_operands
-from vmlab.machine.memory import Ram
+from vmlab.machine.memory import MemoryDevice, Ram
 from vmlab.machine.protocols import GuestMode, InterruptSource, Monitor, Stop, StopReason
 from vmlab.machine.timeline import Timeline
 
@@ -70,7 +71,7 @@ class Machine:
         #: Vectors whose INT n goes through the IDT in machine memory though there is a monitor: its own choice of gate.
         self.direct_gates: frozenset[int] = frozenset()
         #: The time stamp counter's offset (a VMM may hide its own time; TSC_OFFSET of AMD-V).
-        self.tsc_offset = 0
+        self.tsc_offset = self._tsc_adjustment = 0
         #: Physical page frames that code was run from: whoever else writes there (DMA) must have it decoded anew.
         self.code_frames: set[int] = set()
         self.failure: BaseException | None = None
@@ -89,7 +90,8 @@ class Machine:
         self.timeline = Timeline(lambda: self.time, self._set_limit)  # what is due when
         self.ports = PortBus()                                     # I/O ports
         self.pic = PicPair(lambda: self.interrupts.update())       # two 8259A
-        self.intr: InterruptSource = self.pic                      # what drives the CPU's INTR pin
+        self.lapic = lapic.Lapic(self.timeline, self.pic, lambda: self.interrupts.update())  # local APIC, in memory
+        self.intr: InterruptSource = self.lapic                    # what drives the CPU's INTR pin
         self.interrupts = Interrupts(self, self.exceptions)        # when INTR is taken
         self.uart = Uart(self._line(UART_IRQ), self.console.append)
         self.pit = Pit(self.timeline, self._line(PIT_IRQ))         # 8254
@@ -136,7 +138,9 @@ class Machine:
         return Disk(self.timeline, self._line(DISK_IRQ), Dma(self.ram, self.code_frames, self._code_was_written), image)
 
     def _attach(self) -> None:
-        """The devices at their ports."""
+        """The devices at their ports and addresses."""
+        self.ram.attach(_Counted(self.lapic, self.events), lapic.BASE, lapic.SIZE, self.fail)
+        self.ram.seal()
         ports = self.ports
         self.pic.attach(ports)
         ports.attach(self.pit, PIT_PORT, 4)
@@ -242,7 +246,11 @@ class Machine:
             index = block.offsets.get(address - block.pc)
             if index is not None:
                 time -= block.guest_weight_from(index)
-        return (time * TSC_PER_NANOSECOND + self.tsc_offset) & 0xFFFFFFFFFFFFFFFF
+        return (time * TSC_PER_NANOSECOND + self._tsc_adjustment + self.tsc_offset) & 0xFFFFFFFFFFFFFFFF
+
+    def set_tsc(self, value: int, address: int) -> None:
+        """The WRMSR at ``address`` sets the time stamp counter."""
+        self._tsc_adjustment += value - self.read_tsc(address)
 
     def idle(self) -> None:
         """The guest waits in HLT (a monitor calls this when it halts on its guest's behalf)."""
@@ -347,6 +355,21 @@ class Machine:
         for kind, n in self.events.items():
             events[kind] = events.get(kind, 0) + n
         return Snapshot(events, counted.user, counted.kernel, counted.machine)
+
+
+class _Counted:
+    """A device in memory, its accesses counted as a port's are."""
+
+    def __init__(self, device: MemoryDevice, events: Counts) -> None:
+        self._device, self._events = device, events
+
+    def read(self, offset: int, size: int) -> int:
+        self._events["io.device"] += 1
+        return self._device.read(offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._events["io.device"] += 1
+        self._device.write(offset, size, value)
 
 
 __all__ = ["CR4_TSD", "UART_IRQ", "UART_PORT", "Machine", "Monitor", "Stop", "StopReason", "cpuid", "port_operands"]

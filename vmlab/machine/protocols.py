@@ -38,6 +38,9 @@ class Monitor(Protocol):
 class GuestMode(Protocol):
     """What the machine asks of its AMD-V (svm.py) while the CPU is in guest mode. State is loaded before every call."""
 
+    #: CR8 of a guest whose interrupts are virtual (V_INTR_MASKING); None where it is the physical APIC's.
+    virtual_tpr: int | None
+
     def exit(self, code: int, info_1: int = 0, info_2: int | None = None) -> None:
         """#VMEXIT: the guest into the VMCB, the host into the CPU, and the end of the run."""
 

@@ -16,7 +16,10 @@ import ctypes
 import functools
 import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
@@ -26,6 +29,7 @@ from vmlab.machine.engine import INTR_CALLBACK, Engine, library
 
 ES, CS, SS, DS, FS, GS = range(6)
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+R11 = 11
 
 # Offsets from the start of CPUX86State (QEMU target/i386/cpu.h, as in Unicorn 2.1.4), in bytes.
 AT_EIP, AT_EFLAGS, AT_HFLAGS, AT_HFLAGS2, AT_SEGMENTS, AT_LDT, AT_TR, AT_GDT, AT_IDT, AT_CR, AT_EFER = (
@@ -40,10 +44,12 @@ HF2_GIF, HF2_HIF, HF2_VINTR, HF2_NPT = 1 << 0, 1 << 1, 1 << 3, 1 << 6
 
 @dataclass(frozen=True)
 class Layout:
-    """Byte offsets, from the start of the state, of what lies behind the debug registers."""
+    """Byte offsets, from the start of the state, of what lies behind the segments and control registers."""
 
     size: int
     debug_registers: int
+    #: Model-specific registers by number, each 8 bytes but for IA32_SYSENTER_CS.
+    msrs: Mapping[int, int]
 
     @property
     def error_code(self) -> int:
@@ -80,7 +86,7 @@ def calibrate() -> Layout:
     debug = window.raw().find(struct.pack("<4Q", *magic))
     if debug < 1000 or window.raw().find(struct.pack("<4Q", *magic), debug + 1) >= 0:
         raise _unknown("debug registers not found")
-    layout = Layout(window.size, debug)
+    layout = Layout(window.size, debug, _msrs(uc, window))
 
     registers = [x86.UC_X86_REG_RAX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX, x86.UC_X86_REG_RBX,
                  x86.UC_X86_REG_RSP, x86.UC_X86_REG_RBP, x86.UC_X86_REG_RSI, x86.UC_X86_REG_RDI]
@@ -125,6 +131,30 @@ def calibrate() -> Layout:
     if wrong:
         raise _unknown(f"{', '.join(wrong)} not where expected")
     return layout
+
+
+#: MSRs that system calls use, in the state's order: IA32_SYSENTER_ESP and _EIP, STAR, LSTAR, CSTAR, SFMASK.
+_SYSTEM_CALLS = (0x175, 0x176, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084)
+
+
+def _msrs(uc: Any, window: Window) -> Mapping[int, int]:
+    """Where the MSRs of system calls lie, each found by a value of its own; IA32_SYSENTER_CS, 16 bits, is checked in its place."""
+    found: dict[int, int] = {}
+    for i, number in enumerate(_SYSTEM_CALLS):
+        value = 0x00005E7C0DE51A70 + i
+        uc.reg_write(x86.UC_X86_REG_MSR, (number, value))
+        window.load()
+        raw, pattern = window.raw(), struct.pack("<Q", value)
+        found[number] = raw.find(pattern)
+        if found[number] < 0 or found[number] % 8 or raw.find(pattern, found[number] + 1) >= 0:
+            raise _unknown(f"MSR {number:#x} not found")
+    selector = found[0x174] = found[0x175] - 8
+    for value in (0xA5A4, 0x1230):
+        uc.reg_write(x86.UC_X86_REG_MSR, (0x174, value))
+        window.load()
+        if window.u32[selector // 4] != value:
+            raise _unknown("MSR 0x174 not where expected")
+    return MappingProxyType(found)
 
 
 def _unknown(what: str) -> UnsupportedHost:

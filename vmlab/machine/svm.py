@@ -19,7 +19,7 @@ from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import Fault, deliver
 from vmlab.machine.pc import Machine, Stop, StopReason, port_operands
-from vmlab.machine.state import CS, DS, ES, HF2_GIF, HF2_HIF, HF2_NPT, HF2_VINTR, HF_GUEST, RAX, RSP, SS
+from vmlab.machine.state import CS, DS, ES, HF2_GIF, HF2_HIF, HF2_NPT, HF2_VINTR, HF_GUEST, RAX, RCX, RSP, SS
 from vmlab.machine.vmcb import Vmcb
 
 # Host-physical map of the VMM. What a VMM adds of its own goes to FREE_FRAMES and above.
@@ -241,6 +241,17 @@ class Svm:
             self.exit(code)
             return True
         cpu = self.machine.cpu
+        if op in ("rdmsr", "wrmsr"):
+            if not self._intercepted(v.EXIT_MSR) or not self._msr_intercepted(cpu.gpr(RCX) & 0xFFFFFFFF, op == "wrmsr"):
+                return False
+            self.exit(v.EXIT_MSR, int(op == "wrmsr"))
+            return True
+        if op in ("mov_to_cr", "mov_from_cr"):  # CR8
+            kind, code = ("write", v.EXIT_CR_WRITE) if op == "mov_to_cr" else ("read", v.EXIT_CR_READ)
+            if not self._vmcb[f"intercept_cr_{kind}"] >> 8 & 1:
+                return False
+            self.exit(code + 8)
+            return True
         port, size = port_operands(instruction, cpu)
         if not self._intercepted(v.EXIT_IOIO) or not self._port_intercepted(port, size):
             return False
@@ -255,6 +266,25 @@ class Svm:
         at = self._vmcb["iopm_base"] + port // 8
         bits = int.from_bytes(self.machine.ram.read(at, 2), "little")
         return bool((bits >> port % 8) & ((1 << size) - 1))
+
+    def _msr_intercepted(self, number: int, write: bool) -> bool:
+        """The MSR permission map: two bits a register, in three ranges; all others are intercepted (APM Vol. 2 §15.11)."""
+        for first, at in ((0, 0), (0xC0000000, 0x800), (0xC0010000, 0x1000)):
+            if first <= number < first + 0x2000:
+                bit = 2 * (number - first) + write
+                return bool(self.machine.ram.read(self._vmcb["msrpm_base"] + at + bit // 8, 1)[0] >> bit % 8 & 1)
+        return True
+
+    @property
+    def virtual_tpr(self) -> int | None:
+        """CR8 of a guest under V_INTR_MASKING: V_TPR (APM Vol. 2 §15.21.2)."""
+        control = self._vmcb["interrupt_control"]
+        return control & v.V_TPR if control & v.V_INTR_MASKING else None
+
+    @virtual_tpr.setter
+    def virtual_tpr(self, value: int | None) -> None:
+        assert value is not None
+        self._vmcb["interrupt_control"] = self._vmcb["interrupt_control"] & ~v.V_TPR | value
 
     def lets_interrupts_in(self) -> bool:
         """Whether the CPU recognises a physical interrupt now (APM Vol. 2 §15.17, §15.21.1)."""
