@@ -35,7 +35,7 @@ class Run:
         self.guest = str(parameters.get("guest", "nano"))
         self.image = guests.load(self.guest)
         self.workload = str(parameters.get("workload", ""))
-        self.machine = Machine(path=path)
+        self.machine = Machine(path=path, disk=guests.disk(parameters))
         self.strategy: Strategy = self.kind(self.machine, parameters)
         self.marks: dict[str, Snapshot] = {}
         line = guests.command_line(parameters) if guests.workloads(self.guest) else str(parameters.get("append", ""))
@@ -84,12 +84,16 @@ class Run:
         return digest.hexdigest()
 
     def work(self) -> dict[str, int] | None:
-        """Operations and iterations as the guest counted them."""
+        """Operations and iterations, and whatever else the guest counted (symbols ``vmlab_count_NAME``)."""
         at = self.image.symbols.get("vmlab_work")
         if at is None:
             return None
         raw = self.strategy.read_guest(at, 8)
-        return {"operations": int.from_bytes(raw[:4], "little"), "iterations": int.from_bytes(raw[4:], "little")}
+        found = {"operations": int.from_bytes(raw[:4], "little"), "iterations": int.from_bytes(raw[4:], "little")}
+        for name, address in self.image.symbols.items():
+            if name.startswith("vmlab_count_"):
+                found[name.removeprefix("vmlab_count_")] = int.from_bytes(self.strategy.read_guest(address, 4), "little")
+        return found
 
 
 def run_cell(technique: str, parameters: Mapping[str, Value]) -> Cell:

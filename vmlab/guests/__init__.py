@@ -15,11 +15,11 @@ from types import MappingProxyType
 from vmlab.errors import ConfigError, GuestImageError
 from vmlab.guests.elf import parse
 from vmlab.guests.image import GuestImage, PvNotes, Segment, Workload
-from vmlab.guests.minios.workloads import WORKLOADS as MINIOS_WORKLOADS
+from vmlab.guests.minios import workloads as minios
 from vmlab.guests.nano.workloads import WORKLOADS as NANO_WORKLOADS
 from vmlab.parameters import Parameter, nearest
 
-__all__ = ["GuestImage", "PvNotes", "Segment", "Workload", "asynchronous", "command_line", "load", "names", "parameters", "workloads"]
+__all__ = ["GuestImage", "PvNotes", "Segment", "Workload", "asynchronous", "command_line", "disk", "load", "names", "parameters", "workloads"]
 
 _HERE = Path(__file__).resolve().parent
 _DEFAULT = "nano"
@@ -36,8 +36,8 @@ class _BuiltIn:
 
 _BUILT_IN = {
     "nano": _BuiltIn(_HERE / "nano" / "nano.elf", NANO_WORKLOADS, "cli_sti"),
-    "minios": _BuiltIn(_HERE / "minios" / "minios.elf", MINIOS_WORKLOADS, "forkwait"),
-    "minios64": _BuiltIn(_HERE / "minios" / "minios64.elf", MINIOS_WORKLOADS, "forkwait"),
+    "minios": _BuiltIn(_HERE / "minios" / "minios.elf", minios.WORKLOADS, "forkwait"),
+    "minios64": _BuiltIn(_HERE / "minios" / "minios64.elf", minios.WORKLOADS, "forkwait"),
 }
 
 
@@ -109,6 +109,16 @@ def command_line(values: Mapping[str, object]) -> str:
     for key, parameter in workload.parameters.items():
         words.append(f"{key}={parameter.check(key, values.get(key, parameter.default))}")
     return " ".join(words)
+
+
+def disk(values: Mapping[str, object]) -> bytes | None:
+    """The content of the disk that the guest finds at its start, or None where it has none.
+
+    Raises :class:`ConfigError` for an unknown workload or a disk of an impossible size.
+    """
+    if str(values.get("guest", _DEFAULT)) not in ("minios", "minios64"):
+        return None
+    return minios.disk({**values, "workload": _chosen(values).name})
 
 
 def asynchronous(values: Mapping[str, object]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -14,6 +15,7 @@ _PHASE = Parameter("nanoseconds between the timer's start and the first process"
 _SEED = Parameter("seed of the random generator", 1, minimum=1)
 _BATCH = Parameter("page-table changes in one hypercall, at most (paravirtual)", 32, minimum=1, maximum=512)
 _DISK = Parameter("how a paravirtual kernel reaches the block device", "ring", choices=("ring", "port"))
+_SECTORS = Parameter("sectors of 512 bytes of the disk; 32 are used", 32, minimum=1, maximum=65536)
 
 
 def _iterations(default: int, maximum: int = 10_000_000) -> Parameter:
@@ -36,7 +38,7 @@ def _nano(name: str, summary: str, iterations: int, maximum: int = 10_000_000, *
 def _macro(name: str, summary: str, iterations: int, *, disk: bool = False, **more: Parameter) -> Workload:
     parameters = {"iterations": _iterations(iterations), **more, "batch": _BATCH, "timer": _TICKING, "phase": _PHASE}
     if disk:
-        parameters["disk"] = _DISK
+        parameters |= {"disk": _DISK, "sectors": _SECTORS}
     return Workload(name, summary, MappingProxyType(parameters), asynchronous=disk)
 
 
@@ -77,3 +79,12 @@ _ALL = (
 
 #: By name.
 WORKLOADS: Mapping[str, Workload] = MappingProxyType({workload.name: workload for workload in _ALL})
+
+
+def disk(values: Mapping[str, object]) -> bytes | None:
+    """The disk that the workload in ``values`` finds, or None: every word tells its sector and its place."""
+    parameters = WORKLOADS[str(values["workload"])].parameters
+    if "sectors" not in parameters:
+        return None
+    sectors = parameters["sectors"].check("sectors", values.get("sectors", _SECTORS.default))
+    return b"".join(struct.pack("<128I", *(sector << 16 | word for word in range(128))) for sector in range(int(sectors)))

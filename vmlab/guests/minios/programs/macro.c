@@ -46,14 +46,15 @@ void compiler(word unit)
     exit(sum);
 }
 
-/* make -j `processes`: every unit is a fork, an exec, a compilation and a wait. */
+/* make -j `processes`: every unit is a fork, an exec, a compilation and a wait. Sixteen units make a library, which all
+ * must be finished for: so that no two at work write the same sector. */
 void build(void)
 {
     u32 iterations = option("iterations=", 16), jobs = option("processes=", 2), running = 0, sum = 0;
     pages_new(option("pages=", 64));
     begin();
     for (u32 unit = 0; unit < iterations; unit++) {
-        if (running == jobs)
+        while (running == jobs || (unit % 16 == 0 && running))
             sum += wait(), running--;
         if (!fork())
             call(CALL_EXEC, PROGRAM_COMPILER, unit, 0);
