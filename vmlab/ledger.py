@@ -109,6 +109,7 @@ def _kinds() -> Iterator[EventKind]:
     for op, words in SYSTEM_INSTRUCTIONS.items():
         yield vmm(f"emulate.{op}", f"{words} emulated by the VMM", "instruction")
     yield vmm("emulate.other", "another instruction emulated by the VMM", "instruction")
+    yield vmm("emulate.string", "elements of string instructions moved by the VMM", "element")
     yield vmm("emulated.user", "guest user instructions that the VMM emulated", "instruction")
     yield vmm("emulated.kernel", "guest kernel instructions that the VMM emulated", "instruction")
     # Exceptions: into a VMM (trap.*), through an IDT in machine memory (fault.delivered.*).
@@ -155,6 +156,15 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("bt.chain", "exits patched into direct jumps")
     yield vmm("bt.invalidate", "translations thrown away")
     yield vmm("bt.direct.enter", "switches to direct execution of user code")
+    # Memory virtualization.
+    yield vmm("shadow.fault.hidden", "hidden page faults: the shadow lacked what the guest's tables allow")
+    yield vmm("shadow.fault.dirty", "hidden page faults: a page's first write, to set its dirty bit")
+    yield vmm("shadow.fault.true", "true page faults, the guest's own, seen by the VMM")
+    yield vmm("shadow.trace.write", "stores to traced page tables, carried out by the VMM")
+    yield vmm("shadow.untrace", "traced frames given up because no table is in them any more")
+    yield vmm("shadow.page.made", "shadow pages made", "page")
+    yield vmm("shadow.page.dropped", "shadow pages dropped", "page")
+    yield vmm("nested.fault", "guest pages put into the nested tables on first touch")
     # Parts of a VMM's work; the path-length table of the costs room gives each its instructions.
     yield vmm("vmm.decode", "instructions decoded by the VMM")
     yield vmm("vmm.emulate", "instructions carried out by the VMM")

@@ -124,6 +124,10 @@ def _rules() -> dict[str, Rule]:
     rules["vmm.decode"] = _rule("VMM emulation", "path.decode")
     rules["vmm.guest_walk"] = _rule("VMM emulation", "path.guest_walk")
     rules["vmm.shadow_update"] = _rule("VMM emulation", "path.shadow_update")
+    rules["emulate.string"] = _rule("VMM emulation", "class.string")
+    rules["shadow.page.made"] = _rule("VMM emulation", "path.shadow_page")
+    rules["shadow.page.dropped"] = _rule("VMM emulation", "path.shadow_drop")
+    rules["nested.fault"] = _rule("VMM emulation", "path.nested_fault")
     rules["vmm.shadow_descriptor"] = _rule("VMM emulation", "path.shadow_descriptor")
     rules["safety.refused"] = _rule("VMM emulation", "path.refused")
     rules["host.world_switch"] = _rule("world switches", "path.world_switch", "insn.mov_to_cr")
@@ -138,6 +142,8 @@ def _not_priced() -> dict[str, str]:
     reasons |= {f"emulated.{name}": "the same instructions by ring; priced as emulate.*" for name in ("user", "kernel")}
     reasons |= {f"reflect.{vector}": "the VMM's work is priced as vmm.inject" for vector in EXCEPTIONS}
     reasons |= {f"iret.{name}": "which ring an IRET went to; priced as machine.iret" for name in ("same", "outer")}
+    parts = "priced by the trap or exit that it came by, vmm.guest_walk, vmm.shadow_update and what was emulated"
+    reasons |= {f"shadow.{kind}": parts for kind in ("fault.hidden", "fault.dirty", "fault.true", "trace.write", "untrace")}
     return reasons | {
         "interrupt.injected": "the VMM's work is priced as vmm.inject or event.upcall",
         "vmm.emulate": "the sum of emulate.*, which is priced by instruction",

@@ -93,15 +93,19 @@ def deliver(cpu: DeliveringCpu, vector: int, error_code: int | None = None, *, s
             cpu.rip = fault_rip
         if on_fault is not None:
             on_fault(vector, error_code, software, external, second)
+        if second.vector == PAGE_FAULT and second.address is not None:
+            cpu.cr2 = second.address    # only now: a page fault that a VMM intercepts leaves CR2 alone
         if vector == DOUBLE_FAULT:
             raise TripleFault(_last_words(cpu, second)) from second
-        if software or external:
-            return deliver(cpu, second.vector, second.error_code, on_fault=on_fault)
-        both_contribute = vector in _CONTRIBUTORY and second.vector in _CONTRIBUTORY
-        after_page_fault = vector == PAGE_FAULT and (second.vector in _CONTRIBUTORY or second.vector == PAGE_FAULT)
-        if both_contribute or after_page_fault:
+        if not (software or external) and doubles(vector, second.vector):
             return deliver(cpu, DOUBLE_FAULT, 0, on_fault=on_fault)
         return deliver(cpu, second.vector, second.error_code, on_fault=on_fault)
+
+
+def doubles(first: int, second: int) -> bool:
+    """Whether ``second``, raised while exception ``first`` was being delivered, makes a double fault (SDM Vol. 3A table 6-5)."""
+    return (first in _CONTRIBUTORY and second in _CONTRIBUTORY) or (
+        first == PAGE_FAULT and (second in _CONTRIBUTORY or second == PAGE_FAULT))
 
 
 def _last_words(cpu: DeliveringCpu, fault: Fault) -> str:
@@ -122,7 +126,6 @@ def _read(cpu: DeliveringCpu, address: int, size: int) -> bytes:
     try:
         return cpu.read_linear(address, size)
     except PageFault as fault:
-        cpu.cr2 = fault.address
         raise Fault(PAGE_FAULT, fault.error_code, fault.address) from fault
 
 
@@ -130,7 +133,6 @@ def _write(cpu: DeliveringCpu, address: int, data: bytes, user: bool) -> None:
     try:
         cpu.write_linear(address, data, user=user)
     except PageFault as fault:
-        cpu.cr2 = fault.address
         raise Fault(PAGE_FAULT, fault.error_code, fault.address) from fault
 
 

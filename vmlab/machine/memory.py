@@ -39,7 +39,9 @@ class Ram:
         self._map = mmap.mmap(-1, size)
         self.bytes = memoryview(self._map)
         self._base = (ctypes.c_ubyte * size).from_buffer(self._map)
-        engine.uc.mem_map_ptr(0, size, uc_const.UC_PROT_ALL, ctypes.addressof(self._base))
+        #: Where RAM lies in this process: another engine may map the same memory.
+        self.address = ctypes.addressof(self._base)
+        engine.uc.mem_map_ptr(0, size, uc_const.UC_PROT_ALL, self.address)
         self._engine, self._end = engine, size
         self.open_bus = 0
 

@@ -21,8 +21,8 @@ from vmlab.machine.state import CS, DS, ES, FS, GS, SS
 from vmlab.parameters import Value
 from vmlab.strategies.techniques import Technique
 
-#: What every technique gives its guest: 16 MiB of RAM from guest-physical address 0.
-GUEST_MEMORY = 16 << 20
+#: What every technique gives its guest: 32 MiB of RAM from guest-physical address 0.
+GUEST_MEMORY = 32 << 20
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import cast
 
-from vmlab.errors import TripleFault
+from vmlab.errors import TripleFault, UnsupportedByStrategy
 from vmlab.guests import GuestImage
 from vmlab.machine import vmcb as v
 from vmlab.machine.cpu import Segment
 from vmlab.machine.decode import Instruction, decode
-from vmlab.machine.delivery import HAS_ERROR_CODE, Fault
-from vmlab.machine.paging import CR0_PG, CR4_PSE
+from vmlab.machine.delivery import DOUBLE_FAULT, HAS_ERROR_CODE, PAGE_FAULT, Fault, doubles
+from vmlab.machine.paging import PF_FETCH, PF_USER, PF_WRITE, PageFault
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.machine.state import FS, GS, RAX, RBX, RSP
 from vmlab.machine.svm import FREE_FRAMES, Svm
@@ -27,16 +27,18 @@ from vmlab.strategies.techniques import HardwareAssistedTechnique
 from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_mode import GuestModeCpu
+from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
+from vmlab.vmm.operands import fetch
 from vmlab.vmm.platform import VirtualPlatform
+from vmlab.vmm.shadow import Outcome, ShadowPager
 from vmlab.vmm.space import GUEST_FRAMES
+from vmlab.vmm.stores import Stores
 from vmlab.vmm.vcpu import VirtualCpu
 
-# The VMM's frames: VMCB, permission maps (3 and 2 pages), the guest's page directory.
-_VMCB, _IOPM, _MSRPM, _PAGE_DIRECTORY = (FREE_FRAMES + 0x1000 * page for page in (0, 1, 4, 6))
-_LARGE = 4 << 20
-_NOWHERE = (1 << 32) - _LARGE          # nothing of the machine answers there
-_LARGE_USER_PAGE = 0x87                # P, R/W, U/S, PS: an unpaged guest has no rights to take away
+# The VMM's frames: VMCB, permission maps (3 and 2 pages).
+_VMCB, _IOPM, _MSRPM = (FREE_FRAMES + 0x1000 * page for page in (0, 1, 4))
 _SHADOWED_CRS = 1 << 0 | 1 << 3 | 1 << 4
+_ALWAYS = (v.EXIT_INTR, v.EXIT_CPUID, v.EXIT_HLT, v.EXIT_IOIO, v.EXIT_MSR, v.EXIT_SHUTDOWN, *v.EXITS_OF_SVM)
 
 
 class HardwareAssisted(HardwareAssistedTechnique, Strategy):
@@ -49,24 +51,28 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self.svm = Svm(machine)
         machine.monitor = self
         self.vmcb = CountedVmcb(machine.ram, _VMCB, self.counts)
-        self.cpu = GuestModeCpu(machine.cpu, self.vmcb, GUEST_MEMORY)
+        self.mmu = GuestMmu(GuestMemory(machine.ram, GUEST_FRAMES, GUEST_MEMORY), self.counts)
+        self.cpu = GuestModeCpu(machine.cpu, self.vmcb, self.mmu, nested=False)
+        self.pager = ShadowPager(self.mmu, self.counts, scheme=str(self.chosen["memory"]), space=None)
+        self.pager.on_foreign = self._note_foreign
         self.platform_devices = VirtualPlatform(machine)
         self.emulator = Emulator(machine, cast(VirtualCpu, self.cpu), self.platform_devices, self.counts)
+        self.emulator.carries_long_mode = True
+        self.emulator.on_paging = self.pager.reload
+        self.emulator.on_invlpg = self.pager.invlpg
+        self.stores = Stores(machine, self.mmu, self.emulator, self.pager.drop_all)
         self._window_open = False
         self._exits: dict[int, Callable[[], None]] = {
             **dict.fromkeys(range(v.EXIT_CR_READ, v.EXIT_DR_READ), self.emulate_next),
             v.EXIT_CPUID: self.emulate_next, v.EXIT_MSR: self.emulate_next, v.EXIT_HLT: self._halt, v.EXIT_IOIO: self._port,
-            v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window, v.EXIT_VMMCALL: self._undefined,
-            v.EXIT_SHUTDOWN: self._shutdown,
+            v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window, **dict.fromkeys(v.EXITS_OF_SVM, self._undefined),
+            v.EXIT_SHUTDOWN: self._shutdown, v.EXIT_EXCEPTION + PAGE_FAULT: self._page_fault, v.EXIT_INVLPG: self.emulate_next,
         }
 
     # ---- loading
     def load(self, image: GuestImage, command_line: str) -> None:
-        ram, cpu = self.machine.ram, self.machine.cpu
-        info = place_multiboot(image, command_line, GUEST_MEMORY, lambda gpa, data: ram.write(GUEST_FRAMES + gpa, data))
-        for slot in range(1024):
-            frame = GUEST_FRAMES + slot * _LARGE if slot * _LARGE < GUEST_MEMORY else _NOWHERE
-            ram.write32(_PAGE_DIRECTORY + 4 * slot, frame | _LARGE_USER_PAGE)
+        cpu = self.machine.cpu
+        info = place_multiboot(image, command_line, GUEST_MEMORY, self.mmu.memory.write)
         self._prepare_vmcb(image.entry)
         self.svm.vmload(_VMCB)
         for number, value in enumerate(self._reset_registers):
@@ -83,8 +89,8 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         vmcb["iopm_base"], vmcb["msrpm_base"] = _IOPM, _MSRPM
         vmcb["intercept_cr_read"] = _SHADOWED_CRS
         vmcb["intercept_cr_write"] = _SHADOWED_CRS
-        vmcb["intercepts"] = sum(v.intercept_bit(code) for code in (
-            v.EXIT_INTR, v.EXIT_CPUID, v.EXIT_HLT, v.EXIT_IOIO, v.EXIT_MSR, v.EXIT_SHUTDOWN, v.EXIT_VMRUN, v.EXIT_VMMCALL))
+        vmcb["intercept_exceptions"] = 1 << PAGE_FAULT
+        vmcb["intercepts"] = sum(v.intercept_bit(code) for code in (*_ALWAYS, *([v.EXIT_INVLPG] if self.pager.scheme == "lazy" else [])))
         vmcb["interrupt_control"] = v.V_INTR_MASKING
         vmcb["asid"] = 1
         # The state that a Multiboot loader leaves; paging is on, and the guest does not know.
@@ -94,8 +100,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         vmcb.set_segment("tr", Segment(0, 0, 0, 0x8900))
         vmcb.set_segment("ldtr", Segment(0, 0, 0, 0x8200))
         vmcb["gdtr.limit"], vmcb["idtr.limit"] = 0xFFFF, 0x3FF
-        vmcb["efer"] = 1 << 12  # SVME: VMRUN demands it; the guest cannot see it
-        vmcb["cr0"], vmcb["cr3"], vmcb["cr4"] = self.cpu.cr0 | CR0_PG, _PAGE_DIRECTORY, CR4_PSE
+        self.cpu.load_paging(self.pager.root)
         vmcb["dr6"], vmcb["dr7"] = 0xFFFF0FF0, 0x400
         vmcb["rflags"], vmcb["rip"] = 2, entry
 
@@ -124,6 +129,9 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         if handler is None:
             raise AssertionError(f"#VMEXIT {code:#x} at {self.cpu.rip:#x}, which this VMM never asked for")
         handler()
+        if self.pager.stale:
+            self.pager.stale = False
+            self.cpu.load_paging(self.pager.root)   # VMRUN flushes the TLB by itself: there is one ASID
 
     # ---- exits
     def emulate_next(self) -> None:
@@ -135,13 +143,13 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             self.emulator.emulate(instruction)
             self.cpu.end_shadow()
         except Fault as fault:
-            self._inject_exception(fault)
+            self._inject(fault)
 
     def _decode(self) -> Instruction | None:
         """AMD-V does not say which instruction exited, nor how long it is: the VMM fetches it."""
         self.counts["vmm.decode"] += 1
-        code = self.cpu.read("cs.base") + self.cpu.rip
-        return decode(self.cpu.read_linear(code, 15), 32 if self.cpu.hflags else 16)
+        cpu, bits = self.cpu, self.cpu.bits
+        return decode(fetch(cpu, cpu.rip if bits == 64 else (cpu.read("cs.base") + cpu.rip) & 0xFFFFFFFF), bits)
 
     def _port(self) -> None:
         """IN and OUT: port, size and the next RIP are in the exit information; INS and OUTS need decoding."""
@@ -170,8 +178,42 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
                 return
 
     def _undefined(self) -> None:
-        """VMMCALL: this VMM offers no hypercalls, and the bare machine raises #UD."""
-        self._inject_exception(Fault(6))
+        """AMD-V's own instructions: the guest has none (EFER.SVME is hidden), so the bare machine would raise #UD."""
+        self._inject(Fault(6))
+
+    def _page_fault(self) -> None:
+        """#PF on the shadow: hidden, a store to a traced table, or the guest's own; what it interrupted is injected again."""
+        code, address, during = (self.cpu.read(field) for field in ("exit_info_1", "exit_info_2", "exit_interrupt_info"))
+        during = during if during & v.EVENT_VALID else 0
+        try:
+            outcome = self.pager.fault(address, write=bool(code & PF_WRITE), user=bool(code & PF_USER), fetch=bool(code & PF_FETCH))
+        except PageFault as fault:
+            self.counts["shadow.fault.true"] += 1
+            self._inject(Fault(PAGE_FAULT, fault.error_code, fault.address), during)
+            return
+        if outcome is Outcome.HIDDEN:
+            self._inject_again(during)
+        elif during:
+            raise UnsupportedByStrategy(f"the guest at {self.cpu.rip:#x} has its stack at {address:#x} in one of its own page tables")
+        else:
+            self._carry_out(address)
+
+    def _carry_out(self, address: int) -> None:
+        """The instruction at RIP accesses ``address``, where the CPU must not: the VMM does all of it."""
+        instruction = self._decode()
+        if instruction is None:
+            raise AssertionError(f"the instruction at {self.cpu.rip:#x} accessed {address:#x}, and cannot be decoded")
+        try:
+            self.stores.carry_out(self.cpu, instruction, address)
+            self.cpu.end_shadow()
+        except Fault as fault:
+            self._inject(fault)
+
+    def _note_foreign(self, gpa: int) -> None:
+        """The guest mapped a frame that is not its own: it sees an empty bus."""
+        self.refused.append(f"the guest at {self.cpu.rip:#x} mapped guest-physical {gpa:#x}, "
+                            f"beyond its {GUEST_MEMORY >> 20} MiB; nothing answers there")
+        self.counts["safety.refused"] += 1
 
     def _shutdown(self) -> None:
         raise TripleFault(f"triple fault: the guest's CPU shut down at {self.cpu.rip:#x}")
@@ -180,11 +222,25 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         """A physical interrupt: :meth:`_before_entry` lets the host take it."""
 
     # ---- events for the guest
-    def _inject_exception(self, fault: Fault) -> None:
-        error_code = (fault.error_code or 0) if fault.vector in HAS_ERROR_CODE else None
+    def _inject(self, fault: Fault, during: int = 0) -> None:
+        """Raise an exception in the guest. ``during``: the event whose delivery raised it (SDM Vol. 3A §6.15, double fault)."""
+        if fault.vector == PAGE_FAULT and fault.address is not None:
+            self.cpu.cr2 = fault.address
+        vector, error_code = fault.vector, (fault.error_code or 0) if fault.vector in HAS_ERROR_CODE else None
+        if during & v.EVENT_TYPE == v.EVENT_EXCEPTION:
+            if during & 0xFF == DOUBLE_FAULT:
+                raise TripleFault(f"triple fault at {self.cpu.rip:#x}: exception {vector} while delivering a double fault")
+            if doubles(during & 0xFF, vector):
+                vector, error_code = DOUBLE_FAULT, 0
         self.counts["vmm.inject"] += 1
-        self.counts[f"reflect.{fault.vector}"] += 1
-        self.cpu.write("event_injection", v.event(v.EVENT_EXCEPTION, fault.vector, error_code))
+        self.counts[f"reflect.{vector}"] += 1
+        self.cpu.write("event_injection", v.event(v.EVENT_EXCEPTION, vector, error_code))
+
+    def _inject_again(self, during: int) -> None:
+        """The event whose delivery an exit interrupted. INT n needs no help: RIP is still at it."""
+        if during and during & v.EVENT_TYPE != v.EVENT_SOFTWARE:
+            self.counts["vmm.inject"] += 1
+            self.cpu.write("event_injection", during)
 
     def _before_entry(self) -> None:
         """Take physical interrupts, then inject a virtual one, or ask for the moment when the guest accepts it."""
@@ -247,4 +303,5 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
 
     def _believed(self, true: GuestState) -> GuestState:
         """The state with the control registers that the guest wrote, in place of those that it runs with."""
-        return dataclasses.replace(true, cr0=self.cpu.cr0, cr3=self.cpu.cr3, cr4=self.cpu.cr4)
+        mmu = self.mmu
+        return dataclasses.replace(true, cr0=mmu.cr0, cr3=mmu.cr3, cr4=mmu.cr4)

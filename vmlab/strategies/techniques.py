@@ -12,6 +12,7 @@ from typing import ClassVar
 from vmlab.parameters import Parameter, Value
 
 _MEMORY = "how guest memory is virtualized: static = page tables of the VMM's that never change"
+_SHADOWED = f"{_MEMORY}; tracing, lazy = shadow page tables"
 _HYPERVISOR = Parameter("where the VMM stands", "type1", ("type1",))
 
 
@@ -27,7 +28,7 @@ class Technique:
 
     @classmethod
     def platform(cls, parameters: Mapping[str, Value]) -> str:
-        """What a CPU must offer to run this: "x86", or "svm" for hardware assistance."""
+        """What a CPU must offer to run this: "x86", "svm" for hardware assistance, "svm-npt" for nested paging as well."""
         return "x86"
 
     @classmethod
@@ -45,7 +46,7 @@ class TrapAndEmulateTechnique(Technique):
     name = "trap-and-emulate"
     summary = "guest kernel at CPL 1; each privileged instruction traps and is emulated"
     parameters: ClassVar[Mapping[str, Parameter]] = {
-        "memory": Parameter(_MEMORY, "static", ("static",)),
+        "memory": Parameter(f"{_SHADOWED}; none = shadow page tables that nobody keeps in step", "static", ("static", "tracing", "lazy", "none")),
         "hypervisor": _HYPERVISOR,
         "sensitive": Parameter("do sensitive instructions trap (a hypothetical x86) or not (classical x86)", "silent", ("silent", "trap")),
     }
@@ -88,12 +89,13 @@ class HardwareAssistedTechnique(Technique):
     name = "hardware-assisted"
     summary = "the guest at CPL 0 in guest mode: VMCB, VMRUN, intercepts, event injection"
     parameters: ClassVar[Mapping[str, Parameter]] = {
-        "memory": Parameter(_MEMORY, "static", ("static",)),
+        "memory": Parameter(f"{_SHADOWED}; nested = nested page tables", "static", ("static", "tracing", "lazy", "nested")),
+        "nested_page": Parameter("size of the pages in nested tables", "4k", ("4k", "2m")),
     }
 
     @classmethod
     def platform(cls, parameters: Mapping[str, Value]) -> str:
-        return "svm"
+        return "svm-npt" if parameters.get("memory") == "nested" else "svm"
 
 
 #: The built-in techniques' descriptions by name.

@@ -17,6 +17,7 @@ from vmlab.machine.state import CS, DS
 from vmlab.parameters import Value
 from vmlab.strategies.base import GuestState
 from vmlab.strategies.techniques import BinaryTranslationTechnique
+from vmlab.vmm.guest_tables import GuestMmu
 from vmlab.vmm.monitor import DeprivilegingMonitor
 from vmlab.vmm.space import StaticSpace
 from vmlab.vmm.translator import GATE, PENDING, SITE, TARGET, VIRTUAL_FLAGS, Translator
@@ -30,9 +31,9 @@ _FLAT_KERNEL_CS = Segment(0x08, 0, 0xFFFFFFFF, 0x00CF9B00)
 class TranslatedCpu(VirtualCpu):
     """The virtual CPU of a translated kernel: RIP and CS are virtual, IF lives where translated code reaches it."""
 
-    def __init__(self, cpu: Cpu, space: StaticSpace) -> None:
+    def __init__(self, cpu: Cpu, space: StaticSpace, mmu: GuestMmu) -> None:
         self._flags_at = space.hole_frame(VIRTUAL_FLAGS)
-        super().__init__(cpu, space, true_selectors=True)
+        super().__init__(cpu, space, mmu, true_selectors=True)
         self._rip = 0
         self.kernel_cs = _FLAT_KERNEL_CS
 
@@ -92,7 +93,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self._pending_at = self.space.hole_frame(PENDING)
 
     def make_vcpu(self) -> TranslatedCpu:
-        return TranslatedCpu(self.machine.cpu, self.space)
+        return TranslatedCpu(self.machine.cpu, self.space, self.mmu)
 
     def load(self, image: GuestImage, command_line: str) -> None:
         super().load(image, command_line)

@@ -14,33 +14,41 @@ from vmlab.ledger import Counts
 from vmlab.machine.cpu import DF, IF, IOPL, ZF, Segment
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import Fault, read_descriptor
-from vmlab.machine.paging import CR0_PG
+from vmlab.machine.paging import CR4_FLUSHING, EFER_LMA, EFER_LME, EFER_NXE, PageFault
 from vmlab.machine.pc import Machine, cpuid, port_operands
 from vmlab.machine.state import CS, DS, ES, FS, GS, RAX, RBX, RCX, RDI, RDX, RSI, RSP, SS
 from vmlab.vmm.operands import CONTROL, DEBUG, REGISTERS, SEGMENTS, effective_address, read_operand, write_operand
 from vmlab.vmm.platform import VirtualPlatform
 from vmlab.vmm.vcpu import CHANGEABLE, VirtualCpu
 
-GP = 13
 CPUID_OSXSAVE, CR4_OSXSAVE = 1 << 27, 1 << 18
+GP, PF = 13, 14
+EFER, EFER_BITS = 0xC0000080, 1 | EFER_LME | EFER_LMA | EFER_NXE
 
 
 class Emulator:
     """Emulation of every system instruction that a 32-bit guest kernel of one CPU may use."""
 
+    #: Whether this VMM can run 64-bit code of its guest's.
+    carries_long_mode = False
+
     def __init__(self, machine: Machine, vcpu: VirtualCpu, platform: VirtualPlatform, counts: Counts) -> None:
         self.machine, self.vcpu, self.platform, self.counts = machine, vcpu, platform, counts
         #: HLT with nothing pending: the VMM decides what waiting means.
         self.on_halt: Callable[[], None] = lambda: None
+        #: A control register or EFER was written: the VMM's page tables may have to follow.
+        #: True when what the TLB holds is void as well (CR3 loads, CR4's paging bits).
+        self.on_paging: Callable[[bool], None] = lambda flush: None
+        self.on_invlpg: Callable[[int], None] = lambda address: None
         self.debug_registers = [0] * 8
-        self.msrs: dict[int, int] = {0x10: 0, 0xC0000080: 0}
+        self.msrs: dict[int, int] = {0x10: 0}
         self._by_op: dict[str, Callable[[Instruction], None]] = {
             "cli": self._cli, "sti": self._sti, "hlt": self._hlt, "in": self._in, "out": self._out, "ins": self._ins, "outs": self._outs,
             "pushf": self._pushf, "popf": self._popf, "iret": self._iret, "cpuid": self._cpuid, "rdtsc": self._rdtsc, "rdtscp": self._rdtsc,
             "mov_to_cr": self._mov_to_cr, "mov_from_cr": self._mov_from_cr, "mov_to_dr": self._mov_to_dr, "mov_from_dr": self._mov_from_dr,
             "lgdt": self._lgdt, "lidt": self._lidt, "lldt": self._lldt, "ltr": self._ltr,
             "sgdt": self._sgdt, "sidt": self._sidt, "sldt": self._sldt, "str": self._str,
-            "smsw": self._smsw, "lmsw": self._lmsw, "clts": self._clts, "invlpg": self._nothing, "invd": self._nothing, "wbinvd": self._nothing,
+            "smsw": self._smsw, "lmsw": self._lmsw, "clts": self._clts, "invlpg": self._invlpg, "invd": self._nothing, "wbinvd": self._nothing,
             "rdmsr": self._rdmsr, "wrmsr": self._wrmsr,
             "lar": self._lar, "lsl": self._lsl, "verr": self._verr, "verw": self._verw,
             "mov_from_seg": self._mov_from_seg, "push_seg": self._push_seg, "mov_to_seg": self._mov_to_seg, "pop_seg": self._pop_seg,
@@ -57,8 +65,13 @@ class Emulator:
         assert op is not None
         at = self.vcpu.rip
         user = self.vcpu.cpl == 3
-        self._next = (at + instruction.size) & 0xFFFFFFFF
-        self._by_op[op](instruction)
+        stack = self.vcpu.gpr(RSP)
+        self._next = self.vcpu.advance(instruction.size)
+        try:
+            self._by_op[op](instruction)
+        except (Fault, PageFault) as fault:
+            self.vcpu.set_gpr(RSP, stack, 8)
+            raise fault if isinstance(fault, Fault) else Fault(PF, fault.error_code, fault.address) from fault
         self.vcpu.rip = self._next
         self.count(op, user)
         if op != "sti" and self.vcpu.shadow_at == at:
@@ -239,6 +252,7 @@ class Emulator:
         step = -size if vcpu.eflags & DF else size
         while left:
             address = vcpu.gpr(pointer) & 0xFFFFFFFF
+            vcpu.mmu.translate(address, write=pointer == RDI, user=vcpu.cpl == 3)   # a fault must come before the device is touched
             self.counts["vmm.device"] += 1
             if pointer == RDI:
                 value = self.platform.port_read(port, size)
@@ -256,12 +270,12 @@ class Emulator:
         leaf = self.vcpu.gpr(RAX) & 0xFFFFFFFF
         values = list(cpuid(leaf, self.vcpu.gpr(RCX) & 0xFFFFFFFF))
         if leaf == 1:
-            values[2] = values[2] & ~CPUID_OSXSAVE | (CPUID_OSXSAVE if self.vcpu.cr4 & CR4_OSXSAVE else 0)
+            values[2] = values[2] & ~CPUID_OSXSAVE | (CPUID_OSXSAVE if self.vcpu.cr(4) & CR4_OSXSAVE else 0)
         for register, value in zip((RAX, RBX, RCX, RDX), values, strict=True):
             self.vcpu.set_gpr(register, value)
 
     def _rdtsc(self, instruction: Instruction) -> None:
-        if self.vcpu.cr4 & 4 and self.vcpu.cpl != 0:
+        if self.vcpu.cr(4) & 4 and self.vcpu.cpl != 0:
             raise Fault(GP, 0)
         tsc = self.machine.read_tsc()
         self.vcpu.set_gpr(RAX, tsc)
@@ -277,15 +291,17 @@ class Emulator:
         self.write_cr(number, value)
 
     def write_cr(self, number: int, value: int) -> None:
-        """A guest's write to CR0, CR2, CR3 or CR4. Paging stays the VMM's: a guest that turns it on needs shadow tables."""
-        if number == 0:
-            if value & CR0_PG:
-                raise UnsupportedByStrategy("memory=static carries unpaged guests only; this guest turned paging on")
-            self.vcpu.cr0 = (value & 0xE005003F) | 0x10
-        elif number in (2, 3, 4):
-            setattr(self.vcpu, f"cr{number}", value)
-        else:
+        """A guest's write to CR0, CR2, CR3 or CR4."""
+        mmu = self.vcpu.mmu
+        if number == 2:
+            self.vcpu.cr2 = value
+            return
+        write = {0: mmu.write_cr0, 3: mmu.write_cr3, 4: mmu.write_cr4}.get(number)
+        if write is None:
             raise Fault(6)
+        flush = number == 3 or (number == 4 and bool((value ^ mmu.cr4) & CR4_FLUSHING))
+        write(value)
+        self.on_paging(flush)
 
     def _mov_from_cr(self, instruction: Instruction) -> None:
         self._privileged()
@@ -308,34 +324,57 @@ class Emulator:
     def _lmsw(self, instruction: Instruction) -> None:
         self._privileged()
         value = read_operand(self.vcpu, instruction, instruction.cs.operands[0], 2)
-        self.vcpu.cr0 = (self.vcpu.cr0 & ~0xE) | (value & 0xE) | (value & 1)
+        self.write_cr(0, (self.vcpu.cr(0) & ~0xE) | (value & 0xE) | (value & 1))
 
     def _smsw(self, instruction: Instruction) -> None:
-        write_operand(self.vcpu, instruction, instruction.cs.operands[0], self.vcpu.cr0, 2)
+        write_operand(self.vcpu, instruction, instruction.cs.operands[0], self.vcpu.cr(0), 2)
 
     def _clts(self, _: Instruction) -> None:
         self._privileged()
-        self.vcpu.cr0 &= ~8
+        self.write_cr(0, self.vcpu.cr(0) & ~8)
 
     def _nothing(self, _: Instruction) -> None:
-        """INVLPG, INVD, WBINVD: this guest has no tables and the machine no caches."""
+        """INVD, WBINVD: the machine has no caches."""
         self._privileged()
+
+    def _invlpg(self, instruction: Instruction) -> None:
+        self._privileged()
+        self.on_invlpg(effective_address(self.vcpu, instruction, instruction.cs.operands[0]))
 
     def _rdmsr(self, _: Instruction) -> None:
         self._privileged()
         number = self.vcpu.gpr(RCX) & 0xFFFFFFFF
-        if number not in self.msrs:
+        if number == EFER:
+            value = self.vcpu.mmu.efer
+        elif number in self.msrs:
+            value = self.machine.read_tsc() if number == 0x10 else self.msrs[number]
+        else:
             raise Fault(GP, 0)
-        value = self.machine.read_tsc() if number == 0x10 else self.msrs[number]
         self.vcpu.set_gpr(RAX, value)
         self.vcpu.set_gpr(RDX, value >> 32)
 
     def _wrmsr(self, _: Instruction) -> None:
         self._privileged()
         number = self.vcpu.gpr(RCX) & 0xFFFFFFFF
-        if number not in self.msrs:
+        value = (self.vcpu.gpr(RAX) & 0xFFFFFFFF) | (self.vcpu.gpr(RDX) & 0xFFFFFFFF) << 32
+        if number == EFER:
+            self.write_efer(value)
+        elif number in self.msrs:
+            self.msrs[number] = value
+        else:
             raise Fault(GP, 0)
-        self.msrs[number] = (self.vcpu.gpr(RAX) & 0xFFFFFFFF) | (self.vcpu.gpr(RDX) & 0xFFFFFFFF) << 32
+
+    def write_efer(self, value: int) -> None:
+        """The extended feature enable register (APM Vol. 2 §3.1.7): SCE, LME, NXE exist for the guest."""
+        if value & ~EFER_BITS:
+            raise Fault(GP, 0)
+        if value & EFER_LME and not self.carries_long_mode:
+            raise UnsupportedByStrategy(
+                "the guest turns long mode on (EFER.LME), and a deprivileging VMM cannot carry a 64-bit kernel here: in 64-bit mode "
+                "segments have no limits, and ring 1, where the kernel would run, is supervisor to paging as the VMM is, "
+                "so nothing protects the VMM from it (use hardware-assisted)")
+        self.vcpu.mmu.write_efer(value)
+        self.on_paging(False)
 
     # ---- descriptor tables
     def _table_operand(self, instruction: Instruction) -> tuple[int, int]:

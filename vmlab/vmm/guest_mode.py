@@ -8,34 +8,39 @@ exit need it, so that one emulator serves all VMMs.
 from __future__ import annotations
 
 from vmlab.machine.cpu import IF, Cpu, Segment
-from vmlab.machine.paging import CR0_PG, CR4_PSE
-from vmlab.machine.state import CS, DS, ES, HF_CS32, RAX, RSP, SS
+from vmlab.machine.paging import CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE
+from vmlab.machine.state import CS, DS, ES, HF_CS32, HF_CS64, RAX, RSP, SS
 from vmlab.machine.vmcb import CountedVmcb
-from vmlab.vmm.space import GUEST_FRAMES
+from vmlab.vmm.guest_tables import GuestMmu
 
 _IN_VMCB = {ES: "es", CS: "cs", SS: "ss", DS: "ds"}
+_L, _D = 0x200, 0x400               # of a code segment's attributes in the VMCB (APM Vol. 2 table B-2)
+_SVME = 1 << 12
 
 
 class GuestModeCpu:
-    """A 32-bit guest that believes itself unpaged, on page tables of the VMM's.
+    """The guest's CPU at an exit.
 
     Fields of the VMCB are read once an exit at most: a VMM keeps them in its own variables.
+
+    :param nested: the guest's paging registers are its own, in the VMCB; otherwise the CPU runs on shadow tables and
+        ``mmu`` holds what the guest wrote.
     """
 
     shadow_at: int | None = None  # the interrupt shadow is the VMCB's; see end_shadow()
     #: Rights to ports were checked by the CPU before it exited.
     iopl = 3
 
-    def __init__(self, cpu: Cpu, vmcb: CountedVmcb, guest_memory: int) -> None:
-        self._physical, self._vmcb, self._memory_size = cpu, vmcb, guest_memory
-        self._ram = cpu.ram
+    def __init__(self, cpu: Cpu, vmcb: CountedVmcb, mmu: GuestMmu, *, nested: bool) -> None:
+        self._physical, self._vmcb, self._mmu, self._nested = cpu, vmcb, mmu, nested
         self._known: dict[str, int] = {}
-        #: Control registers as the guest wrote them; the VMCB has those that it really runs with.
-        self._cr0, self.cr3, self._cr4 = 0x11, 0, 0
+        self._mmu_known = False
+        self._loaded: dict[str, int] = {}
 
     def at_exit(self) -> None:
         """A new exit: what was read before is stale."""
         self._known.clear()
+        self._mmu_known = False
 
     def read(self, field: str) -> int:
         """A VMCB field, through the counted accessor the first time."""
@@ -61,7 +66,9 @@ class GuestModeCpu:
             return
         mask = (1 << (8 * size)) - 1
         field = "rax" if number == RAX else "rsp"
-        self.write(field, value & mask if size >= 4 else (self.read(field) & ~mask) | (value & mask))
+        new = value & mask if size >= 4 else (self.read(field) & ~mask) | (value & mask)
+        if self._known.get(field) != new:
+            self.write(field, new)
 
     @property
     def rip(self) -> int:
@@ -71,6 +78,10 @@ class GuestModeCpu:
     def rip(self, value: int) -> None:
         self.write("rip", value)
 
+    def advance(self, size: int) -> int:
+        """RIP behind an instruction of ``size`` bytes."""
+        return (self.rip + size) & (0xFFFFFFFFFFFFFFFF if self.bits == 64 else 0xFFFFFFFF)
+
     @property
     def cpl(self) -> int:
         return self.read("cpl")
@@ -78,6 +89,11 @@ class GuestModeCpu:
     @property
     def eflags(self) -> int:
         return self.read("rflags")
+
+    @eflags.setter
+    def eflags(self, value: int) -> None:
+        if self._known.get("rflags") != value:
+            self.write("rflags", value)
 
     @property
     def interrupts_enabled(self) -> bool:
@@ -89,9 +105,17 @@ class GuestModeCpu:
         return self
 
     @property
+    def bits(self) -> int:
+        """Size of the guest's code: 16, 32 or 64."""
+        attributes = self.read("cs.attributes")
+        if attributes & _L and self.mmu.efer & EFER_LMA:
+            return 64
+        return 32 if attributes & _D else 16
+
+    @property
     def hflags(self) -> int:
-        """The guest's code size, where :func:`~vmlab.machine.pc.port_operands` looks for it."""
-        return HF_CS32 if self.read("cs.attributes") & 0x400 else 0
+        """The guest's code size, where :func:`~vmlab.machine.instructions.port_operands` looks for it."""
+        return {64: HF_CS64 | HF_CS32, 32: HF_CS32, 16: 0}[self.bits]
 
     def segment(self, number: int) -> Segment:
         name = _IN_VMCB.get(number)
@@ -108,22 +132,30 @@ class GuestModeCpu:
 
     # ---- control registers: what the guest believes, and what the CPU runs with
     @property
-    def cr0(self) -> int:
-        return self._cr0
+    def mmu(self) -> GuestMmu:
+        """The guest's paging registers; under nested paging read from the VMCB, once an exit."""
+        if self._nested and not self._mmu_known:
+            self._mmu_known = True
+            self._mmu.assume(self.read("cr0"), self.read("cr3"), self.read("cr4"), self.read("efer") & ~_SVME)
+        return self._mmu
 
-    @cr0.setter
-    def cr0(self, value: int) -> None:
-        self._cr0 = value
-        self.write("cr0", value | CR0_PG)
+    def load_paging(self, root: int) -> None:
+        """Have the CPU run on the shadow tables at ``root``: only fields that change are written."""
+        mmu = self._mmu
+        active = EFER_LME | EFER_LMA if mmu.efer & EFER_LMA else 0
+        wanted = {"cr0": mmu.cr0 | CR0_PG | CR0_WP, "cr3": root, "cr4": mmu.cr4 | CR4_PAE,
+                  "efer": mmu.efer & ~(EFER_LME | EFER_LMA) | active | EFER_NXE | _SVME}
+        for field, value in wanted.items():
+            if self._loaded.get(field) != value:
+                self.write(field, value)
+        self._loaded = wanted
 
-    @property
-    def cr4(self) -> int:
-        return self._cr4
-
-    @cr4.setter
-    def cr4(self, value: int) -> None:
-        self._cr4 = value
-        self.write("cr4", value | CR4_PSE)
+    def follow_registers(self) -> None:
+        """Nested paging: the VMM wrote one of the guest's paging registers in its place."""
+        mmu = self._mmu
+        for field, value in (("cr0", mmu.cr0), ("cr3", mmu.cr3), ("cr4", mmu.cr4), ("efer", mmu.efer | _SVME)):
+            if self.read(field) != value:
+                self.write(field, value)
 
     @property
     def cr2(self) -> int:
@@ -134,15 +166,12 @@ class GuestModeCpu:
         self.write("cr2", value)
 
     def cr(self, number: int) -> int:
-        return {0: self.cr0, 2: self.cr2, 3: self.cr3, 4: self.cr4}[number]
+        return self.cr2 if number == 2 else {0: self.mmu.cr0, 3: self.mmu.cr3, 4: self.mmu.cr4}[number]
 
-    # ---- guest memory: linear is guest-physical; nothing answers beyond RAM
+    # ---- guest memory, through the guest's own tables
     def read_linear(self, address: int, size: int, *, user: bool = False) -> bytes:
-        address &= 0xFFFFFFFF
-        inside = max(0, min(size, self._memory_size - address))
-        return self._ram.read(GUEST_FRAMES + address, inside) + b"\xff" * (size - inside)
+        return self.mmu.read_linear(address, size, user=user)
 
     def write_linear(self, address: int, data: bytes, *, user: bool = False) -> None:
-        """Store into the guest's RAM; what lies beyond is dropped."""
-        address &= 0xFFFFFFFF
-        self._ram.write(GUEST_FRAMES + address, data[:max(0, self._memory_size - address)])
+        """Store into the guest's memory; raises its own PageFault."""
+        self.mmu.write_linear(address, data, user=user)

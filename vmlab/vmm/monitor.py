@@ -1,6 +1,6 @@
 """A VMM over a deprivileged guest: what trap-and-emulate and binary translation have in common.
 
-The guest's kernel at CPL 1, its users at CPL 3, on page tables that the VMM owns; exceptions decoded,
+The guest's kernel at CPL 1, its users at CPL 3, on shadow tables that the VMM owns; exceptions decoded,
 emulated or reflected; a virtual interrupt controller; interrupts injected when the virtual IF allows.
 """
 
@@ -13,21 +13,26 @@ from vmlab.guests import GuestImage
 from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import HAS_ERROR_CODE, Fault, deliver
+from vmlab.machine.paging import CR4_PAE, EFER_NXE, PF_FETCH, PF_USER, PF_WRITE, PageFault
 from vmlab.machine.pc import CR4_TSD, Machine, Stop, StopReason
 from vmlab.machine.state import CS, DS, ES, FS, GS, RAX, RBX, SS
 from vmlab.parameters import Value
 from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy
 from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
 from vmlab.vmm.emulate import Emulator
+from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
+from vmlab.vmm.operands import fetch
 from vmlab.vmm.platform import VirtualPlatform
-from vmlab.vmm.space import GUEST_FRAMES, PAGE_DIRECTORY, StaticSpace
+from vmlab.vmm.shadow import Outcome, ShadowPager
+from vmlab.vmm.space import GUEST_FRAMES, StaticSpace
+from vmlab.vmm.stores import Stores
 from vmlab.vmm.vcpu import KERNEL_RING, VirtualCpu
 
 #: Flat ring-1 descriptors: what the VMM gives a guest that has not loaded its own GDT yet.
 _FLAT_CODE = Segment(0x08 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9B00 | KERNEL_RING << 13)
 _FLAT_DATA = Segment(0x10, 0, 0xFFFFFFFF, 0x00CF9300 | KERNEL_RING << 13)
 _FLAT_STACK = Segment(0x10 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9300 | KERNEL_RING << 13)
-_CR4_PSE = 1 << 4
+_CR0 = 0x80010011                   # PG, WP, ET, PE
 
 
 class DeprivilegingMonitor(Strategy):
@@ -40,28 +45,35 @@ class DeprivilegingMonitor(Strategy):
     def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
         super().__init__(machine, parameters)
         machine.monitor = self
-        self.space = StaticSpace(machine.ram, GUEST_MEMORY)
+        self.space = StaticSpace(machine.ram)
+        self.mmu = GuestMmu(GuestMemory(machine.ram, GUEST_FRAMES, GUEST_MEMORY), self.counts)
+        self.pager = ShadowPager(self.mmu, self.counts, scheme=str(self.chosen.get("memory", "static")), space=self.space)
+        self.pager.on_foreign = self.note_foreign
         self.vcpu = self.make_vcpu()
         self.platform_devices = VirtualPlatform(machine)
         self.emulator = Emulator(machine, self.vcpu, self.platform_devices, self.counts)
         self.emulator.on_halt = self._halt
+        self.emulator.on_paging = self.pager.reload
+        self.emulator.on_invlpg = self.pager.invlpg
+        self.stores = Stores(machine, self.mmu, self.emulator, self.pager.drop_all)
         machine.on_attention = self.attend
 
     def make_vcpu(self) -> VirtualCpu:
         """The virtual CPU; techniques that keep more of it virtual make their own."""
-        return VirtualCpu(self.machine.cpu, self.space, true_selectors=self.true_selectors)
+        return VirtualCpu(self.machine.cpu, self.space, self.mmu, true_selectors=self.true_selectors)
 
     # ---- loading
     def load(self, image: GuestImage, command_line: str) -> None:
         machine = self.machine
-        info = place_multiboot(image, command_line, GUEST_MEMORY, lambda gpa, data: machine.ram.write(GUEST_FRAMES + gpa, data))
+        info = place_multiboot(image, command_line, GUEST_MEMORY, self.mmu.memory.write)
         cpu = machine.cpu
         cpu.enter_protected(image.entry, _FLAT_CODE, _FLAT_DATA)
         cpu.load()
         cpu.set_segment(SS, _FLAT_STACK)
-        cpu.set_cr(4, _CR4_PSE | (CR4_TSD if self.trap_tsc else 0))
-        cpu.set_cr(3, PAGE_DIRECTORY)
-        cpu.set_cr(0, 0x80010011)  # PG, WP, ET, PE
+        cpu.set_efer(EFER_NXE)
+        cpu.set_cr(4, CR4_PAE | (CR4_TSD if self.trap_tsc else 0))
+        cpu.set_cr(3, self.pager.root)
+        cpu.set_cr(0, _CR0)
         cpu.set_cpl(KERNEL_RING)
         cpu.eflags = 2 | IF
         cpu.set_gpr(RAX, MULTIBOOT_MAGIC)
@@ -80,6 +92,17 @@ class DeprivilegingMonitor(Strategy):
             self.page_fault(error_code or 0)
         else:
             self.reflect(Fault(vector, error_code))
+        self.follow_tables()
+
+    def follow_tables(self) -> None:
+        """Let the physical CPU see what changed in its tables since it last ran."""
+        if not self.pager.stale:
+            return
+        self.pager.stale = False
+        if self.machine.cpu.cr(3) != self.pager.root:
+            self.machine.cpu.set_cr(3, self.pager.root)     # which flushes the TLB
+        else:
+            self.machine.engine.flush_tlb()
 
     def general_protection(self, error_code: int) -> None:
         """#GP: a sensitive instruction to emulate, INT n through a closed gate, a stale shadow descriptor, or the guest's own."""
@@ -102,7 +125,7 @@ class DeprivilegingMonitor(Strategy):
         if known is not None:  # the machine already decoded this block; same bytes, no second fetch
             return known
         code = self.vcpu.segment(CS)
-        return decode(self.vcpu.read_linear((code.base + rip) & 0xFFFFFFFF, 15), 32 if code.flags & (1 << 22) else 16)
+        return decode(fetch(self.vcpu, (code.base + rip) & 0xFFFFFFFF), 32 if code.flags & (1 << 22) else 16)
 
     def emulate(self, instruction: Instruction) -> None:
         """Carry one instruction out on the virtual CPU, or reflect what it would have raised."""
@@ -136,12 +159,41 @@ class DeprivilegingMonitor(Strategy):
         return True
 
     def page_fault(self, error_code: int) -> None:
-        """#PF on the static tables: the guest reached beyond its RAM, or into the VMM's pages."""
+        """#PF: hidden (the shadow lacked it), a store to a traced table, a reach for the VMM's pages, or the guest's own."""
         address = self.machine.cpu.cr2
-        if self.space.in_hole(address):
-            self.refuse(f"{'store to' if error_code & 2 else 'fetch from' if error_code & 16 else 'access to'} "
+        if not self.mmu.paging and self.space.in_hole(address):
+            self.refuse(f"{'store to' if error_code & PF_WRITE else 'fetch from' if error_code & PF_FETCH else 'access to'} "
                         f"the VMM's memory at {address:#x}")
-        self.space.map_open_bus(address)
+        try:
+            outcome = self.pager.fault(address, write=bool(error_code & PF_WRITE), user=bool(error_code & PF_USER),
+                                       fetch=bool(error_code & PF_FETCH))
+        except PageFault as fault:
+            self.counts["shadow.fault.true"] += 1
+            self.reflect(Fault(14, fault.error_code, fault.address))
+            return
+        if outcome is not Outcome.HIDDEN:
+            self.carry_out(address)
+
+    def carry_out(self, address: int) -> None:
+        """The instruction at RIP accesses ``address``, where the CPU must not: the VMM does all of it."""
+        instruction = self.decode_at(self.vcpu.rip)
+        if instruction is None:
+            raise AssertionError(f"the instruction at {self.vcpu.rip:#x} accessed {address:#x}, and cannot be decoded")
+        at = self.vcpu.rip
+        try:
+            self.stores.carry_out(self.vcpu, instruction, address)
+        except Fault as fault:
+            self.reflect(fault)
+            return
+        if self.vcpu.shadow_at == at:
+            self.vcpu.shadow_at = None
+        self.inject_pending()
+
+    def note_foreign(self, gpa: int) -> None:
+        """The guest mapped a frame that is not its own: it sees an empty bus."""
+        self.refused.append(f"the guest at {self.vcpu.rip:#x} mapped guest-physical {gpa:#x}, "
+                            f"beyond its {GUEST_MEMORY >> 20} MiB; nothing answers there")
+        self.counts["safety.refused"] += 1
 
     def refuse(self, what: str) -> None:
         """End a guest that reached for what is not its own."""
@@ -166,6 +218,7 @@ class DeprivilegingMonitor(Strategy):
         """A physical interrupt: pass it to the virtual controller, and to the guest if it may be."""
         self.platform_devices.physical_interrupt()
         self.inject_pending()
+        self.follow_tables()
 
     def deliver_interrupt(self, vector: int) -> None:
         self.platform_devices.pic.set_line((vector - self.platform_devices.pic.master.base) & 7, True)
@@ -201,7 +254,9 @@ class DeprivilegingMonitor(Strategy):
             if vcpu.shadow_at == vcpu.rip:
                 return False
             vcpu.shadow_at = None
-        return self.inject_pending()
+        injected = self.inject_pending()
+        self.follow_tables()
+        return injected
 
     def _halt(self) -> None:
         """HLT: if nothing is pending, and nothing can come (no device here acts by itself), the run is over."""
@@ -217,6 +272,6 @@ class DeprivilegingMonitor(Strategy):
         return GuestState(
             gpr=tuple(cpu.gpr(i) & 0xFFFFFFFF for i in range(8)), rip=vcpu.rip, eflags=vcpu.eflags,
             selectors=tuple(vcpu.selector(i) for i in (ES, CS, SS, DS, FS, GS)),
-            cr0=vcpu.cr0, cr2=vcpu.cr2, cr3=vcpu.cr3, cr4=vcpu.cr4,
+            cr0=vcpu.cr(0), cr2=vcpu.cr2, cr3=vcpu.cr(3), cr4=vcpu.cr(4),
             gdt=(vcpu.gdt.base, vcpu.gdt.limit), idt=(vcpu.idt.base, vcpu.idt.limit),
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Protocol
 
 from capstone import x86_const as cs_x86
 
 from vmlab.machine.decode import Instruction
+from vmlab.machine.memory import PAGE
+from vmlab.machine.paging import PageFault
 from vmlab.machine.state import CS, DS, ES, FS, GS, RBP, RSP, SS
 
 _NAMES = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
@@ -39,6 +42,16 @@ class Registers(Protocol):
 
     @property
     def cpl(self) -> int: ...
+
+
+def fetch(cpu: Registers, address: int) -> bytes:
+    """Up to 15 bytes of code at a linear address: fewer where the next page is absent."""
+    inside = min(15, PAGE - address % PAGE)
+    raw = cpu.read_linear(address, inside)
+    if inside < 15:
+        with contextlib.suppress(PageFault):
+            raw += cpu.read_linear(address + inside, 15 - inside)
+    return raw
 
 
 def effective_address(cpu: Registers, instruction: Instruction, operand: Any) -> int:

@@ -9,12 +9,13 @@ the guest as well: its tables are then the guest's, its privilege levels virtual
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
 
 from vmlab.errors import GuestRefused
 from vmlab.machine.cpu import AC, IF, IOPL, NT, RF, TF, VM, Cpu, Segment, unpack_descriptor
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import CS, SS
+from vmlab.vmm.guest_tables import GuestMmu
 from vmlab.vmm.space import HOLE, StaticSpace
 
 SHADOW_GDT = HOLE                   # linear; 64 KiB, the largest a GDT can be
@@ -38,10 +39,10 @@ class VirtualCpu:
     instruction that uses them traps); otherwise they show ring 1, and IRET runs on the hardware.
     """
 
-    def __init__(self, cpu: Cpu, space: StaticSpace, *, true_selectors: bool) -> None:
-        self.cpu, self.space, self.true_selectors = cpu, space, true_selectors
+    def __init__(self, cpu: Cpu, space: StaticSpace, mmu: GuestMmu, *, true_selectors: bool) -> None:
+        self.cpu, self.space, self.mmu, self.true_selectors = cpu, space, mmu, true_selectors
         self.flags = 0                        # IF and IOPL as the guest set them
-        self.cr0, self.cr2, self.cr3, self.cr4 = 0x11, 0, 0, 0
+        self.cr2 = 0
         self.gdt = self.idt = _NO_TABLE
         self.ldt = Segment(0, 0, 0, 0x8200)
         self.tr = Segment(0, 0, 0, 0x8900)
@@ -72,6 +73,10 @@ class VirtualCpu:
     def rip(self, value: int) -> None:
         self.cpu.rip = value
 
+    def advance(self, size: int) -> int:
+        """RIP behind an instruction of ``size`` bytes."""
+        return (self.rip + size) & 0xFFFFFFFF
+
     def gpr(self, number: int) -> int:
         return self.cpu.gpr(number)
 
@@ -101,7 +106,7 @@ class VirtualCpu:
         return (self.flags & IOPL) >> 12
 
     def cr(self, number: int) -> int:
-        return {0: self.cr0, 2: self.cr2, 3: self.cr3, 4: self.cr4}[number]
+        return {0: self.mmu.cr0, 2: self.cr2, 3: self.mmu.cr3, 4: self.mmu.cr4}[number]
 
     def table(self, name: str) -> Segment:
         found: Segment = {"gdt": self.gdt, "idt": self.idt, "ldt": self.ldt, "tr": self.tr}[name]
@@ -134,25 +139,21 @@ class VirtualCpu:
         """The selector to load into CS or SS for what the guest calls ``selector``."""
         return selector | KERNEL_RING if selector & 3 == 0 and selector & 0xFFFC else selector
 
-    # ---- guest memory by linear address
+    # ---- guest memory by linear address, through the guest's own tables
     def read_linear(self, address: int, size: int, *, user: bool = False) -> bytes:
-        data: bytes = self._access(lambda: self.cpu.read_linear(address, size, user=user))
-        return data
+        """Fetch for the guest; raises its own PageFault."""
+        self._refuse_hole(address, size, "reached")
+        return self.mmu.read_linear(address, size, user=user)
 
     def write_linear(self, address: int, data: bytes, *, user: bool = False) -> None:
-        """Store for the guest; raises GuestRefused when it aims at the VMM's pages."""
-        if self.space.in_hole(address) or self.space.in_hole((address + len(data) - 1) & 0xFFFFFFFF):
-            raise GuestRefused(f"the guest at {self.rip:#x} tried to store into the VMM's memory at {address:#x}")
-        self._access(lambda: self.cpu.write_linear(address, data, user=user))
+        """Store for the guest; raises its own PageFault, and GuestRefused when it aims at the VMM's pages."""
+        self._refuse_hole(address, len(data), "tried to store into")
+        self.mmu.write_linear(address, data, user=user)
 
-    def _access(self, access: Any) -> Any:
-        while True:
-            try:
-                return access()
-            except PageFault as fault:
-                if self.space.in_hole(fault.address):
-                    raise GuestRefused(f"the guest at {self.rip:#x} reached the VMM's memory at {fault.address:#x}") from fault
-                self.space.map_open_bus(fault.address)
+    def _refuse_hole(self, address: int, size: int, what: str) -> None:
+        """An unpaged guest has no page there but the VMM's; a paged one has its own page fault."""
+        if not self.mmu.paging and (self.space.in_hole(address) or self.space.in_hole((address + size - 1) & 0xFFFFFFFF)):
+            raise GuestRefused(f"the guest at {self.rip:#x} {what} the VMM's memory at {address:#x}")
 
     # ---- descriptor tables
     def load_gdt(self, base: int, limit: int) -> int:
@@ -164,7 +165,8 @@ class VirtualCpu:
         self.space.ram.write(frame, bytes(0x10000))
         made = 0
         for index in range(size // 8):
-            made += self.shadow_descriptor(index)
+            with contextlib.suppress(PageFault):    # LGDT does not look; a segment load that needs the page will
+                made += self.shadow_descriptor(index)
         self.cpu.set_table("gdt", Segment(0, SHADOW_GDT, (size // 8) * 8 - 1 if size >= 8 else 0, 0))
         self.cpu.engine.flush_tlb()
         return made

@@ -1,0 +1,180 @@
+"""The guest's memory and its own page tables, as a VMM sees them.
+
+:class:`GuestMemory` is guest-physical memory: RAM from gpa 0, nothing above it. :class:`GuestMmu` holds the paging
+registers that the guest wrote and walks the guest's tables with them: the machine's walker
+(:mod:`vmlab.machine.paging`) over guest-physical memory, which sets the guest's accessed and dirty bits as the CPU
+would have. Neither knows anything of shadow tables; who must hear of a store asks for it (:attr:`GuestMemory.on_write`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vmlab.ledger import Counts
+from vmlab.machine import paging
+from vmlab.machine.delivery import Fault
+from vmlab.machine.memory import PAGE, Ram
+from vmlab.machine.paging import CR0_PG, CR0_WP, CR4_FLUSHING, CR4_PAE, EFER_LMA, EFER_LME, PageFault, Tables, Walk
+
+CR0_PE, CR0_NW, CR0_CD = 1, 1 << 29, 1 << 30
+#: CR0 bits that exist; the others read as written zero (SDM Vol. 3A §2.5). ET is always 1.
+CR0_BITS, CR0_ET = 0xE005003F, 0x10
+
+
+class GuestMemory:
+    """``size`` bytes of guest RAM at hpa ``base``. Addresses are guest-physical (gpa).
+
+    Nothing answers above RAM: reads give all ones and writes vanish, as on the bare machine's bus.
+    """
+
+    def __init__(self, ram: Ram, base: int, size: int) -> None:
+        self.ram, self.base, self.size = ram, base, size
+        #: Told of every store by the VMM or a device on the guest's behalf: (gpa, bytes).
+        self.on_write: Callable[[int, int], None] = lambda gpa, size: None
+
+    def inside(self, gpa: int) -> bool:
+        """Whether RAM answers at ``gpa``."""
+        return gpa < self.size
+
+    def read(self, gpa: int, size: int) -> bytes:
+        inside = max(0, min(size, self.size - gpa))
+        return self.ram.read(self.base + gpa, inside) + b"\xff" * (size - inside)
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Store for the guest; what lies beyond RAM is dropped."""
+        inside = data[:max(0, self.size - gpa)]
+        if inside:
+            self.ram.write(self.base + gpa, inside)
+            self.on_write(gpa, len(inside))
+
+    # ---- what the walker needs; its accessed and dirty bits are no news to anybody
+    def read32(self, gpa: int) -> int:
+        return self.ram.read32(self.base + gpa) if gpa + 4 <= self.size else 0xFFFFFFFF
+
+    def read64(self, gpa: int) -> int:
+        return self.ram.read64(self.base + gpa) if gpa + 8 <= self.size else 0xFFFFFFFFFFFFFFFF
+
+    def write32(self, gpa: int, value: int) -> None:
+        if gpa + 4 <= self.size:
+            self.ram.write32(self.base + gpa, value)
+
+    def write64(self, gpa: int, value: int) -> None:
+        if gpa + 8 <= self.size:
+            self.ram.write64(self.base + gpa, value)
+
+
+class GuestMmu:
+    """The guest's paging registers and what its tables say. Register writes follow SDM Vol. 2, MOV—Move to/from Control Registers."""
+
+    def __init__(self, memory: GuestMemory, counts: Counts) -> None:
+        self.memory, self._counts = memory, counts
+        self.cr0, self.cr3, self.cr4, self.efer = CR0_PE | CR0_ET, 0, 0, 0
+        self._pdptes: tuple[int, ...] | None = None
+        self._tables: Tables | None = None
+
+    @property
+    def paging(self) -> bool:
+        return bool(self.cr0 & CR0_PG)
+
+    @property
+    def tables(self) -> Tables:
+        """The registers as a walk needs them."""
+        if self._tables is None:
+            self._tables = Tables(self.cr0, self.cr3, self.cr4, self.efer, self._pdptes)
+        return self._tables
+
+    # ---- registers
+    def write_cr0(self, value: int) -> None:
+        """CR0, and what follows: long mode becomes active, PDPTEs are loaded. Raises #GP for impossible combinations."""
+        value = value & CR0_BITS | CR0_ET
+        if (value & CR0_PG and not value & CR0_PE) or (value & CR0_NW and not value & CR0_CD):
+            raise Fault(13, 0)
+        efer = self.efer
+        if value & CR0_PG and not self.cr0 & CR0_PG and efer & EFER_LME:
+            if not self.cr4 & CR4_PAE:
+                raise Fault(13, 0)
+            efer |= EFER_LMA
+        elif not value & CR0_PG:
+            efer &= ~EFER_LMA
+        self._set(value, self.cr3, self.cr4, efer, load=bool((value ^ self.cr0) & (CR0_PG | CR0_CD | CR0_NW)))
+
+    def write_cr3(self, value: int) -> None:
+        self._set(self.cr0, value if self.efer & EFER_LMA else value & 0xFFFFFFFF, self.cr4, self.efer, load=True)
+
+    def write_cr4(self, value: int) -> None:
+        if self.efer & EFER_LMA and not value & CR4_PAE:
+            raise Fault(13, 0)
+        self._set(self.cr0, self.cr3, value, self.efer, load=bool((value ^ self.cr4) & CR4_FLUSHING))
+
+    def write_efer(self, value: int) -> None:
+        """EFER; LMA is the CPU's to set. Raises #GP when LME changes under paging (APM Vol. 2 §14.6.1)."""
+        if self.paging and (value ^ self.efer) & EFER_LME:
+            raise Fault(13, 0)
+        self._set(self.cr0, self.cr3, self.cr4, value & ~EFER_LMA | self.efer & EFER_LMA, load=False)
+
+    def _set(self, cr0: int, cr3: int, cr4: int, efer: int, *, load: bool) -> None:
+        pae = bool(cr0 & CR0_PG and cr4 & CR4_PAE and not efer & EFER_LMA)
+        pdptes = self._pdptes if pae else None
+        if pae and (load or pdptes is None):
+            pdptes = paging.load_pdptes(self.memory, cr3)
+            if pdptes is None:
+                raise Fault(13, 0)
+        self.cr0, self.cr3, self.cr4, self.efer, self._pdptes, self._tables = cr0, cr3, cr4, efer, pdptes, None
+
+    def assume(self, cr0: int, cr3: int, cr4: int, efer: int) -> None:
+        """The registers as the CPU holds them, where the guest writes them without the VMM (nested paging)."""
+        self.cr0, self.cr3, self.cr4, self.efer, self._pdptes, self._tables = cr0, cr3, cr4, efer, None, None
+
+    @property
+    def pdptes(self) -> tuple[int, ...]:
+        """The four PDPTE registers of PAE paging."""
+        assert self._pdptes is not None
+        return self._pdptes
+
+    @property
+    def write_protect(self) -> bool:
+        return bool(self.cr0 & CR0_WP)
+
+    # ---- translation
+    def check(self, address: int, *, write: bool, user: bool, fetch: bool = False) -> Walk:
+        """The guest's own walk for this access, its A and D bits set; raises the guest's :class:`PageFault`. Paging must be on."""
+        self._counts["vmm.guest_walk"] += 1
+        return paging.check(self.memory, self.tables, address, write=write, user=user, fetch=fetch)
+
+    def translate(self, address: int, *, write: bool = False, user: bool = False, fetch: bool = False) -> int:
+        """gva to gpa; raises :class:`PageFault`."""
+        if not self.paging:
+            return address & 0xFFFFFFFF
+        found = self.check(address, write=write, user=user, fetch=fetch)
+        return found.frame | address & ((1 << found.shift) - 1)
+
+    def reaches(self, address: int) -> bool:
+        """Whether the guest's tables have a page directory entry for ``address``; leaves no trace in them."""
+        try:
+            paging.walk(self.memory, self.tables, address, 0, mark=False)
+        except PageFault as fault:
+            return fault.level == 1
+        return True
+
+    def read_linear(self, address: int, size: int, *, user: bool = False) -> bytes:
+        """Bytes at a linear address of the guest; raises :class:`PageFault`."""
+        if not self.paging and address + size <= 1 << 32:
+            return self.memory.read(address, size)
+        return b"".join(self.memory.read(gpa, n) for gpa, n in self._pieces(address, size, write=False, user=user))
+
+    def write_linear(self, address: int, data: bytes, *, user: bool = False) -> None:
+        """Store at a linear address of the guest, all of it or nothing; raises :class:`PageFault`."""
+        done = 0
+        for gpa, n in self._pieces(address, len(data), write=True, user=user):
+            self.memory.write(gpa, data[done:done + n])
+            done += n
+
+    def _pieces(self, address: int, size: int, *, write: bool, user: bool) -> list[tuple[int, int]]:
+        limit = 0xFFFFFFFFFFFFFFFF if self.efer & EFER_LMA else 0xFFFFFFFF
+        pieces = []
+        while size > 0:
+            address &= limit
+            n = min(size, PAGE - address % PAGE)
+            pieces.append((self.translate(address, write=write, user=user), n))
+            address, size = address + n, size - n
+        return pieces

@@ -1,0 +1,498 @@
+"""Shadow page tables: what the physical MMU walks in place of the guest's own tables.
+
+A shadow page stands for one of the guest's tables at one level, or for a piece of a large page that is split into
+4 KiB pages (*direct*). Its entries give what the guest's entries give, translated to host-physical frames, and never
+more: an entry is present only once the guest's has its accessed bit, writable only once it has its dirty bit, so that
+the VMM sets both at the moment at which the CPU would have. Rights are gathered in the leaf; upper entries give all.
+Shadow tables are PAE for 32-bit guests, whatever their own format, and four-level for 64-bit ones.
+
+Three ways to keep them in step with the guest's:
+
+* ``tracing``: shadow pages are cached for all address spaces, and the guest's tables that they stand for are mapped
+  read-only everywhere. A store to one is a *trace fault*: the VMM carries it out and corrects the derived entries.
+  A table that is written while no current address space uses it is given up (its frame was recycled).
+* ``lazy``: the shadow is a big TLB. A guest must flush after it takes rights away; CR3 loads drop everything, INVLPG one
+  page. The guest's tables stay writable.
+* ``none``: filled on first use and never corrected: the shadow goes stale.
+
+An unpaged guest runs on a direct map. This room knows nothing of who runs the guest (SDM Vol. 3A §4; Adams & Agesen,
+ASPLOS 2006, §2.4).
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Callable
+
+from vmlab.errors import UnsupportedByStrategy
+from vmlab.ledger import Counts
+from vmlab.machine.memory import PAGE
+from vmlab.machine.paging import CR4_PAE, CR4_PSE, EFER_LMA, EFER_NXE, NX, PS, RW, US, A, P, Walk
+from vmlab.machine.paging import D as DIRTY
+from vmlab.vmm.guest_tables import GuestMmu
+from vmlab.vmm.space import HOLE, LARGE, POOL, StaticSpace
+
+_FRAME = 0x000FFFFFFFFFF000
+_CLEAN = 1 << 9                     # available to software: read-only only because the guest's D bit was clear
+_ALL = RW | US
+_MAX_ROOTS = 64                     # address spaces cached at most
+_RESERVE = 8                        # frames that one fault may need
+_TABLE = struct.Struct("<512Q")
+
+
+class Outcome(enum.Enum):
+    """What a page fault was that the guest's own tables allow."""
+
+    HIDDEN = "the shadow was filled: let the guest try again"
+    TRACE = "a store to one of the guest's page tables: carry it out"
+    DEVICE = "a device's registers, not memory: carry the access out"
+
+
+class ShadowPage:
+    """One page of shadow table. ``key`` says what it stands for; ``parents`` maps entry addresses to the pages they are in."""
+
+    __slots__ = ("access", "children", "direct", "frame", "gfn", "hole", "key", "level", "parents", "quadrant")
+
+    def __init__(self, key: Key, frame: int) -> None:
+        self.key, self.frame = key, frame
+        self.gfn, self.level, self.quadrant, self.access, self.direct, self.hole = key
+        self.parents: dict[int, ShadowPage] = {}
+        self.children: dict[int, ShadowPage] = {}
+
+
+#: Guest frame, level, quadrant (32-bit tables have 1024 entries), gathered rights of the levels above, direct, holds the hole.
+Key = tuple[int, int, int, int, bool, bool]
+
+
+class ShadowPager:
+    """The shadow tables of one guest; see the module's text.
+
+    :param scheme: "static" (unpaged guests only), "tracing", "lazy" or "none".
+    :param space: the VMM's own pages in the guest's linear space, or None where it needs none (hardware assistance).
+    """
+
+    def __init__(self, mmu: GuestMmu, counts: Counts, *, scheme: str, space: StaticSpace | None) -> None:
+        self.mmu, self.scheme = mmu, scheme
+        self.tracing = scheme == "tracing"
+        self._counts, self._space = counts, space
+        self._memory, self._ram = mmu.memory, mmu.memory.ram
+        self._nowhere = (self._ram.size + LARGE - 1) & ~(LARGE - 1)
+        self._free = list(range(POOL.stop - PAGE, POOL.start - PAGE, -PAGE))
+        #: Guest-physical addresses at which a device answers: accesses to them are carried out by the VMM.
+        self.is_device: Callable[[int], bool] = lambda gpa: False
+        #: What the guest reached for beyond its RAM, told once a frame.
+        self.on_foreign: Callable[[int], None] = lambda gpa: None
+        self._foreign: set[int] = set()
+        self._pages: dict[Key, ShadowPage] = {}
+        self._by_gfn: dict[int, list[ShadowPage]] = {}
+        self._leaves: dict[int, set[int]] = {}          # guest frame -> addresses of shadow leaves that map it
+        self._roots: dict[int, ShadowPage] = {}         # CR3 -> root, least recently used first
+        self._hole_directory = self._make_hole_directory()
+        self._direct = self._make_direct()
+        self._root = self._direct
+        self._mode = self._current_mode()
+        #: Set when a translation that the CPU may have cached was taken away.
+        self.stale = False
+        memory_told = self._memory.on_write
+
+        def told(gpa: int, size: int) -> None:
+            memory_told(gpa, size)
+            self.wrote(gpa, size)
+
+        if self.tracing:
+            self._memory.on_write = told
+
+    @property
+    def root(self) -> int:
+        """hpa of the root, for the physical CR3."""
+        return self._root.frame
+
+    @property
+    def long_mode(self) -> bool:
+        """Whether the root is a four-level one."""
+        return self._root.level == 4
+
+    # ---- fixed tables
+    def _allocate(self) -> int:
+        frame = self._free.pop()
+        self._ram.write(frame, bytes(PAGE))
+        return frame
+
+    def _make_hole_directory(self) -> int:
+        """A page directory with nothing but the VMM's hole, for roots whose last GiB the guest does not use."""
+        if self._space is None:
+            return 0
+        frame = self._allocate()
+        self._copy_hole(frame)
+        return frame
+
+    def _copy_hole(self, directory: int) -> None:
+        assert self._space is not None
+        for index, entry in self._space.directory_entries():
+            self._ram.write64(directory + 8 * index, entry)
+
+    def _make_direct(self) -> ShadowPage:
+        """Linear = guest-physical: 2 MiB pages to the guest's frames, and beyond its RAM to where nothing answers."""
+        root = ShadowPage((0, 3, 0, _ALL, True, False), self._allocate())
+        for slot in range(4):
+            directory = self._allocate()
+            entries = []
+            for index in range(512):
+                gpa = slot << 30 | index * LARGE
+                entries.append((self._memory.base + gpa if self._memory.inside(gpa) else self._nowhere) | PS | _ALL | P | A | DIRTY)
+            _TABLE.pack_into(self._ram.bytes, directory, *entries)
+            if slot == 3 and self._space is not None:
+                self._copy_hole(directory)
+            self._ram.write64(root.frame + 8 * slot, directory | P)
+        return root
+
+    # ---- the guest's registers changed
+    def _current_mode(self) -> tuple[bool, bool, int, int]:
+        mmu = self.mmu
+        return mmu.paging, mmu.write_protect, mmu.cr4 & (CR4_PAE | CR4_PSE), mmu.efer & (EFER_NXE | EFER_LMA)
+
+    def reload(self, flush: bool) -> None:
+        """CR0, CR3, CR4 or EFER was written: choose the root. ``flush``: the TLB is void, and with it a lazy shadow."""
+        mode = self._current_mode()
+        if mode[0] and self.scheme == "static":
+            raise UnsupportedByStrategy("memory=static carries unpaged guests only; this guest turned paging on")
+        if mode != self._mode or (flush and self.scheme == "lazy"):
+            self._mode = mode
+            self.drop_all()
+        else:
+            self._choose_root()
+        self.stale = True
+        if self._space is not None and mode[0]:
+            for index in (HOLE, HOLE + LARGE):
+                self._keep_hole_free(index)
+
+    def _keep_hole_free(self, address: int) -> None:
+        """Refuse a guest whose own tables reach into the hole: the VMM's pages stand there."""
+        if not self.mmu.reaches(address):
+            return
+        raise UnsupportedByStrategy(f"the guest's page tables map {address:#x}, where this VMM keeps its own pages "
+                                    f"({HOLE:#x} and above); a guest of a deprivileging VMM must leave that range free")
+
+    def drop_all(self) -> None:
+        """Forget every shadow page; what the guest uses comes back by hidden faults."""
+        self._counts["shadow.page.dropped"] += len(self._pages)
+        self._free.extend(page.frame for page in reversed(self._pages.values()))
+        self._free.extend(root.frame for root in self._roots.values() if root.level == 3)
+        self._pages.clear()
+        self._by_gfn.clear()
+        self._leaves.clear()
+        self._roots.clear()
+        self._root = self._direct
+        self._choose_root()
+        self.stale = True
+
+    def _choose_root(self) -> None:
+        mmu = self.mmu
+        if not mmu.paging:
+            self._root = self._direct
+            return
+        kind = mmu.tables.format
+        cr3 = mmu.cr3 & (0xFFFFFFE0 if kind == "pae" else _FRAME)
+        root = self._roots.pop(cr3, None)
+        if root is None:
+            if len(self._roots) >= _MAX_ROOTS:
+                self._forget_root(next(iter(self._roots)))
+            if len(self._free) < _RESERVE:
+                self._make_room(None)
+            if kind == "64":
+                root = self._page((cr3 >> 12, 4, 0, _ALL, False, False))
+            else:
+                root = ShadowPage((0, 3, 0, _ALL, False, False), self._allocate())
+                self._put_hole_directory(root, 3)
+        elif kind == "pae":
+            for slot, child in list(root.children.items()):
+                if not mmu.pdptes[slot] & P or mmu.pdptes[slot] >> 12 & 0xFFFFFFFFFF != child.gfn:
+                    self._unlink(root, slot)
+        self._roots[cr3] = root
+        self._root = root
+
+    def _put_hole_directory(self, root: ShadowPage, slot: int) -> None:
+        if self._hole_directory and root.level == 3 and slot == 3:
+            self._ram.write64(root.frame + 8 * slot, self._hole_directory | P)
+
+    def invlpg(self, address: int) -> None:
+        """INVLPG: under ``lazy`` the page's translation is dropped; a traced shadow is in step anyway."""
+        if self.scheme != "lazy" or not self.mmu.paging:
+            return
+        page = self._root
+        while page.level > 1:
+            index = self._index(page, address)
+            child = page.children.get(index)
+            if child is None:
+                return
+            if child.direct:  # a piece of a large page: all of it goes
+                for other in ((index & ~1, index | 1) if self._mode[2] & CR4_PAE == 0 else (index,)):
+                    if other in page.children and page.children[other].direct:
+                        self._unlink(page, other)
+                return
+            page = child
+        self._set_leaf(page, self._index(page, address), 0)
+
+    # ---- faults
+    def fault(self, address: int, *, write: bool, user: bool, fetch: bool) -> Outcome:
+        """The CPU faulted on the shadow. Raises the guest's own :class:`~vmlab.machine.paging.PageFault` (a *true* fault)."""
+        mmu = self.mmu
+        if not mmu.paging:
+            return Outcome.DEVICE
+        walk = mmu.check(address, write=write, user=user, fetch=fetch)
+        if self._space is not None and self._space.in_hole(address):
+            self._keep_hole_free(address)
+        gpa = walk.frame | address & ((1 << walk.shift) - 1)
+        gfn = gpa >> 12
+        if self.is_device(gpa):
+            return Outcome.DEVICE
+        if write and self.tracing and gfn in self._by_gfn and self._is_traced(gfn):
+            self._counts["shadow.trace.write"] += 1
+            return Outcome.TRACE
+        if len(self._free) < _RESERVE and not self._make_room(self._root):
+            self.drop_all()
+        page = self._descend(address, walk)
+        index = self._index(page, address)
+        old = self._ram.read64(page.frame + 8 * index)
+        kernel_write = write and not user and not walk.writable     # CR0.WP = 0 lets the kernel
+        entry = self._leaf(gpa, writable=walk.writable, user=walk.user, no_execute=walk.no_execute,
+                           dirty=bool(walk.steps[-1].entry & DIRTY), kernel_write=kernel_write)
+        dirty = bool(old & P and old & _CLEAN and write)
+        self._counts["shadow.fault.dirty" if dirty else "shadow.fault.hidden"] += 1
+        if entry == old:
+            raise AssertionError(f"the shadow entry of {address:#x} already is {entry:#x}, and the CPU faults on it")
+        self._set_leaf(page, index, entry)
+        return Outcome.HIDDEN
+
+    @staticmethod
+    def _index(page: ShadowPage, address: int) -> int:
+        return address >> (9 * page.level + 3) & 511
+
+    def _leaf(self, gpa: int, *, writable: bool, user: bool, no_execute: bool, dirty: bool, kernel_write: bool = False) -> int:
+        """A 4 KiB shadow entry."""
+        if self._memory.inside(gpa):
+            entry = (self._memory.base + gpa) & _FRAME | P | A | DIRTY
+            traced = gpa >> 12 in self._by_gfn
+        else:
+            entry, traced = self._nowhere | P | A | DIRTY, False
+            if gpa >> 12 not in self._foreign:
+                self._foreign.add(gpa >> 12)
+                self.on_foreign(gpa & ~(PAGE - 1))
+        if kernel_write:
+            # Writable for the kernel means not for users: their next access takes this back (Linux: kvm/mmu, "emulating cr0.wp").
+            return entry | (0 if traced else RW) | (NX if no_execute else 0)
+        if writable and not traced:
+            entry |= RW if dirty else _CLEAN
+        return entry | (US if user else 0) | (NX if no_execute else 0)
+
+    def _descend(self, address: int, walk: Walk) -> ShadowPage:
+        """The shadow page at level 1 for this walk, made and linked as far as it is missing."""
+        page = self._root
+        narrow = not self._mode[2] & CR4_PAE
+        by_level = {step.level: step for step in walk.steps}
+        access = _ALL
+        while page.level > 1:
+            level = page.level - 1
+            above = by_level.get(page.level)
+            if above is not None:
+                access &= above.entry | NX
+                access |= above.entry & NX
+            table = by_level.get(level)
+            quadrant = 0
+            if table is not None:
+                gfn = table.at >> 12
+                if narrow:
+                    quadrant = address >> 30 if level == 2 else address >> 21 & 1
+            else:
+                span = (1 << (9 * level + 12)) - 1
+                gfn = (walk.frame | address & ((1 << walk.shift) - 1)) & ~span
+                gfn >>= 12
+            hole = self._space is not None and level == 2 and address >> 30 == 3
+            page = self._link(page, self._index(page, address), (gfn, level, quadrant, access, table is None, hole))
+        return page
+
+    def _link(self, page: ShadowPage, index: int, key: Key) -> ShadowPage:
+        child = page.children.get(index)
+        if child is not None:
+            if child.key == key:
+                return child
+            self._unlink(page, index)
+        child = self._page(key)
+        at = page.frame + 8 * index
+        page.children[index] = child
+        child.parents[at] = page
+        self._ram.write64(at, child.frame | P if page.level == 3 and not self.long_mode else child.frame | P | _ALL | A)
+        self._counts["vmm.shadow_update"] += 1
+        if page is self._root and page.level == 3:
+            self.stale = True   # PDPTEs are registers: CR3 must be loaded again
+        return child
+
+    def _page(self, key: Key) -> ShadowPage:
+        """The shadow page of this key, made if it is not cached."""
+        page = self._pages.get(key)
+        if page is not None:
+            return page
+        page = self._pages[key] = ShadowPage(key, self._allocate())
+        self._counts["shadow.page.made"] += 1
+        if page.hole:
+            self._copy_hole(page.frame)
+        if self.tracing and not page.direct:
+            pages = self._by_gfn.setdefault(page.gfn, [])
+            pages.append(page)
+            if len(pages) == 1:
+                self._write_protect(page.gfn)
+        return page
+
+    def _write_protect(self, gfn: int) -> None:
+        """This frame holds a table now: take write access away wherever it is mapped."""
+        for at in self._leaves.get(gfn, ()):
+            entry = self._ram.read64(at)
+            if entry & (RW | _CLEAN):
+                self._ram.write64(at, entry & ~(RW | _CLEAN))
+                self._counts["vmm.shadow_update"] += 1
+                self.stale = True
+
+    # ---- entries
+    def _set_leaf(self, page: ShadowPage, index: int, entry: int) -> None:
+        at = page.frame + 8 * index
+        old = self._ram.read64(at)
+        if old == entry:
+            return
+        self._ram.write64(at, entry)
+        self._counts["vmm.shadow_update"] += 1
+        # Any change but more rights to the same frame must reach the CPU's TLB.
+        if old & P and (not entry & P or (old ^ entry) & _FRAME or old & ~entry & (RW | US) or entry & ~old & NX):
+            self.stale = True
+        if self.tracing:
+            self._note_leaf(at, old, entry)
+
+    def _note_leaf(self, at: int, old: int, entry: int) -> None:
+        base, size = self._memory.base, self._memory.size
+        if old & P and base <= old & _FRAME < base + size:
+            gfn = ((old & _FRAME) - base) >> 12
+            leaves = self._leaves[gfn]
+            leaves.discard(at)
+            if not leaves:
+                del self._leaves[gfn]
+        if entry & P and base <= entry & _FRAME < base + size:
+            self._leaves.setdefault(((entry & _FRAME) - base) >> 12, set()).add(at)
+
+    def _unlink(self, page: ShadowPage, index: int) -> None:
+        """Take a lower table out of ``page``; one that nothing refers to any more is freed."""
+        child = page.children.pop(index)
+        at = page.frame + 8 * index
+        self._ram.write64(at, 0)
+        self._put_hole_directory(page, index)
+        self._counts["vmm.shadow_update"] += 1
+        self.stale = True
+        del child.parents[at]
+        if not child.parents:
+            self._free_page(child)
+
+    def _free_page(self, page: ShadowPage) -> None:
+        if page.level == 1:
+            if self.tracing:
+                for index, entry in enumerate(_TABLE.unpack_from(self._ram.bytes, page.frame)):
+                    if entry:
+                        self._note_leaf(page.frame + 8 * index, entry, 0)
+        else:
+            for index in list(page.children):
+                self._unlink(page, index)
+        self._free.append(page.frame)
+        self.stale = True
+        if self._pages.pop(page.key, None) is None:
+            return      # a root of PAE form is in no table
+        self._counts["shadow.page.dropped"] += 1
+        if self.tracing and not page.direct:
+            pages = self._by_gfn[page.gfn]
+            pages.remove(page)
+            if not pages:
+                del self._by_gfn[page.gfn]
+
+    def _forget_root(self, cr3: int) -> None:
+        root = self._roots.pop(cr3)
+        if not root.parents:
+            self._free_page(root)
+
+    def _make_room(self, keep: ShadowPage | None) -> bool:
+        """Recycle: address spaces not used for longest go first. False when that was not enough."""
+        for cr3 in [cr3 for cr3, root in self._roots.items() if root is not keep]:
+            self._forget_root(cr3)
+            if len(self._free) >= _RESERVE:
+                return True
+        return False
+
+    # ---- tracing
+    def _is_traced(self, gfn: int) -> bool:
+        """Whether the current address space uses a table in this frame; one that only others used is given up."""
+        pages = self._by_gfn[gfn]
+        if any(self._in_use(page) for page in pages):
+            return True
+        self._counts["shadow.untrace"] += 1
+        for page in list(pages):
+            self._give_up(page)
+        return False
+
+    def _in_use(self, page: ShadowPage) -> bool:
+        return page is self._root or any(self._in_use(parent) for parent in page.parents.values())
+
+    def _give_up(self, page: ShadowPage) -> None:
+        if page.key not in self._pages:
+            return
+        for at, parent in list(page.parents.items()):
+            self._unlink(parent, (at - parent.frame) // 8)
+        for cr3, root in list(self._roots.items()):
+            if root is page:
+                self._forget_root(cr3)
+
+    def wrote(self, gpa: int, size: int) -> None:
+        """The VMM or a device stored into guest memory: bring entries derived from it into step."""
+        for gfn in range(gpa >> 12, (gpa + size - 1 >> 12) + 1):
+            if gfn in self._by_gfn and self._is_traced(gfn):
+                first, last = max(gpa, gfn << 12) & 0xFFF, min(gpa + size, gfn + 1 << 12) - 1 & 0xFFF
+                for page in list(self._by_gfn.get(gfn, ())):
+                    if page.key in self._pages:
+                        self._refresh(page, first, last)
+
+    def _refresh(self, page: ShadowPage, first: int, last: int) -> None:
+        """Guest entries at these byte offsets of the table changed."""
+        wide = bool(self._mode[2] & CR4_PAE)
+        for guest_index in range(first // (8 if wide else 4), last // (8 if wide else 4) + 1):
+            if wide:
+                indices: tuple[int, ...] = (guest_index,)
+                entry = self._memory.read64((page.gfn << 12) + 8 * guest_index)
+            else:
+                entry = self._memory.read32((page.gfn << 12) + 4 * guest_index)
+                span = 512 if page.level == 1 else 256
+                if guest_index // span != page.quadrant:
+                    continue
+                within = guest_index % span
+                indices = (within,) if page.level == 1 else (2 * within, 2 * within + 1)
+            for index in indices:
+                if page.level == 1:
+                    self._refresh_leaf(page, index, entry)
+                elif index in page.children and not self._still(page, page.children[index], entry):
+                    self._unlink(page, index)
+
+    def _still(self, page: ShadowPage, child: ShadowPage, entry: int) -> bool:
+        """Whether the lower table is what the guest's entry says now."""
+        if child.direct or not entry & P or not entry & A or entry & PS:
+            return False
+        access = page.access & (entry | NX) | entry & NX
+        return child.gfn == (entry & _FRAME) >> 12 and child.access == access & (_ALL | NX)
+
+    def _refresh_leaf(self, page: ShadowPage, index: int, entry: int) -> None:
+        old = self._ram.read64(page.frame + 8 * index)
+        if not old:
+            return
+        frame = entry & _FRAME
+        usable = entry & P and entry & A and self._memory.inside(frame) and not self.is_device(frame) and self._mode[1]
+        if entry & NX and not self._mode[3] & EFER_NXE:
+            usable = False      # a reserved bit: the guest's fault
+        new = 0
+        if usable:
+            access = page.access & (entry | NX) | entry & NX
+            new = self._leaf(frame, writable=bool(access & RW), user=bool(access & US), no_execute=bool(access & NX),
+                             dirty=bool(entry & DIRTY))
+        self._set_leaf(page, index, new)
