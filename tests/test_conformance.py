@@ -22,10 +22,10 @@ def run(technique: str, workload: str, **more: str) -> Cell:
 
 
 def variants(technique: str) -> list[dict[str, str]]:
-    """Every choice of the technique's parameters that has more than one."""
+    """Every choice of the technique's parameters that has more than one, memory aside: nano is unpaged."""
     found: list[dict[str, str]] = [{}]
     for name, parameter in strategies.load(technique).parameters.items():
-        if parameter.choices and len(parameter.choices) > 1:
+        if parameter.choices and len(parameter.choices) > 1 and name not in ("memory", "nested_page"):
             found = [{**variant, name: choice} for variant in found for choice in parameter.choices]
     return found
 
