@@ -19,7 +19,7 @@ from vmlab.claims.evidence import Cell, Evidence, Finding, Margins, Missing
 from vmlab.claims.model import Claim, load, names
 from vmlab.errors import ConfigError
 
-__all__ = ["NEED_PROBE", "PREDICATES", "Claim", "evaluate", "flips", "load", "names"]
+__all__ = ["NEED_PROBE", "PREDICATES", "Claim", "evaluate", "findings", "flips", "load", "names"]
 
 Predicate = Callable[[Evidence, Mapping[str, Any]], Finding]
 
@@ -58,26 +58,40 @@ def evaluate(
     :param absent: claim -> block of its experiment -> why the lab cannot run that.
     :raises ConfigError: an unknown claim or profile, or a claim whose file names what does not exist.
     """
+    return [_record(claim, evidence, finding) for claim, evidence, finding in findings(
+        ids, cells, profiles, probe=probe, costbook=costbook, absent=absent)]
+
+
+def findings(
+    ids: Sequence[str], cells: Sequence[Cell], profiles: Sequence[str], *,
+    probe: Mapping[str, Any] | None = None, costbook: Mapping[str, costs.Profile] | None = None,
+    absent: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[tuple[Claim, Evidence, Finding]]:
+    """What :func:`evaluate` records, before it is made into data: with the margins that the verdicts hang on."""
     book = {name: (costbook or {}).get(name) or costs.load(name) for name in profiles}
-    verdicts = []
+    found = []
     for claim in map(load, ids):
         wanted = {*book, *(str(name) for name in claim.arguments.get("scope", ()))}
         known = dict(book) | {name: (costbook or {}).get(name) or costs.load(name) for name in sorted(wanted - set(book))}
         order = tuple(sorted(known, key=lambda name: (known[name].year, name)))
-        verdicts.append(_judge(claim, Evidence(cells, order, known, probe, claim.experiment, (absent or {}).get(claim.id, {}))))
-    return verdicts
+        evidence = Evidence(cells, order, known, probe, claim.experiment, (absent or {}).get(claim.id, {}))
+        found.append((claim, evidence, _judge(claim, evidence)))
+    return found
 
 
-def _judge(claim: Claim, evidence: Evidence) -> dict[str, Any]:
+def _judge(claim: Claim, evidence: Evidence) -> Finding:
     predicate = PREDICATES.get(claim.predicate)
     if predicate is None:
         raise ConfigError(f"claim {claim.id}: no predicate {claim.predicate!r}; there are {', '.join(PREDICATES)}")
     try:
-        finding = predicate(evidence, claim.arguments)
+        return predicate(evidence, claim.arguments)
     except Missing as missing:
-        finding = Finding("undecided", str(missing))
+        return Finding("undecided", str(missing))
     except ConfigError as error:
         raise ConfigError(f"claim {claim.id}: {error}") from error
+
+
+def _record(claim: Claim, evidence: Evidence, finding: Finding) -> dict[str, Any]:
     speaks_of = [name for name in claim.arguments.get("scope", finding.margins) if name in finding.margins]
     return {
         "id": claim.id, "statement": claim.statement, "source": claim.source, "kind": claim.kind,

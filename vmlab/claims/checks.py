@@ -164,8 +164,8 @@ def _priced(
         for name, (_, several) in found.items():
             if all(evidence.value(margin, profile) >= 0 for margin in several):
                 figures.setdefault("so on", {}).setdefault(name, []).append(profile)
-        margins[profile] = Margins(tuple(margin for _, several in found.values() for margin in several), enough)
-        by_profile[profile] = judged(margins[profile], evidence.profile(profile), certainty)
+        margins[profile] = Margins(tuple(margin for _, several in found.values() for margin in several), enough, certainty)
+        by_profile[profile] = judged(margins[profile], evidence.profile(profile))
     scope = list(arguments["scope"])
     said = said + [f"{name}: {_say(figures[name])}" for name in scope if name in figures]
     return Finding(in_scope(by_profile, scope), "; ".join(said), by_profile, figures, margins)
@@ -246,9 +246,9 @@ def per_operation(evidence: Evidence, cell: Cell, instructions: Sequence[str]) -
 # --- verdicts ----------------------------------------------------------------------------------------------
 
 
-def judged(margins: Margins, profile: costs.Profile, certainty: float = 0.0) -> Verdict:
-    """The nominal verdict; ``undecided`` where less than ``certainty`` of the cost samples agree with it."""
-    if certainty and costs.agreement(margins.of, profile, margins.enough) < certainty:
+def judged(margins: Margins, profile: costs.Profile) -> Verdict:
+    """The nominal verdict; ``undecided`` where fewer of the cost samples agree with it than the claim asks for."""
+    if margins.certainty and costs.agreement(margins.of, profile, margins.enough) < margins.certainty:
         return "undecided"
     return "holds" if costs.holds(margins.of, profile, margins.enough) else "fails"
 

@@ -28,10 +28,14 @@ class Missing(VmlabError):
 
 @dataclass(frozen=True)
 class Margins:
-    """What a verdict on one profile hangs on: it holds where at least ``enough`` (None: all) of them are 0 or more."""
+    """What a verdict on one profile hangs on: it holds where at least ``enough`` (None: all) of them are 0 or more.
+
+    ``certainty`` is the share of the cost samples that must agree, else the verdict is undecided.
+    """
 
     of: tuple[Quantity, ...]
     enough: int | None = None
+    certainty: float = 0.0
 
 
 @dataclass(frozen=True)

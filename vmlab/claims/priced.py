@@ -23,10 +23,11 @@ def instruction_is_slow(evidence: Evidence, arguments: Arguments) -> Finding:
     for profile in evidence.profiles:
         costs = [evidence.figure(profile, key) for key in arguments["costs"]]
         value, low, high = (sum(part) for part in zip(*((c.value, c.low, c.high) for c in costs), strict=True))
-        margins[profile] = Margins((Quantity(costs=dict.fromkeys(arguments["costs"], 1.0), constant=-arguments["threshold"]),))
         # A published figure decides by its value; where one is assumed, the samples must agree.
         certainty = CERTAIN if any(cost.provenance == "assumed" for cost in costs) else 0.0
-        by_profile[profile] = judged(margins[profile], evidence.profile(profile), certainty)
+        margin = Quantity(costs=dict.fromkeys(arguments["costs"], 1.0), constant=-arguments["threshold"])
+        margins[profile] = Margins((margin,), certainty=certainty)
+        by_profile[profile] = judged(margins[profile], evidence.profile(profile))
         figures[profile] = {"cycles": value, "low": low, "high": high, "provenance": [cost.provenance for cost in costs]}
     said = [f"{figures[name]['cycles']:.0f} cycles on {name}" for name in arguments["scope"]]
     return Finding(in_scope(by_profile, arguments["scope"]), "; ".join(said), by_profile, figures, margins)
@@ -37,7 +38,7 @@ def translated_is_faster(evidence: Evidence, arguments: Arguments) -> Finding:
     cell = evidence.densest(arguments["technique"], arguments["workload"], **arguments["with"])
     native, names = evidence.native_of(cell), list(arguments["instructions"])
     # Same work, same samples: the whole run is shorter exactly when its operation is cheaper.
-    margin = Margins((Quantity(steady(native)) - Quantity(steady(cell)),))
+    margin = Margins((Quantity(steady(native)) - Quantity(steady(cell)),), certainty=CERTAIN)
     by_profile: dict[str, Verdict] = {}
     figures: dict[str, Any] = {}
     margins: dict[str, Margins] = {}
@@ -50,7 +51,7 @@ def translated_is_faster(evidence: Evidence, arguments: Arguments) -> Finding:
                 "slowdown": [whole.low, whole.high],
             }
             margins[profile] = margin
-            by_profile[profile] = judged(margin, evidence.profile(profile), CERTAIN)
+            by_profile[profile] = judged(margin, evidence.profile(profile))
         except Missing as missing:
             by_profile[profile], figures[profile] = "undecided", {"reason": str(missing)}
     stops = [name for name, verdict in by_profile.items() if verdict != "holds"]

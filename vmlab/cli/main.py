@@ -34,6 +34,7 @@ VERBS = {
     "claims": "the textbook's sentences, each tested by an experiment, with verdict and figures",
     "probe": "really run sensitive instructions at CPL 0, 1 and 3 and compare",
     "cite": "the documents behind a run's prices, as BibTeX",
+    "explain": "a term, event, cost or claim in two sentences, with its source",
     "list": "techniques, guests, workloads, profiles, claims, experiments, events",
     "validate": "check experiment files without running them",
     "doctor": "check that this machine can run the lab",

@@ -15,10 +15,10 @@ from vmlab.errors import ExperimentError
 from vmlab.report.findings import summary
 from vmlab.report.table import terminal_table
 
-__all__ = ["charts", "draw", "summary", "terminal_table", "write"]
+__all__ = ["chart_names", "draw", "summary", "terminal_table", "write"]
 
 
-def charts() -> list[str]:
+def chart_names() -> list[str]:
     """The names of the charts that can be drawn."""
     from vmlab.report.charts import CHARTS
 
@@ -53,9 +53,9 @@ def write(run_dir: Path, results: Mapping[str, Any], config: Mapping[str, Any]) 
         _write(run_dir / "plots" / f"{name}.{form}", data)
         for name, (_, forms) in drawn.items() for form, data in forms.items()
     ]
-    from vmlab.report.page import page
+    from vmlab.report.page import Drawn, page
 
-    text = page(results, config, [(name, title, forms["svg"]) for name, (title, forms) in drawn.items()], _manifest(run_dir))
+    text = page(results, config, [Drawn(name, title, forms["svg"]) for name, (title, forms) in drawn.items()], _manifest(run_dir))
     return [*written, _write(run_dir / "report.html", text.encode("utf-8"))]
 
 

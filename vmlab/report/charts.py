@@ -48,7 +48,7 @@ def slowdown(view: View) -> Figure:
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [name(v) for v in rows] if i % columns == 0 else [""] * len(rows))
         axes.tick_params(axis="y", length=0)
-        axes.set_title(_what(view, workload), loc="left", fontsize=11)
+        axes.set_title(view.what(workload), loc="left", fontsize=11)
         for y, variant in enumerate(rows):
             axes.axhline(y, color=RULE, linewidth=0.6, zorder=0)
             found = _at(view, workload, variant, generation)
@@ -77,7 +77,7 @@ def causes(view: View) -> Figure:
         (cycles(view.densest(workload, v), g.name) or {}).get("breakdown", {}).get(c, 0) for v in totals for g in ends)]
     counted = operations(view.densest(workload, next(iter(totals)))) > 0
     unit = "operation (one execution of the named instruction)" if counted else "run"
-    caption = (f"Cycles per {unit} of {_what(view, workload)}, nominal costs. Stacks are linear and can be "
+    caption = (f"Cycles per {unit} of {view.what(workload)}, nominal costs. Stacks are linear and can be "
                "compared within a row of panels; each row has its own scale, because a bar would vanish on another's.")
     sheet = Sheet(findings.causes_title(view), caption, [0.36 * len(group) + 0.15 for group in groups], len(ends), left=2.35,
                   legend_rows=-(-len(used) // 3), side=0.35, foot=0.5)
@@ -156,7 +156,7 @@ def generations(view: View) -> Figure:
             axes.remove()
             continue
         _ratio_axis(axes, "y", limits, labelled=i % columns == 0)
-        axes.set_title(_what(view, workloads[i]), loc="left", fontsize=11)
+        axes.set_title(view.what(workloads[i]), loc="left", fontsize=11)
         if i % columns == 0:
             axes.set_ylabel("slowdown")
         _generation_lines(axes, view, workloads[i], shown, [(letter, c) for letter, (w, c) in lettered if w == workloads[i]])
@@ -208,11 +208,6 @@ def drawable(view: View) -> list[str]:
         "generations": len(view.generations) > 1,
     }
     return [chart for chart in CHARTS if enough[chart]]
-
-
-def _what(view: View, workload: str) -> str:
-    densities = view.densities(workload)
-    return f"{workload}, density {densities[-1]:g}" if densities and densities[-1] else workload
 
 
 def _ratio(cell: Any, generation: Generation) -> tuple[float, float, float] | None:

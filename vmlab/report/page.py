@@ -1,147 +1,182 @@
-"""report.html: one file that needs nothing else. Everything from a run is escaped where it is put in."""
+"""report.html: one file that needs nothing else. Everything from a run is escaped where it is put in.
+
+The page's own script and style are allowed by their hashes and nothing else is (content security policy), so that a string from a
+configuration or a guest's console could not run even if it got through. Without scripts the page shows the run's figures as
+images and tables; with them it follows its reader (:mod:`vmlab.report.live`).
+"""
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from string import Template
 from typing import Any
 
-from vmlab.report import findings
-from vmlab.report.findings import short
-from vmlab.report.view import Cell, View, cycles, ratio, times
+from vmlab.ledger import CLASSES, EVENTS, EXIT_REASONS, SYSTEM_INSTRUCTIONS
+from vmlab.report import findings, glossary, live, sections
+from vmlab.report.style import CAUSES, LOOKS
+from vmlab.report.view import View
 
-#: What a reader must know before believing a number; printed in every report.
-THREATS = (
-    "The guest's clock stops while the monitor runs: the guest does not see the time that the monitor takes, and "
-    "interrupts arrive by guest instructions, not by wall-clock time.",
-    "The TLB model is the lab's own: counts of misses and flushes are those of a model, not of a CPU.",
-    "There is one CPU: nothing is said about locks, shoot-downs and interrupts between CPUs.",
-    "There is no cache model: an exit's after-effects on caches and predictors are not in these numbers.",
-    "The monitor's handlers are priced by an assumed table of path lengths, the same for all generations; costs marked "
-    "assumed are uncertain by a factor of two or more each way. The ranges carry this.",
-    "Cycles are counts times published costs. No virtual machine was timed.",
-)
+SCRIPTS = ("pricing.js", "claims.js", "charts.js", "page.js")
+
+
+#: How to read the charts that the page's script draws; of the others the page shows the image.
+CAPTIONS = {
+    "slowdown": "Time relative to the bare machine on the chosen CPU generation; left of the line is faster than native. Dots are nominal costs, "
+                "whiskers the 5th and 95th percentile of 1000 sampled costs. Each workload at its densest.",
+    "causes": "Nominal costs. Stacks are linear and can be compared within a panel; bars that differ by more than a factor of eight have panels of "
+              "their own, because the shorter could not be read.",
+    "density": "Density: executions of the named instruction per 1000 other instructions of the guest. Below the line the technique is faster than "
+               "the bare machine. Whiskers are the 5th and 95th percentile of sampled costs.",
+    "generations": "Oldest CPU generation at the top, each workload at its densest. Lines join successive generations of one maker; the others, in "
+                   "italics, stand apart. Left of the line is faster than native.",
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A chart as the page takes it: its name, its finding, its SVG (which says how to read it)."""
+
+    name: str
+    title: str
+    svg: bytes
+
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="$policy">
 <title>$title</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; }
-h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.question { color: #5a5a5a; margin-top: .2rem; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { text-align: left; padding: .3rem .7rem .3rem 0; vertical-align: top; border-bottom: 1px solid #d0d0d0; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.wide { overflow-x: auto; }
-figure { margin: 1.5rem 0; }
-img { width: 100%; max-width: 46rem; height: auto; border: 1px solid #d0d0d0; }
-.verdict { font-weight: 600; white-space: nowrap; }
-.holds { color: #0b6b3a; }
-.fails { color: #a5260a; }
-.undecided { color: #6b5200; }
-small { color: #5a5a5a; }
-.verdict small { display: block; font-weight: 400; }
-pre { overflow-x: auto; font-size: .8rem; background: #f5f5f5; padding: 1rem; }
-summary { cursor: pointer; }
-</style>
+<style>$style</style>
 </head>
 <body>
+<a class="skip" href="#finding">To the finding</a>
+<header>
 <h1>$title</h1>
 <p class="question">$question</p>
-<h2>What was found</h2>
-$sentences
-<h2>Claims</h2>
+</header>
+<main>
+<section id="finding" aria-label="What was found">
+<ul class="finding">$sentences</ul>
+</section>
+<section id="controls" aria-label="Prices" hidden>
+<div class="fields">
+<label>CPU generation <select id="cpu"></select></label>
+<label>Workload <select id="work"></select></label>
+<button type="button" id="reset">Reset</button>
+<a id="permalink" href="#">Link to this setting</a>
+</div>
+<details><summary>Move a cost: the dearest first, the published range in blue</summary><ul id="costs-list"></ul></details>
+<p id="moved" role="status"></p>
+</section>
+$headline
+<h2 id="claims">Verdicts</h2>
 $claims
-<h2>Charts</h2>
+<h2>More of this run</h2>
 $charts
-<h2>Cells</h2>
-<details><summary>$count cells, with slowdown by CPU generation</summary><div class="wide">$cells</div></details>
-<h2>Threats to validity</h2>
-<ul>$threats</ul>
-<h2>How this was made</h2>
-<details><summary>Manifest and configuration</summary><pre>$manifest</pre><pre>$config</pre></details>
+$exits
+$properties
+$cells
+$costs
+<details class="print" open><summary>Threats to validity</summary><ul>$threats</ul></details>
+$safety
+<details><summary>Manifest, configuration, consoles</summary>$manifest</details>
+<details id="glossary"><summary>Words</summary>$glossary</details>
+</main>
+<script type="application/json" id="data">$data</script>
+<script>$script</script>
 </body>
 </html>
 """)
 
 
-def page(
-    results: Mapping[str, Any], config: Mapping[str, Any], charts: Sequence[tuple[str, str, bytes]],
-    manifest: Mapping[str, Any],
-) -> str:
-    """The page as text.
-
-    :param charts: name, title and SVG of each chart.
-    """
+def page(results: Mapping[str, Any], config: Mapping[str, Any], charts: Sequence[Drawn], manifest: Mapping[str, Any]) -> str:
+    """The page as text. The first chart is the headline."""
     view = View(results)
     title = str(config.get("title") or results.get("experiment") or "vmlab")
+    style, script = (live.ASSETS / "page.css").read_text(encoding="utf-8"), live.script(*SCRIPTS)
+    headline, *others = [_chart(chart) for chart in charts] or ["<p>This run has nothing to draw.</p>"]
     return _PAGE.substitute(
         title=escape(title), question=escape(str(config.get("question") or "")),
-        sentences="\n".join(f"<p>{escape(sentence)}</p>" for sentence in findings.summary(results)),
-        claims=_claims(results.get("claims") or []),
-        charts="\n".join(_chart(*chart) for chart in charts) or "<p>This run has nothing to draw.</p>",
-        count=len(view.all), cells=_cells(view),
-        threats="".join(f"<li>{escape(threat)}</li>" for threat in THREATS),
-        manifest=escape(json.dumps(manifest, indent=1, sort_keys=True)), config=escape(json.dumps(config, indent=1, default=str)),
+        style=style, script=script, policy=live.policy(style, script),
+        sentences="\n".join(f"<li>{glossary.mark(sentence)}</li>" for sentence in findings.summary(results)),
+        headline=headline,
+        charts="\n".join(f'<details class="print"><summary>{_summary(chart)}</summary>{made}</details>'
+                         for chart, made in zip(charts[1:], others, strict=True)),
+        claims=sections.claims(results.get("claims") or []),
+        exits=sections.exits(view), properties=sections.properties(view), cells=sections.cells(view), costs=sections.costs_used(view),
+        threats=sections.threats(), safety=sections.safety(view), manifest=sections.manifest(view, manifest, config),
+        glossary=sections.words(), data=live.embed(data(results)),
     )
 
 
-def _chart(name: str, title: str, svg: bytes) -> str:
-    # As an image, a drawing can neither run scripts nor be styled by the page, whatever text is in it.
-    data = base64.b64encode(svg).decode("ascii")
-    return f'<figure><img alt="{escape(f"{name}: {title}", quote=True)}" src="data:image/svg+xml;base64,{data}"></figure>'
+def data(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page's script reads: costs, counts, claims, and how the charts are laid out."""
+    view = View(results)
+    kinds = live.kinds_of(results)
+    names = [generation.name for generation in view.known]
+    claims = live.judged(results, names)
+    more_kinds, more_keys, more_profiles = live.needed_by(claims)
+    model = live.model({*kinds, *more_kinds}, [*names, *sorted(more_profiles - set(names))], more_keys)
+    keys = sorted({*model["shared"], *(key for profile in model["profiles"].values() for key in profile["figures"])})
+    return model | {
+        "kinds": kinds, "order": names, "cells": live.cells(results, {kind: i for i, kind in enumerate(kinds)}), "claims": claims,
+        "words": {kind: EVENTS[kind].words for kind in kinds}, "costWords": {key: cost_words(key) for key in keys},
+        "looks": {name: {"colour": look.colour, "marker": look.marker, "short": look.short} for name, look in LOOKS.items()},
+        "colours": dict(CAUSES), "workloads": _workloads(view),
+        "generations": [{"name": g.name, "short": findings.short(g), "words": f"{g.words} ({g.year})" if g.year else g.words,
+                         "joined": g in view.intel} for g in view.known],
+    }
 
 
-def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
-    if not claims:
-        return "<p>This run judged no claim.</p>"
-    rows = []
-    for claim in claims:
-        verdict = str(claim.get("verdict"))
-        shade = verdict if verdict in ("holds", "fails", "undecided") else "undecided"
-        per = "; ".join(f"{profile}: {said}" for profile, said in (claim.get("by_profile") or {}).items())
-        calibrated = " <small>calibrated</small>" if claim.get("calibrated") else ""
-        rows.append(
-            f'<tr><td class="verdict {shade}">{escape(verdict)}{calibrated}</td>'
-            f"<td>{escape(str(claim.get('statement')))} <small>{escape(str(claim.get('id')))}, {escape(str(claim.get('kind')))}. "
-            f"{escape(str(claim.get('source')))}</small></td>"
-            f"<td>{escape(str(claim.get('reason') or ''))} <small>{escape(per)}</small></td></tr>"
-        )
-    head = "<thead><tr><th>Verdict</th><th>Claim</th><th>Because</th></tr></thead>"
-    note = ("A verdict is an answer, not a failure. “Calibrated”: a figure of the claim's own source set a cost, so the "
-            "verdict is a consistency check and no prediction.")
-    body = "\n".join(rows)
-    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>\n<p><small>{note}</small></p>'
+def _workloads(view: View) -> list[dict[str, Any]]:
+    """The workloads, the headline first, each with its variants and their cells as numbers in the run's list."""
+    number = {id(cell): i for i, cell in enumerate(view.all)}
+    made = []
+    for workload in view.workloads:
+        siblings = view.rows([workload])
+        variants = []
+        for variant in view.variants(workload):
+            same = [v for v in siblings if v[0] == variant[0]]
+            variants.append({"technique": variant[0], "label": findings.name(variant), "hollow": variant in same and same.index(variant) > 0,
+                             "cells": [number[id(cell)] for cell in view.column(workload, variant)]})
+        made.append({"name": workload, "label": view.what(workload), "densities": view.densities(workload), "variants": variants})
+    return made
 
 
-def _cells(view: View) -> str:
-    head = "".join(f"<th>{escape(short(generation))}</th>" for generation in view.generations)
-    rows = []
-    for cell in view.all:
-        fields = []
-        for generation in view.generations:
-            fields.append(f'<td class="number">{_slowdown(cell, generation.name)}</td>')
-        match = (cell.get("fidelity") or {}).get("matches_native")
-        same = "" if match is None else "as native" if match else "differs from native"
-        status = str(cell.get("status")) + (f": {cell['error']}" if cell.get("error") else "")
-        rows.append(f"<tr><td>{escape(str(cell.get('id')))}</td><td>{escape(status)}</td><td>{same}</td>{''.join(fields)}</tr>")
-    return (f"<table><thead><tr><th>Cell</th><th>Status</th><th>Outcome</th>{head}</tr></thead><tbody>" + "\n".join(rows)
-            + "</tbody></table>")
+def cost_words(key: str) -> str:
+    """A cost key in words, for people who move it."""
+    family, _, name = key.partition(".")
+    if family == "insn":
+        return f"{SYSTEM_INSTRUCTIONS.get(name, 'any other system instruction')} on the CPU"
+    if family == "class":
+        return f"ordinary instructions: {CLASSES.get(name, name)}"
+    if family == "exit":
+        return f"VM exit: {name.replace('_', ' ') if name in EXIT_REASONS else 'any other reason'}"
+    if family == "path":
+        return f"the monitor's handler: {name.replace('.', ' ').replace('_', ' ')}"
+    if name == "delivery":
+        return f"delivery of {'an' if family in ('exception', 'interrupt', 'int') else 'a'} {family if family != 'int' else 'INT n'}"
+    return {"entry": "VM entry", "vmread": "reading a VMCB field", "vmwrite": "writing a VMCB field", "mhz": "the CPU's clock",
+            "shared.port_latency_ns": "a port's answer"}.get(key, key)
 
 
-def _slowdown(cell: Cell, profile: str) -> str:
-    """The cell's slowdown with its range; its cycles where there is no native run to compare with."""
-    found, price = ratio(cell, profile), cycles(cell, profile)
-    if not found:
-        return f"{float(price['total']):,.0f} cycles" if price else "–"
-    ranged = f" <small>{times(found.low)}–{times(found.high)}</small>" if found.low != found.high else ""
-    return times(found.value) + ranged
+def _summary(chart: Drawn) -> str:
+    return escape({"causes": "Cycles by cause", "density": "Slowdown against density", "generations": "Slowdown over CPU generations",
+                   "slowdown": "Slowdown by technique"}.get(chart.name, chart.name.replace("_", " ").capitalize()))
+
+
+def _chart(chart: Drawn) -> str:
+    source = base64.b64encode(chart.svg).decode("ascii")
+    image = f'<img alt="{escape(f"{chart.name}: {chart.title}", quote=True)}" src="data:image/svg+xml;base64,{source}">'
+    caption = CAPTIONS.get(chart.name)
+    if caption is None:
+        return f'<figure id="chart-{escape(chart.name, quote=True)}">{image}</figure>'
+    head = (f'<figcaption><span class="title">{escape(chart.title)}</span> '
+            f'<span class="caption">{glossary.mark(caption)}</span></figcaption>')
+    return (f'<figure id="chart-{chart.name}" data-chart="{chart.name}">{head}<noscript>{image}</noscript><div class="live"></div>'
+            '<details><summary>The same as a table</summary><div class="table wide-table"></div></details></figure>')

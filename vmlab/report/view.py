@@ -32,6 +32,8 @@ class Generation:
     words: str
     vendor: str
     year: int
+    priced_here: bool = True
+    """Whether this lab has the profile."""
 
 
 class View:
@@ -55,6 +57,11 @@ class View:
         return [g for g in self.generations if g.vendor == main]
 
     @property
+    def known(self) -> list[Generation]:
+        """The generations whose cost profile is here, so that the run can be priced anew."""
+        return [g for g in self.generations if g.priced_here]
+
+    @property
     def workloads(self) -> list[str]:
         """Workloads in the order of the cells, the headline first."""
         seen = list(dict.fromkeys(str(cell["parameters"].get("workload")) for cell in self.cells))
@@ -71,6 +78,11 @@ class View:
             float(cell["parameters"]["density"]) for cell in self.cells
             if cell["parameters"].get("workload") == workload and "density" in cell["parameters"]
         })
+
+    def what(self, workload: str) -> str:
+        """The workload with the density at which it is shown."""
+        densities = self.densities(workload)
+        return f"{workload}, density {densities[-1]:g}" if densities and densities[-1] else workload
 
     def variant(self, cell: Cell) -> tuple[str, str]:
         """Technique, and what tells this cell from the technique's others on the same work ("" if nothing does)."""
@@ -161,5 +173,5 @@ def _generation(name: str) -> Generation:
     except ConfigError:
         # A run from elsewhere may name a profile that is not here: its name has to do.
         stem, _, year = name.rpartition("-")
-        return Generation(name, name, stem or name, int(year) if year.isdigit() else 0)
+        return Generation(name, name, stem or name, int(year) if year.isdigit() else 0, priced_here=False)
     return Generation(name, profile.words, profile.vendor, profile.year)

@@ -1,0 +1,194 @@
+"""report.html in a real browser: no complaint, no request, keyboard, live prices, hostile strings, size."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import made_up_run
+import pytest
+from browser import Browser, needs_chromium
+
+from vmlab import claims, costs, report
+
+pytestmark = needs_chromium
+READY = "document.documentElement?.dataset.ready === 'yes'"
+CONFIG = {"title": "What does it cost?", "question": "Why?"}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return made_up_run.results(densities=(10, 1000))
+
+
+@pytest.fixture(scope="module")
+def url(results: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return report.write(tmp_path_factory.mktemp("page"), results, CONFIG)[-1].as_uri()
+
+
+@pytest.mark.parametrize("width", [380, 900, 1600])
+def test_it_is_whole_at_every_width(browser: Browser, url: str, width: int) -> None:
+    page = browser.open(url, width=width, ready=READY)
+    page.run("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
+    time.sleep(0.2)
+    assert page.complaints() == []
+    assert page.run("document.documentElement.scrollWidth") <= width, "nothing may stick out to the right"
+    assert page.run("[...document.querySelectorAll('figure[data-chart]')].every((f) => f.querySelector('svg') && f.querySelector('table'))")
+    # Text in a chart stays inside of it, at the size of the page's own.
+    outside = page.run("""[...document.querySelectorAll('.panel-box svg')].flatMap((svg) => {
+        const box = svg.getBoundingClientRect(), out = (b) => b.left < box.left - 1 || b.right > box.right + 1;
+        return [...svg.querySelectorAll('text')].filter((t) => out(t.getBoundingClientRect())).map((t) => t.textContent); })""")
+    assert outside == []
+
+
+def test_its_first_figures_are_those_of_the_results(browser: Browser, url: str, results: dict[str, Any]) -> None:
+    page = browser.open(url, ready=READY)
+    table = page.run("[...document.querySelectorAll('[data-chart=slowdown] tbody tr')].map((row) => [...row.children].map((c) => c.textContent))")
+    from vmlab.report.view import times
+
+    shown = {(row[0], row[1]): row[2:] for row in table}
+    cell = next(c for c in results["cells"] if c["technique"] == "hardware-assisted" and c["parameters"]["workload"] == "rdtsc")
+    ratio = cell["slowdown"]["prescott-2005"]
+    assert shown["rdtsc, density 1000", "hardware-assisted"] == [times(ratio[k]) for k in ("value", "low", "high")]
+    assert len(table) > 15
+
+
+def test_a_moved_cost_moves_charts_and_verdicts_as_in_python(browser: Browser, url: str, results: dict[str, Any]) -> None:
+    page = browser.open(url + "#prescott-2005/insn.cli=2&prescott-2005/insn.sti=2", ready=READY)
+    assert "2 costs moved" in page.run("document.getElementById('moved').textContent")
+    from vmlab.report.view import times
+
+    dense = [c for c in results["cells"] if c["parameters"]["workload"] == "cli_sti" and c["parameters"]["density"] == 1000]
+    native = next(c for c in dense if c["technique"] == "native")
+    cell = next(c for c in dense if c["parameters"].get("emulation") == "in-cache")
+    ours = costs.slowdown(cell["events"], native["events"], costs.load("prescott-2005"), "x86", override={"insn.cli": 2, "insn.sti": 2})
+    assert isinstance(ours, costs.Ratio)
+    row = page.run("""[...document.querySelectorAll('[data-chart=slowdown] tbody tr')].map((row) => [...row.children].map((c) => c.textContent))
+        .find((row) => row[0].startsWith('cli_sti') && row[1].includes('in-cache'))""")
+    assert row[2:] == [times(ours.value), times(ours.low), times(ours.high)]
+    book = {"prescott-2005": costs.load("prescott-2005").with_values({"insn.cli": 2, "insn.sti": 2})}
+    ids = [claim["id"] for claim in results["claims"]]
+    wanted = {c["id"]: c["verdict"] for c in claims.evaluate(ids, results["cells"], made_up_run.PROFILES, costbook=book)}
+    said = page.run("[...document.querySelectorAll('tr[data-claim]')].map((row) => row.querySelector('.said').textContent.slice(2))")
+    assert dict(zip(ids, said, strict=True)) == wanted
+    assert wanted["cli-native-slow"] == "fails", "the case must be one that flips"
+    page.run("document.getElementById('reset').click()")
+    assert page.run("location.hash") == "" and "published" in page.run("document.getElementById('moved').textContent")
+    said = page.run("[...document.querySelectorAll('tr[data-claim]')].map((row) => row.querySelector('.said').textContent.slice(2))")
+    assert said == [claim["verdict"] for claim in results["claims"]]
+    assert page.complaints() == []
+
+
+def test_sliders_work_by_keyboard_and_the_link_carries_the_setting(browser: Browser, url: str) -> None:
+    page = browser.open(url, ready=READY)
+    page.run("document.querySelector('#controls details').open = true; document.querySelector('#cost-insn-cli').focus()")
+    before = page.run("document.querySelector('[data-chart=slowdown] .title').textContent")
+    page.press("ArrowLeft", 120)
+    page.wait("location.hash.includes('insn.cli')")
+    slider = "document.querySelector('#cost-insn-cli')"
+    assert "beyond the published range" in page.run(f"{slider}.getAttribute('aria-valuetext')")
+    assert page.run("document.querySelector('[data-chart=slowdown] .title').textContent") != before
+    page.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+    link = page.run("document.getElementById('permalink').href")
+    value = page.run(f"{slider}.getAttribute('aria-valuetext')")
+    again = browser.open(link, ready=READY)
+    assert again.run(f"{slider}.getAttribute('aria-valuetext')") == value
+    # Everything that can be used is reached by Tab, in the order of the page.
+    again.run("document.body.focus()")
+    seen = []
+    for _ in range(14):
+        again.press("Tab")
+        seen.append(again.run("document.activeElement.id || document.activeElement.textContent.slice(0, 20)"))
+    assert seen[0] == "To the finding" and seen.index("cpu") < seen.index("work") < seen.index("reset") < seen.index("permalink")
+
+
+def test_the_cpu_changes_the_whole_page(browser: Browser, url: str) -> None:
+    page = browser.open(url + "#cpu=haswell-2013", ready=READY)
+    assert "Haswell" in page.run("document.querySelector('[data-chart=slowdown] .title').textContent")
+    assert "Haswell" in page.run("document.querySelector('[data-chart=causes] .title').textContent")
+    assert page.run("document.querySelectorAll('#exits-body tbody tr').length") >= 3
+
+
+def test_a_word_is_explained_where_it_stands(browser: Browser, url: str) -> None:
+    page = browser.open(url, ready=READY)
+    page.run("document.querySelector('a.term[href=\"#term-trap-and-emulate\"]').focus()")
+    assert "raises a fault" in page.run("document.querySelector('#tip').textContent")
+    assert page.run("document.activeElement.getAttribute('aria-describedby')") == "tip"
+    page.press("Escape")
+    assert page.run("document.querySelector('#tip').hidden")
+    page.run("document.activeElement.click()")
+    page.wait("document.getElementById('glossary').open")
+
+
+HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>\" onmouseover=\"window.owned = 1"
+
+
+def test_hostile_strings_run_nothing(browser: Browser, results: dict[str, Any], tmp_path: Path) -> None:
+    made = copy.deepcopy(results)
+    for cell in made["cells"]:
+        cell["console"] = HOSTILE
+        cell["id"] = HOSTILE + cell["id"]
+        if cell["parameters"]["workload"] == "rdtsc":
+            cell["parameters"]["workload"] = HOSTILE
+        if cell["technique"] == "paravirtualization":
+            cell["technique"] = HOSTILE
+    made["claims"][0] |= dict.fromkeys(("statement", "reason", "verdict", "source", "kind"), HOSTILE)
+    file = report.write(tmp_path, made, {"title": HOSTILE, "question": HOSTILE, "description": HOSTILE})[-1]
+    page = browser.open(file.as_uri(), ready=READY)
+    page.run("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
+    page.run("document.getElementById('cpu').value = 'haswell-2013'; document.getElementById('cpu').dispatchEvent(new Event('change'))")
+    assert page.run("window.owned === undefined") and page.complaints() == []
+    assert page.run("document.querySelectorAll('script').length") == 2 and page.run("document.querySelectorAll('main img').length") == 0
+
+
+def test_nothing_else_may_run_in_it(browser: Browser, url: str, tmp_path: Path) -> None:
+    """The content security policy holds even where markup did get in: the page with a foreign script put into it."""
+    text = Path(url.removeprefix("file://")).read_text(encoding="utf-8")
+    file = tmp_path / "tampered.html"
+    file.write_text(text.replace("<main>", "<main><script>window.owned = 1</script><img src=x onerror='window.owned = 2'>"), encoding="utf-8")
+    page = browser.open(file.as_uri(), ready=READY)
+    assert page.run("window.owned === undefined")
+    assert any("Content Security Policy" in said for said in page.complaints())
+
+
+@pytest.mark.slow
+def test_a_run_of_200_cells_is_small_and_quick(browser: Browser, tmp_path: Path) -> None:
+    made = [made_up_run.cell(technique, told, workload, density) for workload in made_up_run.NAMED
+            for density in (5, 10, 50, 100, 250, 500, 1000, 2000) for technique, told in made_up_run.VARIANTS]
+    for cell in made:  # the warm part has its own counts, as in a real run
+        cell["phases"] = {"roi.warm": {"events": dict(cell["events"])}}
+    made_up_run.price(made, costs.names()[:6])
+    results = {"cells": made, "claims": claims.evaluate(["cli-native-slow", "cli-bt-beats-native"], made, costs.names()[:6])}
+    assert len(made) >= 200
+    file = report.write(tmp_path, results, CONFIG)[-1]
+    assert file.stat().st_size < 3_000_000
+    started = time.monotonic()
+    page = browser.open(file.as_uri(), ready=READY)
+    assert time.monotonic() - started < 2
+    assert page.complaints() == []
+    json.dumps(page.run("performance.now()"))
+
+
+def test_the_cost_that_decides_flips_the_verdict(browser: Browser, url: str) -> None:
+    page = browser.open(url, ready=READY)
+    flips = page.run("[...document.querySelectorAll('a.flip')].map((a) => a.closest('tr').dataset.claim)")
+    assert len(flips) >= 2
+    for number, claim in enumerate(flips):
+        row = f"document.querySelector('tr[data-claim=\"{claim}\"] .verdict')"
+        before = page.run(f"{row}.querySelector('.said').textContent")
+        page.run(f"document.querySelectorAll('a.flip')[{number}].click()")
+        page.wait("document.getElementById('moved').textContent.startsWith('1 cost')")
+        assert page.run(f"{row}.querySelector('.said').textContent") != before
+        assert page.run(f"{row}.querySelector('.was').textContent") == "was: " + before[2:]
+        page.run("document.getElementById('reset').click()")
+        assert page.run(f"{row}.querySelector('.said').textContent") == before

@@ -1,0 +1,194 @@
+// Charts of the page, drawn as inline SVG from counts and prices. Text goes in as text, never as markup.
+"use strict";
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function svg(tag, attributes, ...children) {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes || {})) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+function html(tag, attributes, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+// A ratio with the figures that mean something, as the report's Python says it.
+function times(value) {
+  if (value >= 100) return Number(value.toPrecision(3)).toLocaleString("en-US") + "×";
+  if (value >= 9.95) return value.toFixed(0) + "×";
+  return (value < 1.95 ? value.toFixed(2) : value.toFixed(1)) + "×";
+}
+
+const cyclesText = (value) => value >= 10 ? Math.round(value).toLocaleString("en-US") : value.toPrecision(2);
+
+const MARKERS = {
+  o: "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0", s: "M-4.6,-4.6h9.2v9.2h-9.2z", D: "M0,-6L6,0L0,6L-6,0z", "^": "M0,-5.6L5.6,4.6H-5.6z",
+  P: "M-2,-5.6h4v3.6h3.6v4h-3.6v3.6h-4v-3.6h-3.6v-4h3.6z", X: "M-5,-5L5,5M5,-5L-5,5",
+};
+
+function marker(look, hollow, x, y) {
+  return svg("path", {
+    d: MARKERS[look.marker] || MARKERS.X, transform: `translate(${x},${y})`, fill: hollow ? "#fff" : look.colour, stroke: look.colour, "stroke-width": 1.6,
+  });
+}
+
+// Log-axis limits with some room, always with 1 inside; ticks at 1, 2, 5 where the axis is short.
+function logAxis(values, from, to) {
+  let low = Math.min(0.8, ...values), high = Math.max(1.25, ...values);
+  const room = (high / low) ** 0.08;
+  low /= room; high *= room;
+  const ticks = [], steps = high / low < 30 ? [1, 2, 5] : [1];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
+    for (const step of steps) {
+      const tick = Number((step * 10 ** power).toPrecision(3));
+      if (tick >= low && tick <= high) ticks.push(tick);
+    }
+  }
+  const place = (value) => from + (to - from) * Math.log(value / low) / Math.log(high / low);
+  return {place, ticks, low, high};
+}
+
+function ratioGrid(root, axis, top, bottom) {
+  for (const tick of axis.ticks) {
+    const x = axis.place(tick), one = tick === 1;
+    root.append(svg("line", {x1: x, x2: x, y1: top, y2: bottom, stroke: one ? "#1a1a1a" : "#d0d0d0", "stroke-width": one ? 1.4 : 0.8}));
+    root.append(svg("text", {x, y: bottom + 15, "text-anchor": "middle", class: "tick"}, one ? "native" : tick + "×"));
+  }
+}
+
+function frame(width, height, label) {
+  return svg("svg", {viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": label});
+}
+
+const labelWidth = (rows, width) => width < 520 ? 0 : Math.min(0.42 * width, 14 + 7.1 * Math.max(...rows.map((row) => row.label.length)));
+
+// Dots with whiskers, one row per label. rows: [{label, look, hollow, value, low, high} or without value]
+function dotPanel(title, rows, width, all) {
+  const left = labelWidth(rows, width), step = left ? 30 : 46, top = 26, bottom = top + step * rows.length;
+  const root = frame(width, bottom + 24, title + ": " + rows.map((r) => r.label + " " + (r.value === undefined ? "not priced" : times(r.value))).join(", "));
+  root.append(svg("text", {x: 0, y: 14, class: "panel"}, title));
+  const axis = logAxis(all, left + 14, width - 18);
+  ratioGrid(root, axis, top, bottom);
+  rows.forEach((row, i) => {
+    const y = top + step * i + (left ? step / 2 : step - 13);
+    root.append(svg("text", left ? {x: 0, y: y + 4} : {x: 0, y: y - 14}, row.label));
+    if (row.value === undefined) {
+      root.append(svg("text", {x: left + 18, y: y + 4, class: "tick"}, "not on this CPU"));
+      return;
+    }
+    const group = svg("g", {}, svg("title", {}, `${row.label}: ${times(row.value)} (${times(row.low)} to ${times(row.high)})`));
+    group.append(svg("line", {x1: axis.place(row.low), x2: axis.place(row.high), y1: y, y2: y, stroke: row.look.colour, "stroke-width": 1.8}));
+    for (const end of [row.low, row.high]) group.append(svg("line", {x1: axis.place(end), x2: axis.place(end), y1: y - 4, y2: y + 4, stroke: row.look.colour, "stroke-width": 1.8}));
+    group.append(marker(row.look, row.hollow, axis.place(row.value), y));
+    const right = axis.place(row.high) < width - 70;
+    group.append(svg("text", {
+      x: right ? axis.place(row.high) + 9 : axis.place(row.low) - 9, y: y + 4, "text-anchor": right ? "start" : "end", class: "value",
+    }, times(row.value)));
+    root.append(group);
+  });
+  return root;
+}
+
+// Stacked bars on a linear axis. rows: [{label, parts: [[cause, cycles]], total} or without parts]
+function stackPanel(rows, width, colours, unit) {
+  const left = labelWidth(rows, width), step = left ? 32 : 46, top = 4, bottom = top + step * rows.length;
+  const most = Math.max(...rows.map((row) => row.total || 0)) * 1.0001 || 1;
+  const root = frame(width, bottom + 22, rows.map((row) => `${row.label}: ${row.parts ? cyclesText(row.total) + " " + unit : "not on this CPU"}`).join(", "));
+  const room = width - left - 74, place = (value) => left + 8 + room * value / most;
+  const step10 = 10 ** Math.floor(Math.log10(most)), every = most / step10 >= 5 ? 2 * step10 : most / step10 >= 2 ? step10 : step10 / 2;
+  for (let tick = 0; tick <= most; tick += every) {
+    root.append(svg("line", {x1: place(tick), x2: place(tick), y1: top, y2: bottom, stroke: "#d0d0d0", "stroke-width": 0.8}));
+    root.append(svg("text", {x: place(tick), y: bottom + 15, "text-anchor": "middle", class: "tick"}, Number(tick.toPrecision(3)).toLocaleString("en-US")));
+  }
+  rows.forEach((row, i) => {
+    const height = left ? 21 : 18, y = top + step * i + (left ? (step - height) / 2 : step - height - 4);
+    root.append(svg("text", left ? {x: 0, y: y + height / 2 + 4} : {x: 0, y: y - 5}, row.label));
+    if (!row.parts) {
+      root.append(svg("text", {x: left + 12, y: y + height / 2 + 4, class: "tick"}, "not on this CPU"));
+      return;
+    }
+    let at = 0;
+    for (const [cause, cycles] of row.parts) {
+      root.append(svg("rect", {x: place(at), y, width: Math.max(0, place(at + cycles) - place(at)), height, fill: colours[cause] || "#8a8a8a", stroke: "#fff", "stroke-width": 0.7},
+        svg("title", {}, `${row.label}, ${cause}: ${cyclesText(cycles)} ${unit}, ${Math.round(100 * cycles / row.total)} %`)));
+      at += cycles;
+    }
+    root.append(svg("text", {x: place(at) + 6, y: y + height / 2 + 4, class: "value"}, cyclesText(row.total)));
+  });
+  return root;
+}
+
+// Lines through categories that go down the page (CPU generations), a log axis across.
+// series: [{label, look, hollow, points: [[category number, value, low, high]], breaks: Set of categories that join nothing}]
+function ladderPanel(title, categories, joined, series, width, all) {
+  const left = Math.min(0.42 * width, 16 + 7 * Math.max(...categories.map((c) => c.length))), step = Math.max(24, 9 * series.length);
+  const top = 26, bottom = top + step * categories.length;
+  const root = frame(width, bottom + 24, title + ": slowdown of " + series.map((s) => s.label).join(", ") + " on " + categories.join(", "));
+  root.append(svg("text", {x: 0, y: 14, class: "panel"}, title));
+  const axis = logAxis(all, left + 12, width - 18);
+  ratioGrid(root, axis, top, bottom);
+  categories.forEach((name, i) => root.append(svg("text", {x: 0, y: top + step * (i + 0.5) + 4, class: joined[i] ? "" : "apart"}, name)));
+  series.forEach((one, s) => {
+    const shift = Math.min(6, step / (series.length + 1)) * (s - (series.length - 1) / 2);
+    const at = ([category, value]) => [axis.place(value), top + step * (category + 0.5) + shift];
+    const line = one.points.filter(([category]) => joined[category]).map(at);
+    if (line.length > 1) root.append(svg("polyline", {
+      points: line.map((p) => p.join(",")).join(" "), fill: "none", stroke: one.look.colour, "stroke-width": 1.5, ...(one.hollow ? {"stroke-dasharray": "5 3"} : {}),
+    }));
+    for (const point of one.points) {
+      const [x, y] = at(point), [category, value, low, high] = point;
+      root.append(svg("g", {}, svg("title", {}, `${one.label}, ${categories[category]}: ${times(value)} (${times(low)} to ${times(high)})`),
+        svg("line", {x1: axis.place(low), x2: axis.place(high), y1: y, y2: y, stroke: one.look.colour, "stroke-width": 1.2}), marker(one.look, one.hollow, x, y)));
+    }
+  });
+  return root;
+}
+
+// Lines over a numeric axis (density), logarithmic both ways where it spans far.
+function linePanel(title, across, series, width, all) {
+  const xs = [...new Set(series.flatMap((one) => one.points.map((p) => p[0])))].sort((a, b) => a - b);
+  const height = Math.min(340, 0.75 * width + 60), left = 52, top = 26, bottom = height - 44, wide = xs[0] > 0 && xs[xs.length - 1] / xs[0] >= 20;
+  const scale = wide ? Math.log : (x) => x, from = scale(xs[0]), to = scale(xs[xs.length - 1]);
+  const x = (value) => left + 22 + (width - left - 50) * (scale(value) - from) / ((to - from) || 1);
+  const axis = logAxis(all, bottom, top);
+  const root = frame(width, height, title + ": " + series.map((s) => s.label + " " + s.points.map((p) => `${p[0]}: ${times(p[1])}`).join(", ")).join("; "));
+  root.append(svg("text", {x: 0, y: 14, class: "panel"}, title));
+  for (const tick of axis.ticks) {
+    const y = axis.place(tick), one = tick === 1;
+    root.append(svg("line", {x1: left, x2: width - 10, y1: y, y2: y, stroke: one ? "#1a1a1a" : "#d0d0d0", "stroke-width": one ? 1.4 : 0.8}));
+    root.append(svg("text", {x: left - 6, y: y + 4, "text-anchor": "end", class: "tick"}, one ? "native" : tick + "×"));
+  }
+  for (const value of xs) root.append(svg("text", {x: x(value), y: bottom + 17, "text-anchor": "middle", class: "tick"}, String(value)));
+  root.append(svg("text", {x: (left + width) / 2, y: height - 6, "text-anchor": "middle"}, across));
+  series.forEach((one, s) => {
+    const shift = 4 * (s - (series.length - 1) / 2), places = one.points.map((p) => [x(p[0]) + shift, axis.place(p[1])]);
+    if (places.length > 1) root.append(svg("polyline", {
+      points: places.map((p) => p.join(",")).join(" "), fill: "none", stroke: one.look.colour, "stroke-width": 1.5, ...(one.hollow ? {"stroke-dasharray": "5 3"} : {}),
+    }));
+    one.points.forEach(([value, ratio, low, high], i) => root.append(svg("g", {}, svg("title", {}, `${one.label} at ${value}: ${times(ratio)} (${times(low)} to ${times(high)})`),
+      svg("line", {x1: places[i][0], x2: places[i][0], y1: axis.place(low), y2: axis.place(high), stroke: one.look.colour, "stroke-width": 1.2}), marker(one.look, one.hollow, ...places[i]))));
+  });
+  return root;
+}
+
+// Keys to markers or colours, as a list that a screen reader can read.
+function legend(items) {
+  return html("ul", {class: "legend"}, ...items.map((item) => {
+    const sign = svg("svg", {width: 18, height: 16, viewBox: "-9 -8 18 16", "aria-hidden": "true"});
+    sign.append(item.look ? marker(item.look, item.hollow, 0, 0) : svg("rect", {x: -7, y: -6, width: 14, height: 12, fill: item.colour}));
+    return html("li", {}, sign, " " + item.label);
+  }));
+}
+
+// The same figures as a table. rows: lists of fields, the first one the row's head.
+function figuresTable(head, rows) {
+  const number = (field) => typeof field === "string" && /^[-\d]/.test(field);
+  return html("table", {},
+    html("thead", {}, html("tr", {}, ...head.map((name) => html("th", {scope: "col"}, name)))),
+    html("tbody", {}, ...rows.map((row) => html("tr", {}, ...row.map((field, i) => i ? html("td", number(field) ? {class: "number"} : {}, field) : html("th", {scope: "row"}, field))))));
+}

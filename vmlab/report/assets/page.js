@@ -1,0 +1,390 @@
+// The page follows its reader: CPU generation, workload, moved costs. Counts never change; only prices do.
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const state = {cpu: data.order[0], work: 0, moved: new Map()}; // moved: "insn.cli" of a CPU as "cpu/key", a handler's length as "key"
+let models = {}, prices = new Map(), ratios = new Map();
+
+const byId = (id) => document.getElementById(id);
+const isShared = (key) => Object.hasOwn(data.shared, key);
+const moveName = (key) => isShared(key) ? key : state.cpu + "/" + key;
+
+// ---- prices at the reader's costs
+function overrideOf(name) {
+  const found = {};
+  for (const [move, value] of state.moved) {
+    const [cpu, key] = move.includes("/") ? move.split("/") : [name, move];
+    if (cpu === name) found[key] = value;
+  }
+  return found;
+}
+
+const isMoved = (name) => Object.keys(overrideOf(name)).length > 0;
+
+function modelOf(name) {
+  if (!models[name]) models[name] = new CostModel(data, name, overrideOf(name));
+  return models[name];
+}
+
+function costsChanged() { models = {}; prices = new Map(); ratios = new Map(); }
+
+function once(cache, id, make) {
+  if (!cache.has(id)) cache.set(id, make());
+  return cache.get(id);
+}
+
+// {total, low, high, breakdown} or null; the run's own figures while no cost of this CPU is moved.
+function priceOf(index, name) {
+  const cell = data.cells[index], known = cell.cycles[name];
+  if (!known) return null;
+  if (!isMoved(name)) return {total: known[0], low: known[1], high: known[2], breakdown: known[3]};
+  return once(prices, index + " " + name, () => modelOf(name).price(pricedCounts(data, cell.events), cell.platform));
+}
+
+function ratioOf(index, name) {
+  const cell = data.cells[index];
+  if (cell.technique === "native") return cell.cycles[name] ? {value: 1, low: 1, high: 1} : null;
+  const known = cell.slowdown[name];
+  if (!known) return null;
+  const native = data.cells[cell.native];
+  if (!isMoved(name) || !native) return {value: known[0], low: known[1], high: known[2]};
+  return once(ratios, index + " " + name, () => modelOf(name).slowdown(
+    pricedCounts(data, cell.events), cell.platform, pricedCounts(data, native.events), native.platform));
+}
+
+// ---- what the charts show
+const generation = (name) => data.generations.find((g) => g.name === name);
+const shown = (work) => work.variants.filter((v) => v.technique !== "native");
+const look = (technique) => data.looks[technique] || {colour: "#8a8a8a", marker: "X"};
+const last = (list) => list[list.length - 1];
+const workHere = () => data.workloads[state.work];
+const rowOf = (variant) => ({label: variant.label, look: look(variant.technique), hollow: variant.hollow});
+
+function slowdowns(work, name) {
+  return shown(work).map((variant) => ({...rowOf(variant), ...(ratioOf(last(variant.cells), name) || {})}));
+}
+
+const CHARTS = {
+  slowdown(host) {
+    const order = [state.work, ...data.workloads.keys()].filter((w, i, all) => all.indexOf(w) === i).slice(0, 8);
+    const panels = order.map((w) => [data.workloads[w], slowdowns(data.workloads[w], state.cpu)]);
+    const all = panels.flatMap(([, rows]) => rows.flatMap((row) => row.value === undefined ? [] : [row.low, row.high]));
+    const title = slowdownTitle(panels[0][0], panels[0][1]);
+    host(title, panels.map(([work, rows]) => (width) => dotPanel(work.label, rows, width, all)), null,
+      ["workload", "technique", "slowdown", "5 %", "95 %"],
+      panels.flatMap(([work, rows]) => rows.map((row) => [work.label, row.label, ...(row.value === undefined ? ["–", "–", "–"] : [row.value, row.low, row.high].map(times))])));
+  },
+
+  causes(host) {
+    const work = workHere(), rows = [];
+    let counted = false;
+    for (const variant of work.variants) {
+      const index = last(variant.cells), price = priceOf(index, state.cpu), per = data.cells[index].operations || 1;
+      counted = counted || data.cells[index].operations > 0;
+      rows.push(price ? {...rowOf(variant), total: price.total / per, parts: data.causes.filter((c) => price.breakdown[c]).map((c) => [c, price.breakdown[c] / per])} : rowOf(variant));
+    }
+    const unit = counted ? "cycles per operation" : "cycles";
+    const priced = rows.filter((row) => row.parts).sort((a, b) => a.total - b.total), groups = [];
+    for (const row of priced) { // bars that differ by more share no panel
+      if (groups.length && row.total <= 8 * last(groups)[0].total) last(groups).push(row); else groups.push([row]);
+    }
+    const used = data.causes.filter((cause) => priced.some((row) => row.parts.some(([name]) => name === cause)));
+    host(causesTitle(priced, work), groups.map((group) => (width) => stackPanel(group, width, data.colours, unit)),
+      legend(used.map((cause) => ({label: cause, colour: data.colours[cause]}))), ["technique", "cause", unit, "share"],
+      priced.flatMap((row) => row.parts.map(([cause, cycles]) => [row.label, cause, cyclesText(cycles), Math.round(100 * cycles / row.total) + " %"])), "wide");
+  },
+
+  density(host) {
+    const work = workHere();
+    const series = shown(work).map((variant) => ({...rowOf(variant), points: variant.cells.flatMap((index) => {
+      const ratio = ratioOf(index, state.cpu);
+      return ratio ? [[Number(data.cells[index].parameters.density) || 0, ratio.value, ratio.low, ratio.high]] : [];
+    })})).filter((one) => one.points.length);
+    const all = series.flatMap((one) => one.points.flatMap((p) => [p[2], p[3]]));
+    if (!series.some((one) => one.points.length > 1)) { host("One density only: nothing to compare for " + work.name, [], null, [], []); return; }
+    host(densityTitle(series), [(width) => linePanel(work.name + " on " + generation(state.cpu).short, "per 1000 other instructions", series, width, all)],
+      legend(series), ["technique", "density", "slowdown", "5 %", "95 %"],
+      series.flatMap((one) => one.points.map((p) => [one.label, String(p[0]), times(p[1]), times(p[2]), times(p[3])])), "one");
+  },
+
+  generations(host) {
+    const works = [workHere(), ...data.workloads.filter((w) => w !== workHere())].slice(0, 4);
+    const panels = works.map((work) => [work, shown(work).map((variant) => ({...rowOf(variant), points: data.generations.flatMap((g, i) => {
+      const ratio = ratioOf(last(variant.cells), g.name);
+      return ratio ? [[i, ratio.value, ratio.low, ratio.high]] : [];
+    })}))]);
+    const all = panels.flatMap(([, series]) => series.flatMap((one) => one.points.flatMap((p) => [p[2], p[3]])));
+    const names = data.generations.map((g) => g.short), joined = data.generations.map((g) => g.joined);
+    host(generationsTitle(works[0]), panels.map(([work, series]) => (width) => ladderPanel(work.label, names, joined, series, width, all)),
+      legend(panels[0][1]), ["workload", "technique", ...names],
+      panels.flatMap(([work, series]) => series.map((one) => [work.label, one.label, ...data.generations.map((_, i) => {
+        const point = one.points.find((p) => p[0] === i);
+        return point ? times(point[1]) : "–";
+      })])));
+  },
+};
+
+// ---- findings in words, computed from the figures shown
+function slowdownTitle(work, rows) {
+  const priced = rows.filter((row) => row.value !== undefined).sort((a, b) => a.value - b.value), cpu = generation(state.cpu).short;
+  if (!priced.length) return "No technique was priced on " + cpu;
+  const best = priced[0], worst = last(priced);
+  const head = `${work.name} on ${cpu}: ${best.label} takes ${times(best.value)} native's time`;
+  return best === worst ? head : `${head}, ${worst.label} ${times(worst.value)}`;
+}
+
+function causesTitle(priced, work) {
+  const cpu = generation(state.cpu).short, worst = last(priced.filter((row) => row.label !== data.looks.native.short));
+  if (!worst) return "No cell was priced by cause on " + cpu;
+  const [cause, cycles] = worst.parts.reduce((a, b) => b[1] > a[1] ? b : a);
+  return `${cause[0].toUpperCase()}${cause.slice(1)} ${cause.endsWith("s") ? "take" : "takes"} ${Math.round(100 * cycles / worst.total)} % of the cycles of ${worst.label} in ${work.name} on ${cpu}`;
+}
+
+function densityTitle(series) {
+  const moves = series.filter((one) => one.points.length > 1).map((one) => ({label: one.label, a: one.points[0], b: last(one.points)})), cpu = generation(state.cpu).short;
+  const by = (one) => one.b[1] / one.a[1], up = moves.reduce((a, b) => by(b) > by(a) ? b : a), down = moves.reduce((a, b) => by(b) < by(a) ? b : a);
+  const head = `From ${up.a[0]} to ${up.b[0]} per 1000, ${up.label} goes from ${times(up.a[1])} to ${times(up.b[1])}`;
+  return (up === down ? head : `${head}, ${down.label} from ${times(down.a[1])} to ${times(down.b[1])}`) + ` on ${cpu}`;
+}
+
+function generationsTitle(work) {
+  let best = [0, ""];
+  for (const variant of shown(work)) {
+    const standing = data.generations.filter((g) => g.joined).flatMap((g) => {
+      const ratio = ratioOf(last(variant.cells), g.name);
+      return ratio ? [[ratio.high < 1 ? "beats native" : ratio.low > 1 ? "loses to native" : "is about even", g.short]] : [];
+    });
+    const words = [...new Set(standing.map(([word]) => word))];
+    const weight = 2 * words.includes("beats native") + words.includes("loses to native");
+    const list = (names) => names.length > 3 ? `${names.length} generations from ${names[0]} to ${last(names)}` : names.join(" and ");
+    if (words.length > 1 && weight > best[0]) best = [weight, `${variant.label} ${words.map((word) => word + " on " + list(standing.filter(([w]) => w === word).map(([, g]) => g))).join(", ")}`];
+  }
+  return best[1] ? `${work.name}: ${best[1]}` : `${work.name}: against the bare machine no technique's standing changes over these generations`;
+}
+
+// ---- drawing
+function draw() {
+  for (const figure of document.querySelectorAll("figure[data-chart]")) {
+    const chart = CHARTS[figure.dataset.chart];
+    if (!chart) continue;
+    const live = figure.querySelector(".live"), table = figure.querySelector(".table");
+    chart((title, panels, key, head, rows, layout) => {
+      figure.querySelector(".title").textContent = title;
+      live.className = "live " + (layout || (panels.length > 1 ? "grid" : "one"));
+      live.replaceChildren(...(key ? [key] : []));
+      const places = panels.map(() => html("div", {class: "panel-box"}));
+      live.append(...places); // all of them before any is measured: the grid's columns depend on their number
+      const widths = places.map((place) => Math.max(280, Math.min(place.clientWidth || 640, 860)));
+      panels.forEach((panel, i) => places[i].append(panel(widths[i])));
+      table.replaceChildren(rows.length ? figuresTable(head, rows) : "");
+    });
+  }
+  drawExits();
+  drawClaims();
+  const count = state.moved.size;
+  byId("moved").textContent = count ? `${count} cost${count > 1 ? "s" : ""} moved: charts and verdicts are at your costs, the sentences above and the tables of cells at the published ones.` : "All costs are the published ones.";
+  byId("reset").disabled = !count && state.cpu === data.order[0] && state.work === 0;
+}
+
+const LEAVING = ["exit.", "trap.", "hypercall.", "bt.callout."];
+
+function drawExits() {
+  const body = byId("exits-body");
+  if (!body) return;
+  const model = modelOf(state.cpu), rows = [];
+  for (const variant of shown(workHere())) {
+    const index = last(variant.cells), cell = data.cells[index], priced = priceOf(index, state.cpu), found = [];
+    let calls = 0;
+    for (let i = 0; i < cell.events.length; i += 2) if (data.kinds[cell.events[i]].startsWith("hypercall.")) calls += cell.events[i + 1];
+    for (let i = 0; i < cell.events.length; i += 2) {
+      const kind = data.kinds[cell.events[i]];
+      let count = cell.events[i + 1];
+      if (!LEAVING.some((prefix) => kind.startsWith(prefix))) continue;
+      if (kind === "trap.int") count -= Math.min(count, calls); // the transitions of hypercalls, counted as such
+      if (count > 0) found.push([kind, count]);
+    }
+    const all = found.reduce((sum, [, count]) => sum + count, 0), per = cell.operations || 0;
+    for (const [kind, count] of found.sort((a, b) => b[1] - a[1])) {
+      let cycles = null;
+      try { cycles = priced && model.unit(kind) + (kind.startsWith("exit.") ? model.unit("entry") : kind.startsWith("hypercall.") ? model.unit("trap.int") : 0); } catch (error) { if (!(error instanceof NoFigure)) throw error; }
+      rows.push([variant.label, data.words[kind] || kind, count.toLocaleString("en-US"), (100 * count / all).toFixed(1) + " %", per ? (count / per).toPrecision(2) : "–",
+        cycles === null || cycles === undefined ? "–" : cyclesText(cycles), cycles && priced ? (100 * cycles * count / priced.total).toFixed(1) + " %" : "–"]);
+    }
+  }
+  body.replaceChildren(rows.length ? figuresTable(["technique", "reason", "times", "of its exits", "per operation", "cycles each", "of all cycles"], rows) : html("p", {}, "No technique left the guest in this workload."));
+}
+
+const SIGNS = {holds: "✓", fails: "✗", undecided: "?"};
+
+function drawClaims() {
+  for (const row of document.querySelectorAll("tr[data-claim]")) {
+    const claim = data.claims[Number(row.dataset.claim)], found = state.moved.size ? judge(claim, modelOf) : null;
+    const verdict = found ? found.verdict : claim.verdict, shade = Object.hasOwn(SIGNS, verdict) ? verdict : "undecided";
+    const mark = row.querySelector(".verdict");
+    mark.className = "verdict " + shade;
+    mark.querySelector(".said").textContent = SIGNS[shade] + " " + verdict;
+    mark.querySelector(".was").textContent = found && found.verdict !== claim.verdict ? "was: " + claim.verdict : "";
+    row.querySelector(".reason").textContent = found ? found.reason : claim.reason || "";
+    const by = found ? found.byProfile : claim.by_profile || {};
+    row.querySelector(".by").textContent = Object.entries(by).map(([name, said]) => name + ": " + said).join("; ");
+  }
+}
+
+// ---- costs to move
+const SPAN = 8; // a slider goes this factor beyond the published range either way
+
+function costRows() {
+  const weight = new Map(), model = modelOf(state.cpu);
+  for (const variant of workHere().variants) {
+    const cell = data.cells[last(variant.cells)], counts = pricedCounts(data, cell.events);
+    if (model.refusal(counts, cell.platform)) continue;
+    const total = model.nominal(counts) || 1;
+    for (const [kind, count] of counts) {
+      for (const [factor, key] of data.rules[kind][1]) {
+        const figure = model.figure(key), cycles = count * factor * figure.value * model.factor(figure.key);
+        const resolved = Object.hasOwn(data.profiles[state.cpu].figures, key) || isShared(key) ? key : figure.key;
+        weight.set(resolved, Math.max(weight.get(resolved) || 0, cycles / total));
+      }
+    }
+  }
+  return [...weight].filter(([, share]) => share >= 0.002).sort((a, b) => b[1] - a[1]);
+}
+
+const published = (key) => data.profiles[state.cpu].figures[key] || data.shared[key];
+const unitOf = (key) => key.startsWith("path.") ? "instructions" : key.startsWith("shared.") ? "ns" : key === "mhz" ? "MHz" : "cycles";
+
+function drawCosts() {
+  const rows = costRows().map(([key, share]) => {
+    const [value, low, high, provenance, source] = published(key), from = Math.log(low / SPAN), to = Math.log(high * SPAN);
+    const now = state.moved.get(moveName(key)) ?? value, id = "cost-" + key.replace(/[^a-z0-9]/gi, "-");
+    const slider = html("input", {type: "range", id, min: 0, max: 400, step: 1, "aria-describedby": id + "-source"});
+    const box = html("input", {type: "number", min: 0.001, step: "any", "aria-label": data.costWords[key] + " in " + unitOf(key)});
+    const note = html("span", {class: "note"});
+    const place = (v) => 400 * (Math.log(v) - from) / (to - from);
+    slider.style.setProperty("--low", place(low) / 4 + "%");
+    slider.style.setProperty("--high", place(high) / 4 + "%");
+    const show = (v) => {
+      slider.value = place(v);
+      box.value = Number(v.toPrecision(4));
+      const outside = v < low * 0.9999 || v > high * 1.0001;
+      note.textContent = v === value ? "" : outside ? "beyond the published range" : "within the published range";
+      slider.setAttribute("aria-valuetext", `${Number(v.toPrecision(3))} ${unitOf(key)}, ${v === value ? "published" : note.textContent}`);
+    };
+    const move = (v) => {
+      if (!(v > 0 && Number.isFinite(v))) return;
+      if (v === value) state.moved.delete(moveName(key)); else state.moved.set(moveName(key), v);
+      show(v);
+      costsChanged();
+      later();
+    };
+    show(now);
+    slider.addEventListener("input", () => {
+      const v = Math.exp(from + (to - from) * slider.value / 400);
+      move(Math.abs(place(value) - slider.value) < 1 ? value : Number(v.toPrecision(3))); // the published value is a notch
+    });
+    box.addEventListener("change", () => move(Number(box.value)));
+    return html("li", {class: "cost"}, html("label", {for: id}, data.costWords[key], html("small", {}, ` ${Math.round(100 * share)} % of a cell at most`)), slider, box, html("span", {}, " " + unitOf(key) + " "), note,
+      html("small", {id: id + "-source"}, `${provenance}: ${value} (${low} to ${high})${source ? ", " + source : ""}`));
+  });
+  byId("costs-list").replaceChildren(...rows);
+}
+
+// ---- the setting as a link
+function fragment() {
+  const parts = [];
+  if (state.cpu !== data.order[0]) parts.push("cpu=" + encodeURIComponent(state.cpu));
+  if (state.work) parts.push("work=" + encodeURIComponent(workHere().name));
+  for (const [move, value] of state.moved) parts.push(encodeURIComponent(move) + "=" + value);
+  return parts.join("&");
+}
+
+function readFragment() {
+  state.cpu = data.order[0];
+  state.work = 0;
+  state.moved.clear();
+  for (const part of location.hash.slice(1).split("&")) {
+    const [name, value] = part.split("=").map((text) => { try { return decodeURIComponent(text); } catch { return ""; } });
+    if (value === undefined) continue;
+    if (name === "cpu" && data.order.includes(value)) state.cpu = value;
+    else if (name === "work") state.work = Math.max(0, data.workloads.findIndex((w) => w.name === value));
+    else {
+      const [cpu, key] = name.includes("/") ? name.split("/") : [null, name];
+      const known = cpu === null ? isShared(key) : Object.hasOwn(data.profiles, cpu) && Object.hasOwn(data.profiles[cpu].figures, key);
+      if (known && Number(value) > 0 && Number.isFinite(Number(value))) state.moved.set(name, Number(value));
+    }
+  }
+  costsChanged();
+}
+
+let waiting = false;
+function later() {
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => { waiting = false; draw(); keep(); });
+}
+
+function keep() {
+  const hash = fragment();
+  byId("permalink").setAttribute("href", "#" + hash);
+  if (location.hash.slice(1) !== hash && !location.hash.startsWith("#term-")) history.replaceState(null, "", hash ? "#" + hash : location.pathname + location.search);
+}
+
+function everything() {
+  byId("cpu").value = state.cpu;
+  byId("work").value = state.work;
+  drawCosts();
+  draw();
+  keep();
+}
+
+function openFor(hash) { // a link into a closed fold opens it
+  const target = hash.length > 1 && byId(hash.slice(1));
+  for (let fold = target && target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+  if (target) target.scrollIntoView();
+}
+
+// ---- terms explained
+function explainTerms() {
+  const tip = html("div", {id: "tip", role: "tooltip", hidden: ""});
+  document.body.append(tip);
+  const show = (event) => {
+    const term = event.target.closest && event.target.closest("a.term"), entry = term && byId(term.hash.slice(1));
+    if (!entry) return;
+    tip.textContent = entry.querySelector("dd").textContent;
+    term.setAttribute("aria-describedby", "tip");
+    tip.hidden = false;
+    const box = term.getBoundingClientRect(), width = Math.min(360, innerWidth - 24);
+    tip.style.width = width + "px";
+    tip.style.left = Math.max(12, Math.min(box.left, innerWidth - width - 12)) + "px";
+    const below = box.bottom + 6;
+    tip.style.top = (below + tip.offsetHeight > innerHeight ? Math.max(6, box.top - tip.offsetHeight - 6) : below) + "px";
+  };
+  const hide = () => { tip.hidden = true; };
+  for (const kind of ["mouseover", "focusin"]) document.addEventListener(kind, show);
+  for (const kind of ["mouseout", "focusout"]) document.addEventListener(kind, hide);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
+}
+
+function start() {
+  for (const g of data.generations) byId("cpu").append(html("option", {value: g.name}, g.words));
+  data.workloads.forEach((work, i) => byId("work").append(html("option", {value: i}, work.label)));
+  readFragment();
+  byId("controls").hidden = false;
+  for (const place of document.querySelectorAll(".static")) place.remove();
+  byId("cpu").addEventListener("change", () => { state.cpu = byId("cpu").value; everything(); });
+  byId("work").addEventListener("change", () => { state.work = Number(byId("work").value); everything(); });
+  byId("reset").addEventListener("click", () => { state.cpu = data.order[0]; state.work = 0; state.moved.clear(); costsChanged(); everything(); });
+  addEventListener("hashchange", () => { if (/^#(term|chart)-/.test(location.hash)) openFor(location.hash); else { readFragment(); everything(); } });
+  let width = innerWidth;
+  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; later(); } });
+  document.addEventListener("toggle", (event) => { if (event.target.open && event.target.querySelector("figure")) draw(); }, true);
+  let closed = [];
+  addEventListener("beforeprint", () => { closed = [...document.querySelectorAll("details.print:not([open])")]; closed.forEach((fold) => { fold.open = true; }); draw(); });
+  addEventListener("afterprint", () => closed.forEach((fold) => { fold.open = false; }));
+  explainTerms();
+  everything();
+  if (/^#(term|chart)-/.test(location.hash)) openFor(location.hash);
+  document.documentElement.dataset.ready = "yes";
+}
+
+if (data.generations.length && data.workloads.length) start(); else explainTerms();
