@@ -96,11 +96,8 @@ class Asking:
         return mfn
 
 
-def check_counts(strategy: Paravirtualization, extra: tuple[int, ...] = ()) -> None:
-    """Count every use of every frame anew, from the tables themselves, and compare; no table may be writable.
-
-    ``extra``: frames that something else holds as writable memory.
-    """
+def check_counts(strategy: Paravirtualization) -> None:
+    """Count every use of every frame anew, from the tables themselves, and compare; no table may be writable."""
     domain, frames, ram = strategy.domain, strategy.domain.frames, strategy.machine.ram
     uses: dict[int, int] = {}
     kinds: dict[int, Kind] = {}
@@ -111,8 +108,8 @@ def check_counts(strategy: Paravirtualization, extra: tuple[int, ...] = ()) -> N
         uses[mfn] = uses.get(mfn, 0) + 1
 
     use(domain.l3 >> 12, Kind.L3)
-    for mfn in extra:
-        use(mfn, Kind.WRITABLE)
+    if strategy.hypervisor.ring.frame is not None:
+        use(strategy.hypervisor.ring.frame, Kind.WRITABLE)
     for mfn in domain.tables._guests:
         use(mfn, Kind.DESCRIPTORS)
     for mfn in range(frames.first, frames.first + frames.count):

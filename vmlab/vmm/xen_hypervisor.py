@@ -57,13 +57,13 @@ class Hypervisor:
         self._disk = DiskDriver(machine, counts)
         self._blocked = False       # the vCPU waits in the hypervisor: what comes is delivered on the way back
         ports = GuestPorts(machine, domain, self._disk, self.events, counts, self.refuse)
-        ring = BlockRing(machine.ram, domain.frames, self.memory, self.events, self._disk, counts, self.refuse)
+        self.ring = BlockRing(machine.ram, domain.frames, self.memory, self.events, self._disk, counts, self.refuse)
         mmu = Mmu(machine.cpu, domain, self.memory, counts, refused, direct=direct_paging)
         self._calls: dict[str, Call] = {
             **Calls(self).table(), "event_channel_op": self.events.event_channel_op, "mmu_update": mmu.mmu_update,
             "mmuext_op": mmu.mmuext_op, "update_va_mapping": mmu.update_va_mapping, "multicall": self._multicall,
             "set_timer_op": self.timers.set_timer_op, "vcpu_op": self.timers.vcpu_op,
-            "port_io": ports.port_io, "ring_op": ring.ring_op,
+            "port_io": ports.port_io, "ring_op": self.ring.ring_op,
         }
         machine.monitor = self
         self.open_gates()

@@ -23,7 +23,7 @@ from vmlab.vmm.xen_memory import GuestMemory
 
 RING_SIZE = 32                      # (4096 - 64) / 108, down to a power of two
 _HEADER, _ENTRY = 64, 108
-_REQ_PROD, _RSP_PROD, _RSP_EVENT = 0, 8, 12
+_REQ_PROD, _REQ_EVENT, _RSP_PROD, _RSP_EVENT = 0, 4, 8, 12
 BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_FLUSH = 0, 1, 3
 BLKIF_OKAY, BLKIF_ERROR, BLKIF_EOPNOTSUPP = 0, -1, -2
 _MOST_SEGMENTS = 11
@@ -50,6 +50,11 @@ class BlockRing:
         self._page = 0                          # hpa; 0: not connected
         self._port = 0
         self._consumed = self._produced = 0     # req_cons and rsp_prod_pvt of io/ring.h
+
+    @property
+    def frame(self) -> int | None:
+        """The mfn of the connected ring."""
+        return self._page >> 12 or None
 
     # ---- hypercall
     def ring_op(self, command: int, mfn: int, answer: int, *_: int) -> int:
@@ -90,6 +95,7 @@ class BlockRing:
             self._consumed = self._consumed + 1 & 0xFFFFFFFF
             self._counts["ring.request"] += 1
             self._begin(self._ram.read(at, _ENTRY))
+        self._ram.write32(self._page + _REQ_EVENT, self._consumed + 1)  # to be told of the next one (RING_FINAL_CHECK_FOR_REQUESTS)
 
     def _begin(self, raw: bytes) -> None:
         operation, segments, _handle, identity, sector = struct.unpack_from("<BBHQQ", raw)

@@ -1,0 +1,194 @@
+/* pv_pages.c: page tables that are the machine's own, read-only to us, and changed by asking. Called by pv.S in place of the
+ * stores of pt.h.
+ *
+ * Entries hold machine addresses; a change is queued, and the queue is sent as one hypercall when it is full (option
+ * `batch`) or when the change must be in force. What else the hypervisor is to do at that moment (load a root, empty the
+ * TLB, pin) goes along in the same transition, as a multicall. */
+#include "kernel.h"
+#include "pt.h"
+#include "pv.h"
+#include "text.h"
+
+#define LONGEST 512
+static struct { u64 entry, value; } queue[LONGEST];
+static u32 queued, longest = LONGEST;
+static u32 touched[16];                 /* one bit for a few entries each: perhaps one of these is in the queue */
+
+static struct { u32 number; int result; u32 arguments[6]; } calls[8];
+static struct { u32 command, argument, unused; } extended[2];
+static u32 call_count, extended_count;
+
+static word kernel_stack;               /* for the next entry from user mode; 0: the hypervisor knows */
+
+/* --- transitions */
+static void call_later(u32 number, word a, word b, word c, word d)
+{
+    calls[call_count].number = number;
+    calls[call_count].arguments[0] = a;
+    calls[call_count].arguments[1] = b;
+    calls[call_count].arguments[2] = c;
+    calls[call_count++].arguments[3] = d;
+}
+
+static void extended_later(u32 command, word argument)
+{
+    extended[extended_count].command = command;
+    extended[extended_count].argument = argument;
+    call_later(HYPERCALL_MMUEXT_OP, (word)&extended[extended_count++], 1, 0, DOMID_SELF);
+}
+
+static void queue_later(void)
+{
+    if (queued)
+        call_later(HYPERCALL_MMU_UPDATE, (word)queue, queued, 0, DOMID_SELF);
+}
+
+/* All that was asked for since the last time, in its order, in one transition. */
+static void send(void)
+{
+    if (call_count == 1) {
+        u32 *a = calls[0].arguments;
+        pv_must(hypercall(calls[0].number, a[0], a[1], a[2], a[3], 0));
+    } else if (call_count) {
+        pv_must(hypercall(HYPERCALL_MULTICALL, (word)calls, call_count, 0, 0, 0));
+        for (u32 i = 0; i < call_count; i++)
+            pv_must(calls[i].result);
+    }
+    call_count = extended_count = 0;
+    if (queued) {
+        queued = 0;
+        for (u32 i = 0; i < 16; i++)
+            touched[i] = 0;
+    }
+}
+
+static void queue_send(void)
+{
+    queue_later();
+    send();
+}
+
+/* --- entries */
+static u32 bit_of(word address) { return (address >> 3 ^ address >> 12) & 511; }
+
+/* An entry in terms of our own frames becomes one of the machine's. */
+static word translated(word value) { return value & PRESENT ? machine(FRAME(value)) | (value & 0xfff) : value; }
+
+static void change(word address, word value)
+{
+    queue[queued].entry = machine(address);
+    queue[queued++].value = translated(value);
+    touched[bit_of(address) / 32] |= 1u << bit_of(address) % 32;
+    if (queued >= longest)
+        queue_send();
+}
+
+word entry_value(word address)
+{
+    if (touched[bit_of(address) / 32] >> bit_of(address) % 32 & 1)
+        queue_send();
+    word value = *(word *)address;
+    return value & PRESENT ? machine_to_phys[value / PAGE] * PAGE | (value & 0xfff) : value;
+}
+
+void entry_write_queued(word address, word value) { change(address, value); }
+
+void entry_write_sent(word address, word value)
+{
+    change(address, value);
+    queue_send();
+}
+
+/* --- the kernel's own mapping of a page, which must not be writable while the page is a table */
+static word own_entry(word page)
+{
+    word table = machine_to_phys[(word)kernel_table[page >> 21] / PAGE] * PAGE;
+    return table + (page / PAGE % 512) * 8;
+}
+
+void table_made(word page) { change(own_entry(page), page | PRESENT); }
+
+/* Writable again, and nothing stale in the TLB. */
+static void plain_later(word page)
+{
+    call_later(HYPERCALL_UPDATE_VA_MAPPING, page, machine(page) | PRESENT | WRITABLE, 0, UVMF_INVLPG);
+}
+
+void table_no_more(word page, word link)
+{
+    queue_later();
+    plain_later(page);
+    send();
+    *(word *)page = link;
+}
+
+/* --- roots: a table of four entries; the last names a level-2 table that the hypervisor fills, one for every root */
+void root_made(word second, word user)
+{
+    u64 *root = (u64 *)(second - 8);
+    word hole = (word)page_new();
+    clear((void *)hole, PAGE);
+    root[0] = translated(root[0]);
+    root[1] = translated(user);
+    root[2] = 0;
+    root[3] = machine(hole) | PRESENT;
+    table_made((word)root);
+    table_made(hole);
+    queue_later();
+    extended_later(MMUEXT_PIN_L3_TABLE, machine((word)root) / PAGE);
+    send();
+}
+
+void root_no_more(word root, word link)
+{
+    word hole = machine_to_phys[((u64 *)root)[3] / PAGE] * PAGE;
+    queue_later();
+    extended_later(MMUEXT_UNPIN_TABLE, machine(root) / PAGE);
+    plain_later(root);
+    plain_later(hole);
+    send();
+    *(word *)root = link;
+    *(word *)hole = page_free((void *)hole);
+}
+
+void root_load(word root)
+{
+    queue_later();
+    if (kernel_stack)
+        call_later(HYPERCALL_STACK_SWITCH, FLAT_RING1_SS, kernel_stack, 0, 0);
+    kernel_stack = 0;
+    extended_later(MMUEXT_NEW_BASEPTR, machine(root) / PAGE);
+    send();
+}
+
+/* Known at the latest with the root of the process that the stack belongs to (schedule.c loads both). */
+void stack_set(word top) { kernel_stack = top; }
+
+void tlb_flush(void)
+{
+    queue_later();
+    extended_later(MMUEXT_TLB_FLUSH_LOCAL, 0);
+    send();
+}
+
+void page_flush(word address)
+{
+    queue_later();
+    extended_later(MMUEXT_INVLPG_LOCAL, address);
+    send();
+}
+
+/* The tables we were started with let users in everywhere. Ours are the same but for the level 2, where they do not. */
+void pv_pages_init(const struct start_info *start)
+{
+    const u64 *first_root = (const u64 *)start->pt_base;
+    const u64 *old = (const u64 *)(machine_to_phys[first_root[0] / PAGE] * PAGE);
+    for (u32 i = 0; i < 512; i++)
+        kernel_table[i] = old[i] & ~(u64)FROM_USER;
+    table_made((word)kernel_table);
+    change((word)first_root, (word)kernel_table | PRESENT);
+    tlb_flush();
+    longest = find_number(command_line, "batch=", 32);
+    if (longest < 1 || longest > LONGEST)
+        longest = LONGEST;
+}
