@@ -6,8 +6,8 @@ An event there must be handled before the kernel has gone, and however many come
 from __future__ import annotations
 
 import pytest
-
 from test_paravirtual_minios import DISK
+
 from vmlab import guests
 from vmlab.machine.decode import decode_block
 from vmlab.machine.pc import DISK_IRQ, Machine

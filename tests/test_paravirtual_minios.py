@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pytest
-
 from pvlab import check_counts
+
 from vmlab import guests
 from vmlab.errors import GuestError
 from vmlab.guests.minios.workloads import WORKLOADS
