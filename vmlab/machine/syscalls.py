@@ -6,8 +6,10 @@ and SYSRET, are Unicorn's own.
 
 from __future__ import annotations
 
-from vmlab.machine.cpu import IF, RF, SYSENTER_CS, VM, Cpu, Segment
-from vmlab.machine.delivery import GENERAL_PROTECTION, Fault
+from typing import Protocol
+
+from vmlab.machine.cpu import IF, RF, SYSENTER_CS, VM, Segment
+from vmlab.machine.delivery import GENERAL_PROTECTION, DeliveringCpu, Fault
 from vmlab.machine.msr import CSTAR, EFER_SCE, LSTAR, SFMASK, STAR, SYSENTER_EIP, SYSENTER_ESP
 from vmlab.machine.state import CS, HF_CS64, R11, RCX, RSP, SS
 
@@ -16,7 +18,21 @@ _CODE32, _CODE64, _DATA = 0x00CF9B00, 0x00AF9B00, 0x00CF9300
 _ALL = 0xFFFFFFFF
 
 
-def _enter(cpu: Cpu, cs: int, code: int) -> None:
+class CallingCpu(DeliveringCpu, Protocol):
+    """What a system call needs of a CPU: the physical one, or a VMM's virtual one."""
+
+    @property
+    def efer(self) -> int: ...
+
+    @property
+    def hflags(self) -> int: ...
+
+    def msr(self, number: int) -> int: ...
+
+    def clear_flags(self, flags: int) -> None: ...
+
+
+def _enter(cpu: CallingCpu, cs: int, code: int) -> None:
     """Ring 0 with flat segments that no table is read for."""
     cpu.set_segment(CS, Segment(cs, 0, _ALL, code))
     cpu.set_segment(SS, Segment(cs + 8, 0, _ALL, _DATA))
@@ -24,7 +40,7 @@ def _enter(cpu: Cpu, cs: int, code: int) -> None:
     cpu.clear_shadow()
 
 
-def sysenter(cpu: Cpu) -> None:
+def sysenter(cpu: CallingCpu) -> None:
     """SYSENTER; raises #UD in long mode, #GP in real mode or where IA32_SYSENTER_CS is null."""
     if cpu.long_mode:
         raise Fault(UNDEFINED)
@@ -37,7 +53,7 @@ def sysenter(cpu: Cpu) -> None:
     cpu.rip = cpu.msr(SYSENTER_EIP) & _ALL
 
 
-def syscall(cpu: Cpu, next_rip: int) -> None:
+def syscall(cpu: CallingCpu, next_rip: int) -> None:
     """SYSCALL; raises #UD where EFER.SCE is off or in real mode."""
     if not cpu.efer & EFER_SCE or not cpu.cr(0) & 1:
         raise Fault(UNDEFINED)

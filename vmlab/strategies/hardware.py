@@ -30,6 +30,7 @@ from vmlab.vmm.guest_mode import GuestModeCpu
 from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
 from vmlab.vmm.operands import fetch
 from vmlab.vmm.platform import VirtualPlatform
+from vmlab.vmm.registers import HARMLESS_MSRS
 from vmlab.vmm.shadow import Outcome, ShadowPager
 from vmlab.vmm.space import GUEST_FRAMES
 from vmlab.vmm.stores import Stores
@@ -39,6 +40,15 @@ from vmlab.vmm.vcpu import VirtualCpu
 _VMCB, _IOPM, _MSRPM = (FREE_FRAMES + 0x1000 * page for page in (0, 1, 4))
 _SHADOWED_CRS = 1 << 0 | 1 << 3 | 1 << 4
 _ALWAYS = (v.EXIT_INTR, v.EXIT_CPUID, v.EXIT_HLT, v.EXIT_IOIO, v.EXIT_MSR, v.EXIT_SHUTDOWN, *v.EXITS_OF_SVM)
+
+
+def _permission_map() -> bytes:
+    """The MSR permission map: every register exits but those that are the guest's own business (APM Vol. 2 §15.11)."""
+    bits = bytearray(b"\xff" * 0x2000)
+    for number in HARMLESS_MSRS:
+        at = 2 * (number & 0x1FFF) + (0x4000 if number >> 30 else 0)
+        bits[at // 8] &= ~(3 << at % 8)
+    return bytes(bits)
 
 
 class HardwareAssisted(HardwareAssistedTechnique, Strategy):
@@ -57,9 +67,10 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self.pager.on_foreign = self._note_foreign
         self.platform_devices = VirtualPlatform(machine)
         self.emulator = Emulator(machine, cast(VirtualCpu, self.cpu), self.platform_devices, self.counts)
-        self.emulator.carries_long_mode = True
-        self.emulator.on_paging = self.pager.reload
-        self.emulator.on_invlpg = self.pager.invlpg
+        self.emulator.registers.carries_long_mode = True
+        self.emulator.registers.on_paging = self.pager.reload
+        self.emulator.registers.on_invlpg = self.pager.invlpg
+        self.emulator.registers.on_tsc = lambda offset: self.cpu.write("tsc_offset", offset)
         self.stores = Stores(machine, self.mmu, self.emulator, self.pager.drop_all)
         self._window_open = False
         self._exits: dict[int, Callable[[], None]] = {
@@ -85,7 +96,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         ram, vmcb = self.machine.ram, self.vmcb
         vmcb.clear()
         ram.write(_IOPM, b"\xff" * 0x3000)   # every port
-        ram.write(_MSRPM, b"\xff" * 0x2000)  # every MSR
+        ram.write(_MSRPM, _permission_map())
         vmcb["iopm_base"], vmcb["msrpm_base"] = _IOPM, _MSRPM
         vmcb["intercept_cr_read"] = _SHADOWED_CRS
         vmcb["intercept_cr_write"] = _SHADOWED_CRS

@@ -11,48 +11,41 @@ from collections.abc import Callable
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.ledger import Counts
-from vmlab.machine.cpu import DF, IF, IOPL, ZF, Segment
+from vmlab.machine.cpu import DF, IF, IOPL, SYSENTER_CS, ZF, Segment
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import Fault, read_descriptor
-from vmlab.machine.paging import CR4_FLUSHING, EFER_LMA, EFER_LME, EFER_NXE, PageFault
+from vmlab.machine.msr import TSC_AUX
+from vmlab.machine.paging import PageFault
 from vmlab.machine.pc import Machine, cpuid, port_operands
 from vmlab.machine.state import CS, DS, ES, FS, GS, RAX, RBX, RCX, RDI, RDX, RSI, RSP, SS
-from vmlab.vmm.operands import CONTROL, DEBUG, REGISTERS, SEGMENTS, effective_address, read_operand, write_operand
+from vmlab.machine.syscalls import syscall, sysenter
+from vmlab.vmm.operands import REGISTERS, SEGMENTS, effective_address, read_operand, write_operand
 from vmlab.vmm.platform import VirtualPlatform
+from vmlab.vmm.registers import RegisterEmulator
 from vmlab.vmm.vcpu import CHANGEABLE, VirtualCpu
 
 CPUID_OSXSAVE, CR4_OSXSAVE = 1 << 27, 1 << 18
 GP, PF = 13, 14
-EFER, EFER_BITS = 0xC0000080, 1 | EFER_LME | EFER_LMA | EFER_NXE
 
 
 class Emulator:
     """Emulation of every system instruction that a 32-bit guest kernel of one CPU may use."""
 
-    #: Whether this VMM can run 64-bit code of its guest's.
-    carries_long_mode = False
-
     def __init__(self, machine: Machine, vcpu: VirtualCpu, platform: VirtualPlatform, counts: Counts) -> None:
         self.machine, self.vcpu, self.platform, self.counts = machine, vcpu, platform, counts
         #: HLT with nothing pending: the VMM decides what waiting means.
         self.on_halt: Callable[[], None] = lambda: None
-        #: A control register or EFER was written: the VMM's page tables may have to follow.
-        #: True when what the TLB holds is void as well (CR3 loads, CR4's paging bits).
-        self.on_paging: Callable[[bool], None] = lambda flush: None
-        self.on_invlpg: Callable[[int], None] = lambda address: None
-        self.debug_registers = [0] * 8
-        self.msrs: dict[int, int] = {0x10: 0}
+        self.registers = RegisterEmulator(machine, vcpu, self._privileged)
         self._by_op: dict[str, Callable[[Instruction], None]] = {
             "cli": self._cli, "sti": self._sti, "hlt": self._hlt, "in": self._in, "out": self._out, "ins": self._ins, "outs": self._outs,
             "pushf": self._pushf, "popf": self._popf, "iret": self._iret, "cpuid": self._cpuid, "rdtsc": self._rdtsc, "rdtscp": self._rdtsc,
-            "mov_to_cr": self._mov_to_cr, "mov_from_cr": self._mov_from_cr, "mov_to_dr": self._mov_to_dr, "mov_from_dr": self._mov_from_dr,
             "lgdt": self._lgdt, "lidt": self._lidt, "lldt": self._lldt, "ltr": self._ltr,
             "sgdt": self._sgdt, "sidt": self._sidt, "sldt": self._sldt, "str": self._str,
-            "smsw": self._smsw, "lmsw": self._lmsw, "clts": self._clts, "invlpg": self._invlpg, "invd": self._nothing, "wbinvd": self._nothing,
-            "rdmsr": self._rdmsr, "wrmsr": self._wrmsr,
+            "invd": self._nothing, "wbinvd": self._nothing, "sysenter": self._sysenter, "sysexit": self._sysexit, "syscall": self._syscall,
             "lar": self._lar, "lsl": self._lsl, "verr": self._verr, "verw": self._verw,
             "mov_from_seg": self._mov_from_seg, "push_seg": self._push_seg, "mov_to_seg": self._mov_to_seg, "pop_seg": self._pop_seg,
             "jmp_far": self._jmp_far, "call_far": self._call_far, "ret_far": self._ret_far, "load_far": self._load_far,
+            **self.registers.by_op,
         }
 
     def knows(self, op: str | None) -> bool:
@@ -277,104 +270,37 @@ class Emulator:
     def _rdtsc(self, instruction: Instruction) -> None:
         if self.vcpu.cr(4) & 4 and self.vcpu.cpl != 0:
             raise Fault(GP, 0)
-        tsc = self.machine.read_tsc()
+        tsc = self.registers.read_tsc()
         self.vcpu.set_gpr(RAX, tsc)
         self.vcpu.set_gpr(RDX, tsc >> 32)
         if instruction.op == "rdtscp":
-            self.vcpu.set_gpr(RCX, 0)
-
-    # ---- control, debug and model-specific registers
-    def _mov_to_cr(self, instruction: Instruction) -> None:
-        self._privileged()
-        target, source = instruction.cs.operands
-        number, value = CONTROL[target.reg], read_operand(self.vcpu, instruction, source)
-        self.write_cr(number, value)
-
-    def write_cr(self, number: int, value: int) -> None:
-        """A guest's write to CR0, CR2, CR3 or CR4."""
-        mmu = self.vcpu.mmu
-        if number == 2:
-            self.vcpu.cr2 = value
-            return
-        write = {0: mmu.write_cr0, 3: mmu.write_cr3, 4: mmu.write_cr4}.get(number)
-        if write is None:
-            raise Fault(6)
-        flush = number == 3 or (number == 4 and bool((value ^ mmu.cr4) & CR4_FLUSHING))
-        write(value)
-        self.on_paging(flush)
-
-    def _mov_from_cr(self, instruction: Instruction) -> None:
-        self._privileged()
-        target, source = instruction.cs.operands
-        number = CONTROL[source.reg]
-        if number not in (0, 2, 3, 4):
-            raise Fault(6)
-        write_operand(self.vcpu, instruction, target, self.vcpu.cr(number))
-
-    def _mov_to_dr(self, instruction: Instruction) -> None:
-        self._privileged()
-        target, source = instruction.cs.operands
-        self.debug_registers[DEBUG[target.reg]] = read_operand(self.vcpu, instruction, source)
-
-    def _mov_from_dr(self, instruction: Instruction) -> None:
-        self._privileged()
-        target, source = instruction.cs.operands
-        write_operand(self.vcpu, instruction, target, self.debug_registers[DEBUG[source.reg]])
-
-    def _lmsw(self, instruction: Instruction) -> None:
-        self._privileged()
-        value = read_operand(self.vcpu, instruction, instruction.cs.operands[0], 2)
-        self.write_cr(0, (self.vcpu.cr(0) & ~0xE) | (value & 0xE) | (value & 1))
-
-    def _smsw(self, instruction: Instruction) -> None:
-        write_operand(self.vcpu, instruction, instruction.cs.operands[0], self.vcpu.cr(0), 2)
-
-    def _clts(self, _: Instruction) -> None:
-        self._privileged()
-        self.write_cr(0, self.vcpu.cr(0) & ~8)
+            self.vcpu.set_gpr(RCX, self.registers.msrs[TSC_AUX])
 
     def _nothing(self, _: Instruction) -> None:
         """INVD, WBINVD: the machine has no caches."""
         self._privileged()
 
-    def _invlpg(self, instruction: Instruction) -> None:
-        self._privileged()
-        self.on_invlpg(effective_address(self.vcpu, instruction, instruction.cs.operands[0]))
+    # ---- system calls, where the CPU may not enter the guest's kernel by itself
+    def _sysenter(self, _: Instruction) -> None:
+        sysenter(self.vcpu)
+        self._next = self.vcpu.rip
 
-    def _rdmsr(self, _: Instruction) -> None:
-        self._privileged()
-        number = self.vcpu.gpr(RCX) & 0xFFFFFFFF
-        if number == EFER:
-            value = self.vcpu.mmu.efer
-        elif number in self.msrs:
-            value = self.machine.read_tsc() if number == 0x10 else self.msrs[number]
-        else:
-            raise Fault(GP, 0)
-        self.vcpu.set_gpr(RAX, value)
-        self.vcpu.set_gpr(RDX, value >> 32)
+    def _syscall(self, _: Instruction) -> None:
+        syscall(self.vcpu, self._next)
+        self._next = self.vcpu.rip
 
-    def _wrmsr(self, _: Instruction) -> None:
+    def _sysexit(self, _: Instruction) -> None:
+        """SYSEXIT in legacy mode (APM Vol. 3): flat user segments, ESP from ECX, EIP from EDX."""
+        vcpu = self.vcpu
+        selector = vcpu.msr(SYSENTER_CS) & 0xFFFC
+        if not selector:
+            raise Fault(GP, 0)
         self._privileged()
-        number = self.vcpu.gpr(RCX) & 0xFFFFFFFF
-        value = (self.vcpu.gpr(RAX) & 0xFFFFFFFF) | (self.vcpu.gpr(RDX) & 0xFFFFFFFF) << 32
-        if number == EFER:
-            self.write_efer(value)
-        elif number in self.msrs:
-            self.msrs[number] = value
-        else:
-            raise Fault(GP, 0)
-
-    def write_efer(self, value: int) -> None:
-        """The extended feature enable register (APM Vol. 2 §3.1.7): SCE, LME, NXE exist for the guest."""
-        if value & ~EFER_BITS:
-            raise Fault(GP, 0)
-        if value & EFER_LME and not self.carries_long_mode:
-            raise UnsupportedByStrategy(
-                "the guest turns long mode on (EFER.LME), and a deprivileging VMM cannot carry a 64-bit kernel here: in 64-bit mode "
-                "segments have no limits, and ring 1, where the kernel would run, is supervisor to paging as the VMM is, "
-                "so nothing protects the VMM from it (use hardware-assisted)")
-        self.vcpu.mmu.write_efer(value)
-        self.on_paging(False)
+        self._next, stack = vcpu.gpr(RDX) & 0xFFFFFFFF, vcpu.gpr(RCX)
+        vcpu.set_segment(CS, Segment(selector + 16 | 3, 0, 0xFFFFFFFF, 0x00CFFB00))
+        vcpu.set_segment(SS, Segment(selector + 24 | 3, 0, 0xFFFFFFFF, 0x00CFF300))
+        vcpu.set_cpl(3)
+        vcpu.set_gpr(RSP, stack)
 
     # ---- descriptor tables
     def _table_operand(self, instruction: Instruction) -> tuple[int, int]:

@@ -33,6 +33,8 @@ class GuestModeCpu:
 
     def __init__(self, cpu: Cpu, vmcb: CountedVmcb, mmu: GuestMmu, *, nested: bool) -> None:
         self._physical, self._vmcb, self._mmu, self._nested = cpu, vmcb, mmu, nested
+        #: The guest's system-call and segment-base registers are in the CPU, and its own to read and write.
+        self.msrs: dict[int, int] = {}
         self._known: dict[str, int] = {}
         self._mmu_known = False
         self._loaded: dict[str, int] = {}

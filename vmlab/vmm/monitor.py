@@ -53,8 +53,8 @@ class DeprivilegingMonitor(Strategy):
         self.platform_devices = VirtualPlatform(machine)
         self.emulator = Emulator(machine, self.vcpu, self.platform_devices, self.counts)
         self.emulator.on_halt = self._halt
-        self.emulator.on_paging = self.pager.reload
-        self.emulator.on_invlpg = self.pager.invlpg
+        self.emulator.registers.on_paging = self.pager.reload
+        self.emulator.registers.on_invlpg = self.pager.invlpg
         self.stores = Stores(machine, self.mmu, self.emulator, self.pager.drop_all)
         machine.on_attention = self.attend
 

@@ -43,6 +43,8 @@ class VirtualCpu:
         self.cpu, self.space, self.mmu, self.true_selectors = cpu, space, mmu, true_selectors
         self.flags = 0                        # IF and IOPL as the guest set them
         self.cr2 = 0
+        #: Model-specific registers by number, but for those that live elsewhere.
+        self.msrs: dict[int, int] = {}
         self.gdt = self.idt = _NO_TABLE
         self.ldt = Segment(0, 0, 0, 0x8200)
         self.tr = Segment(0, 0, 0, 0x8900)
@@ -101,6 +103,23 @@ class VirtualCpu:
     def set_interrupt_flag(self, on: bool) -> None:
         self.flags = self.flags | IF if on else self.flags & ~IF
 
+    def clear_flags(self, flags: int) -> None:
+        """Clear system flags; IF is the virtual one."""
+        self.flags &= ~flags
+        self.cpu.clear_flags(flags & ~_VIRTUAL_FLAGS)
+
+    @property
+    def efer(self) -> int:
+        return self.mmu.efer
+
+    @property
+    def hflags(self) -> int:
+        return self.cpu.hflags
+
+    def msr(self, number: int) -> int:
+        """An MSR of the system-call instructions."""
+        return self.msrs[number]
+
     @property
     def iopl(self) -> int:
         return (self.flags & IOPL) >> 12
@@ -134,6 +153,11 @@ class VirtualCpu:
         if number in (CS, SS) and value.selector & 3 == 0:
             value = Segment(value.selector | KERNEL_RING, value.base, value.limit, value.flags)
         self.cpu.set_segment(number, compress(value))
+
+    def set_segment_base(self, number: int, base: int) -> None:
+        """FS or GS base, written through its MSR."""
+        old = self.cpu.segment(number)
+        self.cpu.set_segment(number, Segment(old.selector, base & 0xFFFFFFFF, old.limit, old.flags))
 
     def physical_selector(self, selector: int) -> int:
         """The selector to load into CS or SS for what the guest calls ``selector``."""
