@@ -92,6 +92,7 @@ class ShadowPager:
         self._direct = self._make_direct()
         self._root = self._direct
         self._mode = self._current_mode()
+        self._linked = False            # a table was missing on the way of the fault under way
         #: Set when a translation that the CPU may have cached was taken away.
         self.stale = False
         memory_told = self._memory.on_write
@@ -252,6 +253,7 @@ class ShadowPager:
             return Outcome.TRACE
         if len(self._free) < _RESERVE and not self._make_room(self._root):
             self.drop_all()
+        self._linked = False
         page = self._descend(address, walk)
         index = self._index(page, address)
         old = self._ram.read64(page.frame + 8 * index)
@@ -260,7 +262,7 @@ class ShadowPager:
                            dirty=bool(walk.steps[-1].entry & DIRTY), kernel_write=kernel_write)
         dirty = bool(old & P and old & _CLEAN and write)
         self._counts["shadow.fault.dirty" if dirty else "shadow.fault.hidden"] += 1
-        if entry == old:
+        if entry == old and not self._linked:
             raise AssertionError(f"the shadow entry of {address:#x} already is {entry:#x}, and the CPU faults on it")
         self._set_leaf(page, index, entry)
         return Outcome.HIDDEN
@@ -318,6 +320,7 @@ class ShadowPager:
             if child.key == key:
                 return child
             self._unlink(page, index)
+        self._linked = True
         child = self._page(key)
         at = page.frame + 8 * index
         page.children[index] = child
