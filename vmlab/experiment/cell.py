@@ -1,7 +1,9 @@
 """One cell: a technique runs a guest once, and everything counted becomes an unpriced record.
 
 Runs inside a worker. Phases are cut where the guest passes its own markers: symbols recognised by
-address (``vmlab_roi_begin``, ``vmlab_roi_warm``, ``vmlab_roi_end``), at no cost to any technique.
+address (``vmlab_roi_begin``, ``vmlab_roi_warm``, ``vmlab_roi_end``), at no cost to any technique. A guest that
+measures something small also runs the same loop without it, between ``vmlab_empty_begin`` and ``vmlab_empty_end``:
+the phase ``empty``, to be taken off the region of interest.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmlab import guests, strategies
-from vmlab.errors import GuestError, VmlabError
+from vmlab.errors import GuestError, UnsupportedByStrategy, VmlabError
 from vmlab.ledger import Snapshot
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.parameters import Value
@@ -21,6 +23,7 @@ from vmlab.strategies.base import Strategy
 #: Guest instructions after which a run counts as an endless loop, unless the cell says otherwise.
 DEFAULT_BUDGET = 2_000_000_000
 _MARKERS = ("vmlab_roi_begin", "vmlab_roi_warm", "vmlab_roi_end")
+_EMPTY = ("vmlab_empty_begin", "vmlab_empty_end")
 _PHASES = ("boot", "roi.cold", "roi.warm", "exit")
 
 Cell = dict[str, Any]
@@ -39,7 +42,7 @@ class Run:
         self.strategy: Strategy = self.kind(self.machine, parameters)
         self.marks: dict[str, Snapshot] = {}
         line = guests.command_line(parameters) if guests.workloads(self.guest) else str(parameters.get("append", ""))
-        for marker in _MARKERS:
+        for marker in (*_MARKERS, *_EMPTY):
             if marker in self.image.symbols:
                 self.strategy.watch(self.image.symbols[marker], self._marker(marker))
         self.strategy.load(self.image, line)
@@ -61,7 +64,15 @@ class Run:
         begin = self.marks.get("vmlab_roi_begin", Snapshot() if not any(m in self.image.symbols for m in _MARKERS) else end)
         finish = self.marks.get("vmlab_roi_end", end)
         warm = self.marks.get("vmlab_roi_warm", finish)
-        return dict(zip(_PHASES, (begin, warm.minus(begin), finish.minus(warm), end.minus(finish)), strict=True))
+        found = dict(zip(_PHASES, (begin, warm.minus(begin), finish.minus(warm), end.minus(finish)), strict=True))
+        if all(marker in self.marks for marker in _EMPTY):
+            first, last = (self.marks[marker] for marker in _EMPTY)
+            found["empty"] = last.minus(first)
+            # The phases stay a partition: the empty loop is not part of what it lies in.
+            ends = zip(_PHASES, (begin, warm, finish, end), strict=True)
+            around = next(name for name, upto in ends if last.machine <= upto.machine)
+            found[around] = found[around].minus(found["empty"])
+        return found
 
     def outcome(self, exit_code: int | None) -> str:
         """SHA-256 of what the guest let the world see: console, exit code, final disk, outcome bytes.
@@ -100,9 +111,19 @@ def run_cell(technique: str, parameters: Mapping[str, Value]) -> Cell:
     """Run one cell; returns its unpriced record (see docs/experiments.md for the fields).
 
     A guest that ends badly gives status ``failed`` and a sentence; for a pair that the technique
-    declares unfaithful that same end is the expected finding, and the status stays ``ok``.
+    declares unfaithful that same end is the expected finding, and the status stays ``ok``. What the technique
+    cannot carry, found at loading or on the way, gives status ``unsupported`` and the reason.
     """
     started = time.perf_counter()
+    try:
+        return _run(technique, parameters, started)
+    except UnsupportedByStrategy as reason:
+        kind = strategies.describe(technique)
+        return {"technique": technique, "parameters": dict(parameters), "status": "unsupported", "error": str(reason),
+                "platform": kind.platform(parameters), "host_seconds": round(time.perf_counter() - started, 6)}
+
+
+def _run(technique: str, parameters: Mapping[str, Value], started: float) -> Cell:
     run = Run(technique, parameters)
     declared = run.kind.unfaithful(run.workload, parameters)
     exit_code: int | None = None
