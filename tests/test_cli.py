@@ -144,6 +144,29 @@ def test_a_real_ctrl_c_ends_the_workers_and_keeps_what_is_done(tmp_path: Path) -
         os.killpg(child.pid, 0)  # nobody of the group is left
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files as POSIX does")
+def test_a_disk_that_takes_no_more_is_status_1_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """The operating system itself refuses the write: results.json is larger than any cell and than the limit."""
+    code = (
+        "import fake_lab, resource, signal, sys\nfrom vmlab.experiment import lab\nfrom vmlab.cli.main import main\n"
+        "lab.Lab = fake_lab.FakeLab\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "sys.exit(main(['experiment', 'small.yaml', '--out', 'out', '--set', 'iterations=1,2,3,4']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"vmlab: {Path('out') / 'results.json'} cannot be written: ")
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["cells", "config.yaml", "manifest.json"]
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "cells").iterdir()]
+    assert [cell["status"] for cell in kept] == ["ok"] * 8
+    assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["state"] == "stopped"
+    assert vm("experiment", "small.yaml", "--out", "out", "--set", "iterations=1,2,3,4", "--resume") == 0
+
+
 @pytest.mark.parametrize(("arguments", "says"), [
     (["experiment", "absent"], "neither a file nor an experiment that comes with vmlab"),
     (["experiment", "absent.yaml"], "no such file"),
