@@ -3,8 +3,8 @@
 A program is a row of 16-byte slots. An exception handler writes vector, error code and EIP of what faulted to a log in
 the guest's memory and goes on at the next slot, so that a sequence never ends early and every exception is compared
 too: the log is part of the memory digest. What the sequences leave out, and why: TF (single steps), NT (IRET would
-switch tasks), HLT (nothing wakes these guests), and what Unicorn accepts where a CPU and the VMMs raise #GP (MSRs that
-do not exist, LTR of a null selector).
+switch tasks), HLT (nothing wakes these guests), and what Unicorn accepts where a CPU and the VMMs raise #GP (LTR of a
+null selector).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ PLAIN = (
     "push ds; pop es", "push es; pop ds", "push fs; pop gs", "pop ds", "pop ss",
     "mov eax, cs", "mov ebx, ss", "mov cx, ds", "mov [0x5016], es", "mov [0x5018], cs",
     f"lgdt [{BOXES}]", f"lidt [{BOXES + 8}]", f"lds esi, [{BOXES + 16}]", f"les edi, [{BOXES + 24}]", f"lss ebx, [{BOXES + 32}]",
-    f"lfs eax, [{BOXES + 24}]", "mov ecx, 0xc0000080; rdmsr", "xor eax, eax; lldt ax", "mov eax, 8; lldt ax",
+    f"lfs eax, [{BOXES + 24}]", "mov ecx, 0xc0000080; rdmsr", "mov ecx, 0x12345678; rdmsr", "xor eax, eax; lldt ax", "mov eax, 8; lldt ax",
 )
 
 

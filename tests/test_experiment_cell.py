@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmlab.experiment import cell as cells
+from vmlab import guests
 from vmlab.experiment.cell import Run, run_cell
 from vmlab.ledger import Snapshot
 
@@ -41,7 +41,9 @@ def test_the_disks_final_content_is_part_of_the_outcome(monkeypatch: pytest.Monk
     usual = run_cell("native", parameters)
     assert usual["status"] == "ok" and usual["events"]["interrupt.delivered"] > 0
     assert run_cell("native", parameters)["fidelity"] == usual["fidelity"]
-    # A byte that the guest does not write makes another outcome.
-    monkeypatch.setattr(cells, "DISK_SIZE", cells.DISK_SIZE * 2)
+    # A byte that the guest neither reads nor writes makes another outcome.
+    content = guests.disk(parameters)
+    assert content is not None
+    monkeypatch.setattr(guests, "disk", lambda _: content[:-1] + bytes([content[-1] ^ 1]))
     other = run_cell("native", parameters)
     assert other["console"] == usual["console"] and other["fidelity"]["outcome"] != usual["fidelity"]["outcome"]

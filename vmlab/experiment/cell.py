@@ -106,12 +106,6 @@ class Run:
                 found[name.removeprefix("vmlab_count_")] = int.from_bytes(self.strategy.read_guest(address, 4), "little")
         return found
 
-    def counted_by_guest(self) -> dict[str, int]:
-        """What the guest counted of its own work: a 32-bit word at each of its symbols ``vmlab_count_NAME``."""
-        prefix = "vmlab_count_"
-        at = {name.removeprefix(prefix): address for name, address in self.image.symbols.items() if name.startswith(prefix)}
-        return {name: int.from_bytes(self.strategy.read_guest(address, 4), "little") for name, address in sorted(at.items())}
-
 
 def run_cell(technique: str, parameters: Mapping[str, Value]) -> Cell:
     """Run one cell; returns its unpriced record (see docs/experiments.md for the fields).
@@ -150,7 +144,6 @@ def _run(technique: str, parameters: Mapping[str, Value], started: float) -> Cel
         "technique": technique, "parameters": dict(parameters),
         "status": "ok" if error is None or declared else "failed", "error": error,
         "platform": run.kind.platform(parameters), "work": run.work(),
-        "counted_by_guest": run.counted_by_guest(),
         "instructions": _instructions(region), "events": region.events,
         "phases": {name: {"events": s.events, "instructions": _instructions(s)} for name, s in phases.items()},
         "fidelity": {"outcome": run.outcome(exit_code), "state": run.strategy.state_digest() if deterministic_state else None,

@@ -16,7 +16,7 @@ from vmlab.experiment.worker import Record
 
 #: Every key of a cell, in the order of the file, with what stands there when the run gave nothing.
 SHAPE: Mapping[str, Any] = {
-    "status": "failed", "error": None, "platform": None, "work": {}, "counted_by_guest": {}, "instructions": {}, "events": {}, "phases": {},
+    "status": "failed", "error": None, "platform": None, "work": {}, "instructions": {}, "events": {}, "phases": {},
     "cycles": {}, "slowdown": {}, "fidelity": {}, "efficiency": {}, "safety": {}, "exit_code": None, "console": "",
     "machine_path": None, "host_seconds": 0.0,
 }

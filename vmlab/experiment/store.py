@@ -178,8 +178,6 @@ def _quantities(cell: Mapping[str, Any]) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for name, value in cell["work"].items():
         rows.append(["work", name, "", value, "", ""])
-    for name, value in (cell.get("counted_by_guest") or {}).items():
-        rows.append(["counted by guest", name, "", value, "", ""])
     guest = cell["instructions"].get("guest", {})
     for name, value in [*guest.items(), ("machine", cell["instructions"].get("machine"))]:
         if value is not None:
