@@ -73,6 +73,9 @@ class FakeLab(Lab):
     def profiles(self) -> list[str]:
         return ["old-cpu", "new-cpu"]
 
+    def known_profiles(self) -> list[str]:
+        return self.profiles()
+
     def profile_row(self, name: str) -> list[Any]:
         return [name, "a CPU", 2005, "x86", 1, 0, 0]
 

@@ -33,6 +33,7 @@ VERBS = {
     "run": "run one workload under one technique and print its ledger",
     "claims": "the textbook's sentences, each tested by an experiment, with verdict and figures",
     "probe": "really run sensitive instructions at CPL 0, 1 and 3 and compare",
+    "measure": "a cost profile of this machine, as far as user mode and KVM can measure it",
     "cite": "the documents behind a run's prices, as BibTeX",
     "explain": "a term, event, cost or claim in two sentences, with its source",
     "list": "techniques, guests, workloads, profiles, claims, experiments, events",

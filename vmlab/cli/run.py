@@ -31,8 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--density", help="the workload's own instructions per 1000 others")
     parser.add_argument("--set", dest="sets", metavar="KEY=VALUE", action="append", default=[],
                         help="another parameter; may be repeated")
-    parser.add_argument("--profile", dest="profiles", metavar="NAME", action="append",
-                        help="price on this profile (default: on all); may be repeated")
+    parser.add_argument("--profile", dest="profiles", metavar="NAME|FILE", action="append",
+                        help="price on this profile, or on that of a .yaml file (default: on all built-in ones); may be repeated")
     parser.add_argument("--json", action="store_true", help="print the cell as results.json holds it")
 
 

@@ -27,7 +27,7 @@ from vmlab.costs.pricing import (
     slowdown,
     unit_cost,
 )
-from vmlab.costs.profile import PLATFORMS, Profile, load, names, supports
+from vmlab.costs.profile import PLATFORMS, Profile, load, names, own_names, supports, user_profiles
 from vmlab.costs.quantity import Quantity
 from vmlab.costs.rules import CAUSES, NOT_PRICED, RULES, Rule
 from vmlab.costs.sampling import SAMPLES, SEED
@@ -37,5 +37,6 @@ __all__ = [
     "CAUSES", "NOT_PRICED", "PLATFORMS", "PROVENANCES", "RULES", "SAMPLES", "SEED", "Decider", "Figure", "NoFigure",
     "PathTable", "Price", "Profile", "Quantity", "Ratio", "Reference", "Rule", "Unsupported", "agreement",
     "bibliography", "bibtex", "breakeven", "costs_used", "decider", "explain_cost", "explain_event", "holds", "load",
-    "names", "nominal", "path_table", "price", "references_used", "slowdown", "supports", "unit_cost", "unit_of",
+    "names", "nominal", "own_names", "path_table", "price", "references_used", "slowdown", "supports", "unit_cost",
+    "unit_of", "user_profiles",
 ]

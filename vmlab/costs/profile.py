@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
@@ -98,20 +100,55 @@ def names() -> list[str]:
     return sorted(_builtin(), key=lambda name: (name.rpartition("-")[2], name))
 
 
+def user_profiles() -> Path:
+    """The folder of the user's own profiles, where ``vmlab measure`` writes: ``VMLAB_PROFILES``, or the usual place for data."""
+    if chosen := os.environ.get("VMLAB_PROFILES"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "vmlab" / "profiles"
+
+
+def own_names() -> list[str]:
+    """Profiles in the user's folder, by name. They are never priced on unless named."""
+    return sorted(path.stem for path in user_profiles().glob("*.yaml") if path.stem not in _builtin())
+
+
 def load(name_or_path: str | Path) -> Profile:
-    """A built-in profile by name, or one of the user's own by path to a ``.yaml`` file.
+    """A built-in profile by name, one of the user's folder by name, or any by path to a ``.yaml`` file.
 
     :raises ConfigError: unknown name (says the nearest), or a broken file (says file and key).
     """
-    if str(name_or_path) in _builtin():
-        return _load(PROFILES / f"{name_or_path}.yaml")
+    name = str(name_or_path)
+    if name in _builtin():
+        return _load(PROFILES / f"{name}.yaml")
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        return read_profile(path)
-    near = difflib.get_close_matches(str(name_or_path), _builtin(), 1, 0.3)
-    raise ConfigError(f"no cost profile {str(name_or_path)!r}; "
+        return _load_own(path)
+    if name in own_names():
+        return _load_own(user_profiles() / f"{name}.yaml")
+    known = (*_builtin(), *own_names())
+    near = difflib.get_close_matches(name, known, 1, 0.3)
+    raise ConfigError(f"no cost profile {name!r}; "
                       + (f"nearest: {near[0]!r}; " if near else "")
-                      + f"there are {', '.join(_builtin())}, or give the path of a .yaml file")
+                      + f"there are {', '.join(known)}, or give the path of a .yaml file")
+
+
+def _load_own(path: Path) -> Profile:
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError:
+        return read_profile(path)  # says what is wrong with it
+    return _load_version(path.resolve(), changed)
+
+
+@lru_cache(maxsize=32)
+def _load_version(path: Path, _changed: int) -> Profile:
+    return read_profile(path)
 
 
 @lru_cache(maxsize=1)

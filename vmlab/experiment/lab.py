@@ -106,6 +106,12 @@ class Lab:
 
         return costs.names()
 
+    def known_profiles(self) -> list[str]:
+        """Those and the user's own, which are priced on only where they are named."""
+        from vmlab import costs
+
+        return [*costs.names(), *costs.own_names()]
+
     def profile_row(self, name: str) -> list[Any]:
         """Name, CPU, year, what it provides, and how many of its figures are cited, assumed and measured."""
         from vmlab import costs

@@ -131,7 +131,7 @@ class _Reader:
         name = data.get("name")
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise self.refuse(("name",), f"a name of a-z 0-9 _ - is needed (it names a folder), not {name!r}")
-        profiles = self.words("profiles", self.lab.profiles(), "profile")
+        profiles = self.words("profiles", self.lab.known_profiles(), "profile")
         claims = self.words("claims", self.lab.claims(), "claim")
         charts = self.words("charts", self.lab.charts(), "chart")
         blocks = self.blocks(data)

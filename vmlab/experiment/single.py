@@ -28,7 +28,7 @@ def run(
         cell["events"]["bt.callout.rdtsc"], cell["slowdown"]["prescott-2005"]["value"]
 
     :param workload: what the guest does; a kernel from a file has none.
-    :param profiles: names of the profiles to price on; all when not given.
+    :param profiles: names of the profiles to price on, or files of one's own; all built-in ones when not given.
     :param parameters: of the workload (iterations, density, budget) and of the technique; ``more`` is the same
         as keyword arguments.
     :returns: a cell as in ``results.json`` (see docs/experiments.md). A guest that crashed or a worker that
@@ -39,7 +39,7 @@ def run(
     lab = lab or Lab()
     known = lab.profiles()
     for profile in profiles or ():
-        if profile not in known:
+        if profile not in lab.known_profiles() and not profile.endswith((".yaml", ".yml")):
             raise ConfigError(f"{profile!r} is not a profile{nearest(profile, known)}")
     cells = expand(technique, workload, guest, {**(parameters or {}), **more}, lab)
     records: dict[str, Record] = {}
