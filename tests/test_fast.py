@@ -98,6 +98,8 @@ def run_all(code: bytes, deny: Callable[[str], str], budget: int = 100_000) -> O
         found.append(outcome(pc))
     assert found[1] == found[0]
     assert found[2] == found[0]
+    events = found[0][0].events
+    assert events.get("machine.iret", 0) == events.get("iret.same", 0) + events.get("iret.outer", 0)
     return found[0]
 
 

@@ -31,6 +31,12 @@ def kernel_counts(n: int, **more: int) -> dict[str, int]:
             **{k.replace("__", "."): v for k, v in more.items()}}
 
 
+def irets(same: int = 0, outer: int = 0) -> dict[str, int]:
+    """IRETs by where they went; a ring changes at those in ``outer``."""
+    found = {"machine.iret": same + outer, "retired.iret": same + outer, "iret.same": same, "iret.outer": outer}
+    return {k: n for k, n in found.items() if n}
+
+
 def finish(bench: Bench) -> dict[str, int]:
     assert bench.run().reason is StopReason.HALTED
     return counted(bench)
@@ -118,14 +124,14 @@ def test_rep_that_jumps_back_to_itself(path: str) -> None:
 def test_a_faulting_instruction_does_not_count(path: str) -> None:
     # mov, [ud2], handler: add (a store, skips it), iret; inc, hlt: 5.
     bench = Bench("mov eax, 1; .byte 0x0f, 0x0b; inc eax; hlt", {6: "add dword ptr [esp], 2; iretd"}, path=path)
-    assert finish(bench) == kernel_counts(5, machine__alu=2, machine__store=1, machine__iret=1, retired__iret=1, fault__delivered__6=1)
+    assert finish(bench) == kernel_counts(5, machine__alu=2, machine__store=1, **irets(same=1), fault__delivered__6=1)
 
 
 def test_a_fault_with_an_error_code(path: str) -> None:
     # mov, [mov ds: #GP 0x1230], handler: mov, pop, add, iret; hlt: 6. MOV to DS never retires.
     handler = f"mov eax, [esp]; mov [{DATA:#x}], eax; add esp, 4; add dword ptr [esp], 2; iretd"
     bench = Bench("mov eax, 0x1234; mov ds, eax; hlt", {13: handler}, path=path)
-    expected = kernel_counts(7, machine__alu=2, machine__load=1, machine__store=2, machine__iret=1, retired__iret=1, fault__delivered__13=1)
+    expected = kernel_counts(7, machine__alu=2, machine__load=1, machine__store=2, **irets(same=1), fault__delivered__13=1)
     assert finish(bench) == expected
     assert bench.read32(DATA) == 0x1234
 
@@ -133,7 +139,7 @@ def test_a_fault_with_an_error_code(path: str) -> None:
 def test_a_divide_fault_that_is_repaired_runs_again(path: str) -> None:
     # xor, mov, mov, [div], handler: mov ecx, iret; div, hlt: 7.
     bench = Bench("xor edx, edx; mov eax, 6; xor ecx, ecx; div ecx; hlt", {0: "mov ecx, 2; iretd"}, path=path)
-    expected = kernel_counts(7, machine__alu=4, machine__muldiv=1, machine__iret=1, retired__iret=1, fault__delivered__0=1)
+    expected = kernel_counts(7, machine__alu=4, machine__muldiv=1, **irets(same=1), fault__delivered__0=1)
     assert finish(bench) == expected
     assert bench.cpu.gpr(RAX) == 3
 
@@ -142,15 +148,14 @@ def test_a_fault_in_the_middle_of_a_block_in_a_loop(path: str) -> None:
     # mov esi, 3; 3 × (inc, [ud2], handler add + iret, inc, dec, jnz), 2 taken; hlt: 1 + 3·6 + 1 = 20.
     bench = Bench("mov esi, 3; l: inc eax; .byte 0x0f, 0x0b; inc ebx; dec esi; jnz l; hlt",
                   {6: "add dword ptr [esp], 2; iretd"}, path=path)
-    assert finish(bench) == kernel_counts(20, machine__alu=11, machine__branch=2, machine__store=3, machine__iret=3,
-                                          retired__iret=3, fault__delivered__6=3)
+    assert finish(bench) == kernel_counts(20, machine__alu=11, machine__branch=2, machine__store=3, **irets(same=3), fault__delivered__6=3)
 
 
 # ---- software interrupts
 def test_int_n_counts_as_an_instruction(path: str) -> None:
     # mov, int, handler: inc, iret; hlt: 5.
     bench = Bench("mov eax, 1; int 0x80; hlt", {0x80: "inc eax; iretd"}, path=path)
-    assert finish(bench) == kernel_counts(5, machine__alu=2, machine__int=1, retired__int=1, machine__iret=1, retired__iret=1,
+    assert finish(bench) == kernel_counts(5, machine__alu=2, machine__int=1, retired__int=1, **irets(same=1),
                                           interrupt__software=1)
 
 
@@ -158,7 +163,7 @@ def test_int3_and_into(path: str) -> None:
     # int3, iret; mov, add (sets OF), into, iret; xor (clears OF), into not taken; hlt: 9.
     bench = Bench("int3; mov eax, 0x7fffffff; add eax, 1; into; xor eax, eax; into; hlt", {3: "iretd", 4: "iretd"}, path=path)
     assert finish(bench) == kernel_counts(9, machine__alu=3, machine__int3=1, retired__int3=1, machine__into=2, retired__into=2,
-                                          machine__iret=2, retired__iret=2, interrupt__software=2)
+                                          **irets(same=2), interrupt__software=2)
 
 
 def test_int_n_through_a_closed_gate_is_a_general_protection_fault(path: str) -> None:
@@ -176,7 +181,7 @@ def test_int_n_from_user_mode_and_back(path: str) -> None:
     # kernel: 5 + 1 + 2 + 1 = 9, user: 2 + 2 = 4.
     bench = Bench(f"push {USER_DATA}; push {STACK3:#x}; push 2; push {USER_CODE}; push {USER:#x}; iretd",
                   {0x80: ("inc eax; iretd", 3), 0x81: ("hlt", 3)}, user="mov eax, 5; int 0x80; inc eax; int 0x81", path=path)
-    expected = kernel_counts(9, machine__store=5, machine__alu=3, machine__iret=2, retired__iret=2, machine__int=2, retired__int=2,
+    expected = kernel_counts(9, machine__store=5, machine__alu=3, **irets(outer=2), machine__int=2, retired__int=2,
                              interrupt__software=2)
     assert finish(bench) == {**expected, "user": 4, "retired.user": 4}
     assert bench.cpu.gpr(RAX) == 7
@@ -187,8 +192,8 @@ def test_user_and_kernel_runs_of_the_same_code_are_told_apart(path: str) -> None
     bench = Bench(f"call f; push {USER_DATA}; push {STACK3:#x}; push 2; push {USER_CODE}; push {USER:#x}; iretd; .align 64; f: inc eax; ret",
                   {0x81: ("hlt", 3)}, user=f"call {CODE + 64:#x}; int 0x81", path=path)
     bench.machine.ram.write(CODE + 64, asm("inc eax; ret"))
-    expected = kernel_counts(10, machine__store=5, machine__alu=2, machine__branch=2, machine__indirect=2, machine__iret=1,
-                             retired__iret=1, machine__int=1, retired__int=1, interrupt__software=1)
+    expected = kernel_counts(10, machine__store=5, machine__alu=2, machine__branch=2, machine__indirect=2, **irets(outer=1),
+                             machine__int=1, retired__int=1, interrupt__software=1)
     assert finish(bench) == {**expected, "user": 4, "retired.user": 4}
 
 
@@ -220,7 +225,7 @@ def test_hlt_woken_by_an_interrupt(path: str) -> None:
     bench.machine.watch(CODE + 20, lambda _: bench.machine.pic.set_line(4, True))  # at STI: initialization forgets edges
     bench.machine.watch(woken, lambda _: bench.machine.pic.set_line(4, False))
     expected = kernel_counts(17, machine__alu=6, machine__out=6, retired__out=6, io__device=6, machine__sti=1, retired__sti=1,
-                             machine__cli=1, retired__cli=1, machine__iret=1, retired__iret=1, interrupt__delivered=1)
+                             machine__cli=1, retired__cli=1, **irets(same=1), interrupt__delivered=1)
     expected |= {"machine.hlt": 2, "retired.hlt": 2, "idle": 2}
     assert finish(bench) == expected
 
@@ -250,7 +255,7 @@ def test_rep_interrupted_by_a_device_still_counts_once(path: str) -> None:
 
     machine.watch(Bench.handler(0x24), handler)
     expected = kernel_counts(20, machine__alu=10, machine__out=6, retired__out=6, io__device=6, machine__sti=1, retired__sti=1,
-                             machine__cli=1, retired__cli=1, machine__iret=1, retired__iret=1, interrupt__delivered=1, machine__string=20)
+                             machine__cli=1, retired__cli=1, **irets(same=1), interrupt__delivered=1, machine__string=20)
     assert finish(bench) == expected
     assert left and 0 < left[0] < 20, "the interrupt came in the middle"
     assert machine.time == 20
@@ -268,7 +273,7 @@ def test_a_search_broken_off_by_a_page_fault_counts_its_elements_once(path: str)
         ram.write32(table + 4 * page, 0 if page << 12 == DATA + 0x1000 else page << 12 | 3)
     ram.write(DATA + 0x1002, b"\x55")
     expected = kernel_counts(13, machine__alu=7, machine__string=6, machine__mov_to_cr=2, retired__mov_to_cr=2, machine__mov_from_cr=1,
-                             retired__mov_from_cr=1, machine__store=1, machine__iret=1, retired__iret=1, fault__delivered__14=1)
+                             retired__mov_from_cr=1, machine__store=1, **irets(same=1), fault__delivered__14=1)
     assert finish(bench) == expected
     assert bench.cpu.gpr(RCX) == 3
 
@@ -285,7 +290,7 @@ def test_rep_broken_off_by_a_page_fault_counts_once(path: str) -> None:
     for page in range(1024):
         ram.write32(table + 4 * page, 0 if page << 12 == DATA + 0x1000 else page << 12 | 3)
     expected = kernel_counts(12, machine__alu=6, machine__string=6, machine__mov_to_cr=2, retired__mov_to_cr=2, machine__mov_from_cr=1,
-                             retired__mov_from_cr=1, machine__store=1, machine__iret=1, retired__iret=1, fault__delivered__14=1)
+                             retired__mov_from_cr=1, machine__store=1, **irets(same=1), fault__delivered__14=1)
     assert finish(bench) == expected
 
 
@@ -376,3 +381,30 @@ def test_a_snapshot_in_the_middle_of_a_block(path: str) -> None:
 
 
 assert (CODE3, DATA3) == (0x18, 0x20)
+
+
+# ---- IRET, by where it goes
+def frame(cs: int, eip: int, flags: int, ss: int = 0) -> str:
+    outer = f"push {ss}; push {STACK3:#x};" if cs & 3 else ""
+    return f"{outer} push {flags}; push {cs}; push {eip:#x}; iretd"
+
+
+def test_an_iret_whose_target_faults_at_once_went_there(path: str) -> None:
+    # 5 push, iret; [ud2]; handler: hlt.
+    bench = Bench(frame(USER_CODE, USER, 2, USER_DATA), {6: "hlt"}, user=".byte 0x0f, 0x0b", path=path)
+    assert finish(bench) == kernel_counts(7, machine__store=5, **irets(outer=1), fault__delivered__6=1)
+
+
+def test_an_iret_that_lets_an_interrupt_in_is_counted_where_it_went(path: str) -> None:
+    # push ×5, iret to ring 3 with IF on: the interrupt is taken before the user's first instruction; handler: hlt.
+    bench = Bench(frame(USER_CODE, USER, 0x202, USER_DATA), {0x24: "hlt"}, user="nop; nop", path=path)
+    master = bench.machine.pic.master
+    master.base, master.imr = 0x20, 0
+    bench.machine.pic.set_line(4, True)
+    assert finish(bench) == kernel_counts(7, machine__store=5, **irets(outer=1), interrupt__delivered=1)
+
+
+def test_an_iret_that_faults_is_none(path: str) -> None:
+    # 3 push, [iret to a selector beyond the table]; handler: hlt.
+    bench = Bench(frame(0x1230, USER, 2), {13: "hlt"}, path=path)
+    assert finish(bench) == kernel_counts(4, machine__store=3, fault__delivered__13=1)

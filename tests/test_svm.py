@@ -67,7 +67,7 @@ class Box:
 
     def events(self) -> dict[str, int]:
         """What happened, without the instructions retired."""
-        return {k: n for k, n in self.machine.snapshot().events.items() if not k.startswith(("machine.", "retired."))}
+        return {k: n for k, n in self.machine.snapshot().events.items() if not k.startswith(("machine.", "retired.", "iret."))}
 
     def guest_kernel(self) -> int:
         return self.machine.snapshot().kernel

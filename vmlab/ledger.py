@@ -118,6 +118,7 @@ def _kinds() -> Iterator[EventKind]:
         yield machine(f"fault.delivered.{vector}", f"#{name.upper()} delivered by the CPU through the IDT")
         yield vmm(f"reflect.{vector}", f"#{name.upper()} reflected to the guest by the VMM")
     yield machine("trap.int", "software interrupt into the VMM through a gate")
+    yield machine("interrupt.monitor", "device interrupts into the VMM (among interrupt.delivered)")
     yield machine("interrupt.software", "INT n delivered by the CPU through the IDT")
     yield machine("interrupt.delivered", "device interrupts taken by the CPU")
     yield vmm("interrupt.injected", "interrupts injected into the guest by the VMM")

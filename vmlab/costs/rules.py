@@ -87,6 +87,9 @@ def _rules() -> dict[str, Rule]:
         rules[f"fault.delivered.{vector}"] = _rule("interrupts and faults", "exception.delivery")
     rules["trap.int"] = _rule("traps", "int.delivery", "insn.iret", "path.trap")
     rules["interrupt.software"] = _rule("interrupts and faults", "int.delivery")
+    # A device interrupt costs its delivery whoever takes it, and the IRET of a guest's handler retires and is counted as
+    # machine.iret. A VMM's handler is Python: its entry and exit code and its IRET are priced here, beside the delivery.
+    rules["interrupt.monitor"] = _rule("interrupts and faults", "insn.iret", "path.trap")
     rules["interrupt.delivered"] = _rule("interrupts and faults", "interrupt.delivery")
     rules["interrupt.window"] = _rule("interrupts and faults", "path.window")
     rules["vmm.inject"] = _rule("interrupts and faults", "path.inject")

@@ -42,7 +42,7 @@ class Block:
     The three counts are lists indexed by ``user``: 0 for CPL 0–2, 1 for CPL 3.
     """
 
-    __slots__ = ("again", "end", "instructions", "key", "offsets", "pc", "rep", "ring", "runs", "size", "slot", "tags", "taken", "weight")
+    __slots__ = ("again", "end", "instructions", "iret", "key", "offsets", "pc", "rep", "ring", "runs", "size", "slot", "tags", "taken", "weight")
 
     def __init__(self, key: int, pc: int, size: int, instructions: list[Instruction], tags: Tags | None) -> None:
         self.key, self.pc, self.size, self.end = key, pc, size, pc + size
@@ -56,6 +56,7 @@ class Block:
         last = instructions[-1] if instructions else None
         self.rep = bool(last and last.rep)
         self.ring = bool(last and last.op in RING_CHANGERS)
+        self.iret = bool(last and last.op == "iret")
         self.weight = len(instructions) if tags is None else sum(tag is not None for tag in tags)
         self.runs, self.taken, self.again = [0, 0], [0, 0], [0, 0]
         self.slot = -1
@@ -81,13 +82,14 @@ class Counter:
     def __init__(self, read_cpl: Callable[[], int]) -> None:
         self._read_cpl = read_cpl
         self.blocks: dict[int, Block] = {}
-        self.user = 0
+        self.user = self.cpl = 0
         self.time = 0
         self.limit = 1 << 62
         #: The next block start needs a look (an interrupt waits); what is outside Python reads it here.
         self.attention = False
         self.current: Block | None = None
         self._short: dict[tuple[int, int, int], int] = {}
+        self._irets = [0, 0]
         self._retired: list[Block] = []
 
     def continues(self, block_end: int) -> bool:
@@ -106,6 +108,7 @@ class Counter:
             return None
         index = block.offsets.get(rip - block.pc)
         if index is None or index >= len(block.instructions):
+            self._completed(block, None)
             return None
         cut = index + 1 if retired else index
         if cut < len(block.instructions):
@@ -141,7 +144,29 @@ class Counter:
 
     def set_cpl(self, cpl: int) -> None:
         """The machine changed CPL by itself."""
-        self.user = int(cpl == 3)
+        self.cpl, self.user = cpl, int(cpl == 3)
+
+    # ---- IRET: which ring it went to shows in the CPL afterwards
+    @property
+    def irets(self) -> tuple[int, int]:
+        """IRETs that retired: within a ring, and to another one."""
+        return self._irets[0], self._irets[1]
+
+    def _count_iret(self, outer: bool) -> None:
+        self._irets[outer] += 1
+
+    def drop(self, cpl: int | None = None) -> None:
+        """The current block was completed, and no hook of a next block will tell. ``cpl``: where it ended; None: as now."""
+        block, self.current = self.current, None
+        if block is not None:
+            self._completed(block, cpl)
+
+    def _completed(self, block: Block, cpl: int | None) -> None:
+        if block.ring:
+            cpl = self._read_cpl() if cpl is None else cpl
+            if block.iret:
+                self._count_iret(cpl != self.cpl)
+            self.set_cpl(cpl)
 
     # ---- records
     def add(self, block: Block) -> None:
@@ -175,7 +200,9 @@ class Counter:
             if index is not None and index < len(block.instructions):
                 key = (block.key, index, self.user)
                 correction[key] = correction.get(key, 0) + 1
-        return _sum(self._all_blocks(), correction)
+        counted = _sum(self._all_blocks(), correction)
+        counted.events.update((kind, n) for kind, n in zip(("iret.same", "iret.outer"), self.irets, strict=True) if n)
+        return counted
 
     def _all_blocks(self) -> Iterable[Block]:
         yield from self._retired
@@ -191,7 +218,7 @@ def block_hook(counter: Counter, attend: Callable[[int, int], bool],
     :param attend: the rare cases; True when the block is known now and may run.
     :param fail: takes what was raised: nothing may cross Unicorn's frames.
     """
-    blocks, read_cpl = counter.blocks, counter._read_cpl
+    blocks = counter.blocks
     known = blocks.get
 
     def on_block(_uc: int, pc: int, size: int, _data: int) -> None:
@@ -205,7 +232,7 @@ def block_hook(counter: Counter, attend: Callable[[int, int], bool],
             previous = counter.current
             if previous is not None:
                 if previous.ring:
-                    counter.user = int(read_cpl() == 3)
+                    counter._completed(previous, None)
                 if previous.end != pc:
                     if previous.rep and previous.end == block.end:
                         block.again[counter.user] += 1  # another iteration of the same instruction

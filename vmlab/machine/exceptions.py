@@ -177,13 +177,14 @@ class Interrupts:
         cpu.load()
         cpu.rip = pc - cpu.segment(hidden.CS).base
         in_string = counter.continues(pc + size)
+        cpl = cpu.cpl
         if machine.intr.pending and self.recognised:
             self.take()
         elif not (self._requested and self.on_attention()):
             return False
         if in_string:
             counter.interrupted_string()
-        counter.current = None
+        counter.drop(cpl)
         machine.make_rip_count()
         return True
 
@@ -195,6 +196,7 @@ class Interrupts:
             return
         machine.events["interrupt.delivered"] += 1
         if machine.monitor is not None and not in_guest:
+            machine.events["interrupt.monitor"] += 1
             machine.monitor.interrupt()
         else:
             self._exceptions.deliver(machine.intr.acknowledge(), None, external=True)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from vmlab.machine.pc import Machine
 
 # The words of blocks.c's ``state``, each 8 bytes, in its order.
-(_TIME, _LIMIT, _USER, _ATTENTION, _CURRENT, _PLACES, _MASK, _RECORDS, _HFLAGS, _ATTEND, _READ_CPL) = range(11)
-_REP, _RING = 1 << 32, 1 << 33
+(_TIME, _LIMIT, _USER, _ATTENTION, _CURRENT, _PLACES, _MASK, _RECORDS, _HFLAGS, _ATTEND, _READ_CPL, _CPL, _SAME, _OUTER) = range(14)
+_REP, _RING, _IRET = 1 << 32, 1 << 33, 1 << 34
 _RECORD, _PLACE = 8, 2  # words in a ``record`` and a ``place``
 _COUNTS = struct.Struct("=6Q")
 _WORD = 0xFFFFFFFFFFFFFFFF
@@ -54,7 +54,7 @@ class FastCounter(Counter):
     """
 
     def __init__(self, read_cpl: Callable[[], int], attend: Attend, hflags: int | None) -> None:
-        self._state, self.address = _words(11)
+        self._state, self.address = _words(14)
         self._callbacks = _ATTEND_CALLBACK(attend), _CPL_CALLBACK(read_cpl)
         for word, callback in zip((_ATTEND, _READ_CPL), self._callbacks, strict=True):
             self._state[word] = ctypes.cast(callback, ctypes.c_void_p).value or 0
@@ -118,6 +118,7 @@ class FastCounter(Counter):
         instructions = block.instructions
         index = block.offsets.get(rip - block.pc)
         if index is None or index >= len(instructions):
+            self._completed(block, None)
             return None
         cut = index + 1 if retired else index
         if cut < len(instructions):
@@ -127,7 +128,23 @@ class FastCounter(Counter):
         return instructions[index]
 
     def set_cpl(self, cpl: int) -> None:
-        self._state[_USER] = cpl == 3
+        state = self._state
+        state[_CPL], state[_USER] = cpl, cpl == 3
+
+    @property
+    def cpl(self) -> int:
+        return self._state[_CPL]
+
+    @cpl.setter
+    def cpl(self, value: int) -> None:
+        self._state[_CPL] = value
+
+    @property
+    def irets(self) -> tuple[int, int]:
+        return self._state[_SAME], self._state[_OUTER]
+
+    def _count_iret(self, outer: bool) -> None:
+        self._state[_OUTER if outer else _SAME] += 1
 
     # ---- blocks
     def add(self, block: Block) -> None:
@@ -137,7 +154,7 @@ class FastCounter(Counter):
         number = block.slot = self._free.pop()
         self._by_number[number] = block
         at = number * _RECORD
-        traits = block.weight | (_REP if block.rep else 0) | (_RING if block.ring else 0)
+        traits = block.weight | (_REP if block.rep else 0) | (_RING if block.ring else 0) | (_IRET if block.iret else 0)
         self._records[at:at + _RECORD] = _view(*block.runs, *block.taken, *block.again, block.end & _WORD, traits)
         if 2 * self._used >= len(self._places) // _PLACE:
             self._rebuild_places()
@@ -259,20 +276,22 @@ def _counts_right(function: int) -> bool:
     fast, plain, failed = FastCounter(no_cpl, unknown, None), Counter(no_cpl), list[BaseException]()
     in_c, in_python = _BLOCK_FUNCTION(function), block_hook(plain, unknown, failed.append)
     for counter in (plain, fast):
-        for pc, size, weight, rep, ring in _SAMPLE:
+        for pc, size, weight, rep, ring, iret in _SAMPLE:
             block = Block(pc << 16 | size, pc, size, [], None)
-            block.weight, block.rep, block.ring = weight, rep, ring
+            block.weight, block.rep, block.ring, block.iret = weight, rep, ring, iret
             counter.add(block)
-    for number in (0, 0, 1, 2, 2, 0, 3, 0):
+    for number in (0, 0, 1, 2, 2, 0, 3, 0, 3, 0):
         pc, size = _SAMPLE[number][:2]
         in_c(None, pc, size, fast.address)
         in_python(0, pc, size, 0)
     counts = [[(b.pc, b.runs, b.taken, b.again) for b in counter._all_blocks()] for counter in (plain, fast)]
-    return not failed and counts[0] == counts[1] and (fast.time, fast.user) == (plain.time, plain.user)
+    return not failed and counts[0] == counts[1] and (
+        (fast.time, fast.user, fast.cpl, fast.irets) == (plain.time, plain.user, plain.cpl, plain.irets))
 
 
-#: Made-up blocks: (address, size, weight, REP, changes the ring). The third is the second's own iteration.
-_SAMPLE = ((0x10, 4, 3, False, False), (0x20, 4, 2, True, False), (0x22, 2, 1, True, False), (0x30, 4, 1, False, True))
+#: Made-up blocks: (address, size, weight, REP, changes the ring, IRET). The third is the second's own iteration.
+_SAMPLE = ((0x10, 4, 3, False, False, False), (0x20, 4, 2, True, False, False), (0x22, 2, 1, True, False, False),
+           (0x30, 4, 1, False, True, True))
 
 
 def why_not() -> str:

@@ -167,7 +167,7 @@ class Machine:
         stop = self._go_on()
         while stop is None:
             stop = self._go_on()
-        self.counter.current = None
+        self.counter.drop()
         return stop
 
     def _go_on(self) -> Stop | None:
@@ -176,7 +176,8 @@ class Machine:
             self.engine.uc.ctl_flush_tb()
             self._stale_code = False
         self.cpu.load()
-        self.counter.set_cpl(self.cpu.cpl)
+        if self.counter.current is None:  # else the next block's hook asks
+            self.counter.set_cpl(self.cpu.cpl)
         error = self.engine.start(self.cpu.rip)
         self.cpu.load()
         if self.failure is not None:

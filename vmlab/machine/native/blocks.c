@@ -20,12 +20,13 @@
 
 #define REP (1ull << 32)  /* the block's last instruction is a string instruction under REP */
 #define RING (1ull << 33) /* the block's last instruction may have changed CPL */
+#define IRET (1ull << 34) /* the block's last instruction is IRET */
 
 /* One block. The three counts are indexed by "is CPL 3". */
 typedef struct {
     uint64_t runs[2], taken[2], again[2];
     uint64_t end;
-    uint64_t traits; /* guest instructions in the low half; REP and RING */
+    uint64_t traits; /* guest instructions in the low half; REP, RING and IRET */
 } record;
 
 /* One place of the hash table. what: size in the low half, the record's number in the high one; 0: free. */
@@ -43,6 +44,8 @@ typedef struct {
     uint64_t hflags;         /* address of the CPU's own flags, CPL in bits 0-1; 0: ask Python */
     uint64_t attend;         /* int (*)(uint64_t pc, uint32_t size): may the block run, and is it known now? */
     uint64_t read_cpl;       /* int (*)(void) */
+    uint64_t cpl;            /* as of the block that runs */
+    uint64_t irets[2];       /* IRETs that retired, indexed by "changed CPL" */
 } state;
 
 #define AT(type, address) ((type)(uintptr_t)(address))
@@ -96,7 +99,11 @@ static NEVER_INLINE void rare(state *s, uint64_t number, uint64_t pc, uint32_t s
             return;
     }
     if (AT(record *, s->records)[s->current].traits & RING) {
-        int cpl = s->hflags ? (int)(*AT(const volatile uint32_t *, s->hflags) & 3) : AT(int (*)(void), s->read_cpl)();
+        uint64_t cpl = s->hflags ? (*AT(const volatile uint32_t *, s->hflags) & 3) : (uint64_t)AT(int (*)(void), s->read_cpl)();
+
+        if (AT(record *, s->records)[s->current].traits & IRET)
+            s->irets[cpl != s->cpl]++;
+        s->cpl = cpl;
         s->user = cpl == 3;
     }
     count(s, number, pc);
