@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from vmlab import guests
+from vmlab.errors import TripleFault
 from vmlab.guests.minios import build
 from vmlab.guests.minios.workloads import WORKLOADS
 from vmlab.ledger import Snapshot
@@ -207,8 +208,26 @@ def test_a_disk_that_is_too_short_is_said_to_be() -> None:
     assert "FAILED: no disk" in run("minios", "io", disk=False).console
 
 
-@pytest.mark.parametrize(("which", "words"), [(3, "exception 14 error code 00000000")])
-def test_a_broken_kernel_says_so_and_ends(which: int, words: str) -> None:
-    ran = run("minios", "bad", bad=which)
+@pytest.mark.parametrize("guest", GUESTS)
+@pytest.mark.parametrize(("bad", "words"), [
+    ("stray-pointer", "exception 14 error code 00000000"), ("stack-overflow", "double fault"), ("recursive-fault", "double fault"),
+])
+def test_a_broken_kernel_says_so_and_ends(guest: str, bad: str, words: str) -> None:
+    """The double fault's handler has a stack of its own: a task in 32 bits, the interrupt stack table in 64."""
+    ran = run(guest, "bad", bad=bad)
     assert ran.exit_code == 2
-    assert words in ran.console
+    assert ran.console.splitlines()[1].startswith(f"minios: {words}")
+
+
+@pytest.mark.parametrize("guest", GUESTS)
+@pytest.mark.parametrize("bad", ["no-idt", "foreign-table"])
+def test_a_kernel_without_a_way_to_say_so_ends_in_a_triple_fault(guest: str, bad: str) -> None:
+    with pytest.raises(TripleFault, match="while delivering a double fault"):
+        run(guest, "bad", bad=bad)
+
+
+@pytest.mark.parametrize("guest", GUESTS)
+def test_on_the_bare_machine_foreign_memory_is_there(guest: str) -> None:
+    """What a VMM must refuse is real: behind the guest's memory there is more, and the bare machine lets it be reached."""
+    assert "foreign-frame gave badbadba" in run(guest, "bad", bad="foreign-frame").console
+    assert "foreign-dma gave 00000000" in run(guest, "bad", bad="foreign-dma").console

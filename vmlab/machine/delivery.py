@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Protocol
 
-from vmlab.errors import TripleFault
+from vmlab.errors import GuestError, TripleFault
 from vmlab.machine.cpu import IF, NT, RF, TF, VM, Segment, unpack_descriptor
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import CS, RSP, SS
@@ -20,6 +20,7 @@ DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK_FAULT, GENERAL_PROTECTION, PAGE_FA
 HAS_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17})
 _CONTRIBUTORY = frozenset({0, 10, 11, 12, 13})
 _INTERRUPT_GATES = (0x6, 0xE)
+_TASK_GATE = 0x5
 
 
 class Fault(Exception):
@@ -32,6 +33,8 @@ class Fault(Exception):
 
 #: (vector, error code, software, external) of the event under way, and the fault that its delivery raised.
 Diverter = Callable[[int, int | None, bool, bool, Fault], None]
+#: Enters the task of a task gate: TSS selector, error code, where the old task goes on.
+TaskSwitch = Callable[[int, int | None, int], None]
 
 
 class DeliveringCpu(Protocol):
@@ -74,7 +77,7 @@ class DeliveringCpu(Protocol):
 
 def deliver(cpu: DeliveringCpu, vector: int, error_code: int | None = None, *, software: bool = False,
             return_rip: int | None = None, fault_rip: int | None = None, external: bool = False,
-            on_fault: Diverter | None = None) -> int:
+            on_fault: Diverter | None = None, on_task: TaskSwitch | None = None) -> int:
     """Enter the handler of ``vector``; returns the vector that was really delivered (8 after a double fault).
 
     :param software: INT n: the gate's DPL is checked against CPL.
@@ -82,11 +85,13 @@ def deliver(cpu: DeliveringCpu, vector: int, error_code: int | None = None, *, s
     :param fault_rip: where RIP points if a fault takes the place of a software interrupt.
     :param external: a device interrupt: a fault on the way does not make a double fault.
     :param on_fault: told of each fault on the way before it takes effect; what it raises ends the delivery.
+    :param on_task: carries out a task switch; without it a task gate ends the run.
     :raises TripleFault: when the double fault cannot be delivered either.
+    :raises GuestError: at a task gate where nobody switches tasks.
     """
     return_rip = cpu.rip if return_rip is None else return_rip
     try:
-        _enter(cpu, vector, error_code, return_rip, software=software)
+        _enter(cpu, vector, error_code, return_rip, software=software, on_task=on_task)
         return vector
     except Fault as second:
         if fault_rip is not None:
@@ -98,8 +103,8 @@ def deliver(cpu: DeliveringCpu, vector: int, error_code: int | None = None, *, s
         if vector == DOUBLE_FAULT:
             raise TripleFault(_last_words(cpu, second)) from second
         if not (software or external) and doubles(vector, second.vector):
-            return deliver(cpu, DOUBLE_FAULT, 0, on_fault=on_fault)
-        return deliver(cpu, second.vector, second.error_code, on_fault=on_fault)
+            return deliver(cpu, DOUBLE_FAULT, 0, on_fault=on_fault, on_task=on_task)
+        return deliver(cpu, second.vector, second.error_code, on_fault=on_fault, on_task=on_task)
 
 
 def doubles(first: int, second: int) -> bool:
@@ -136,7 +141,8 @@ def _write(cpu: DeliveringCpu, address: int, data: bytes, user: bool) -> None:
         raise Fault(PAGE_FAULT, fault.error_code, fault.address) from fault
 
 
-def _enter(cpu: DeliveringCpu, vector: int, error_code: int | None, return_rip: int, *, software: bool) -> None:
+def _enter(cpu: DeliveringCpu, vector: int, error_code: int | None, return_rip: int, *, software: bool,
+           on_task: TaskSwitch | None) -> None:
     if not cpu.cr(0) & 1:
         _enter_real_mode(cpu, vector, return_rip)
         return
@@ -152,13 +158,18 @@ def _enter(cpu: DeliveringCpu, vector: int, error_code: int | None, return_rip: 
     if long_mode:
         offset |= struct.unpack_from("<I", raw, 8)[0] << 32
     gate = kind & 0x1F
-    if gate not in ((0xE, 0xF) if long_mode else (0x6, 0x7, 0xE, 0xF)):
+    if gate not in ((0xE, 0xF) if long_mode else (_TASK_GATE, 0x6, 0x7, 0xE, 0xF)):
         raise Fault(GENERAL_PROTECTION, vector * 8 + 2 + ext)
     cpl = cpu.cpl
     if software and (kind >> 5) & 3 < cpl:
         raise Fault(GENERAL_PROTECTION, vector * 8 + 2)
     if not kind & 0x80:
         raise Fault(NOT_PRESENT, vector * 8 + 2 + ext)
+    if gate == _TASK_GATE:
+        if on_task is None:
+            raise GuestError(f"exception {vector} at {return_rip:#x} goes to a task of its own; only the bare machine switches tasks")
+        on_task(selector, error_code, return_rip)
+        return
     if not selector & 0xFFFC:
         raise Fault(GENERAL_PROTECTION, ext)
     code = read_descriptor(cpu, selector, ext=ext)

@@ -15,6 +15,7 @@ from unicorn import unicorn_const as uc_const
 from vmlab.errors import UnsupportedHost
 from vmlab.ledger import EXCEPTIONS
 from vmlab.machine import state as hidden
+from vmlab.machine import task
 from vmlab.machine.cpu import IF
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import HAS_ERROR_CODE, deliver
@@ -137,7 +138,8 @@ class Exceptions:
         machine = self._machine
         if machine.in_guest and machine.guest_mode is not None:
             return machine.guest_mode.deliver(vector, error_code, software=software, external=external, fault_rip=fault_rip)
-        return deliver(machine.cpu, vector, error_code, software=software, external=external, fault_rip=fault_rip)
+        return deliver(machine.cpu, vector, error_code, software=software, external=external, fault_rip=fault_rip,
+                       on_task=lambda selector, code, rip: task.switch(machine.cpu, selector, code, rip))
 
 
 class Interrupts:

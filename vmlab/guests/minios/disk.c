@@ -53,6 +53,23 @@ void disk_done(u32 error)
     wake(&finished);
 }
 
+word disk_run(void)
+{
+    counts.disk_requests++;
+    cli();
+    disk_request.pending = 1;
+#ifdef __x86_64__
+    disk_start(&disk_request);
+#else
+    struct disk_request *request = &disk_request;
+    asm volatile(SITE(K_DISK, 0, "call disk_start") : "+a"(request) :: "edx", "ecx", "memory", "cc");
+#endif
+    while (disk_request.pending)
+        wait_on(&finished);
+    sti();
+    return disk_request.error;
+}
+
 word disk_transfer(word command, word sector, u8 *data)
 {
     if (!disk_sectors || !space_allows(&current->space, data, SECTOR, command == 1 ? MAY_WRITE : MAY_READ))
@@ -67,19 +84,7 @@ word disk_transfer(word command, word sector, u8 *data)
     disk_request.command = command;
     disk_request.sector = sector;
     disk_request.address = (word)buffer;
-    counts.disk_requests++;
-    cli();
-    disk_request.pending = 1;
-#ifdef __x86_64__
-    disk_start(&disk_request);
-#else
-    struct disk_request *request = &disk_request;
-    asm volatile(SITE(K_DISK, 0, "call disk_start") : "+a"(request) :: "edx", "ecx", "memory", "cc");
-#endif
-    while (disk_request.pending)
-        wait_on(&finished);
-    sti();
-    word error = disk_request.error;
+    word error = disk_run();
     if (command == 1 && !error)
         copy(data, buffer, SECTOR);
     busy = 0;

@@ -9,4 +9,5 @@ struct disk_request {
 extern struct disk_request disk_request;
 extern word disk_sectors;               /* 0: there is no disk */
 void disk_start(struct disk_request *request);
+word disk_run(void);                    /* carries out disk_request and waits for it; gives its error */
 void disk_done(u32 error);

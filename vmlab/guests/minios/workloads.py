@@ -18,6 +18,10 @@ _DISK = Parameter("how a paravirtual kernel reaches the block device", "ring", c
 _SECTORS = Parameter("sectors of 512 bytes of the disk; 32 are used", 32, minimum=1, maximum=65536)
 
 
+#: What a broken kernel does: programs/macro.c has the same names.
+BAD = ("stack-overflow", "no-idt", "recursive-fault", "stray-pointer", "foreign-frame", "foreign-table", "foreign-dma")
+
+
 def _iterations(default: int, maximum: int = 10_000_000) -> Parameter:
     return Parameter("iterations of the workload's loop", default, minimum=1, maximum=maximum)
 
@@ -72,9 +76,9 @@ _ALL = (
            seeds=Parameter("random programs in one run, of seeds that follow each other", 20, minimum=1, maximum=100_000), seed=_SEED),
     _macro("idle", "nothing to do from tick to tick", 10),
     Workload("bad", "a kernel that breaks itself, and must end cleanly and with a reason", MappingProxyType({
-        "bad": Parameter("what breaks: 0 kernel stack overflow, 1 no interrupt descriptors, 2 recursive faults, 3 a stray pointer",
-                         0, maximum=3),
-    })),
+        "bad": Parameter("what breaks, or what foreign memory the kernel reaches for", "stack-overflow", choices=BAD),
+        "sectors": _SECTORS,
+    }), asynchronous=True),
 )
 
 #: By name.

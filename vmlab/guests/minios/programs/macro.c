@@ -1,4 +1,5 @@
 /* macro.c: loads like whole programs: processes, faults, system calls, switches and computing in fixed mixtures. */
+#include "../text.h"
 #include "user.h"
 
 /* Computing: a small hash over and over, nothing but registers and one cache line. */
@@ -195,8 +196,17 @@ void idle(void)
     end(iterations, iterations, 0);
 }
 
+/* The kernel breaks itself, or reaches for what is not its own; whoever comes back tells what it got. */
 void bad_kernel(void)
 {
-    call(CALL_BAD, option("bad=", 0), 0, 0);
+    static const char *const names[] = {
+        "stack-overflow", "no-idt", "recursive-fault", "stray-pointer", "foreign-frame", "foreign-table", "foreign-dma",
+    };
+    char line[256];
+    call(CALL_COMMAND_LINE, (word)line, sizeof line, 0);
+    const char *name = find_option(line, "bad=");
+    for (u32 i = 0; name && i < sizeof names / sizeof *names; i++)
+        if (is_word(name, names[i]))
+            say("minios: %s gave %x\n", names[i], (u32)call(CALL_BAD, i, 0, 0));
     fail("the kernel survived");
 }
