@@ -79,7 +79,8 @@ HOLDS: dict[str, dict[str, dict[str, Any]]] = {
         "shadow": {"walk.reference.guest": 40, "tlb.miss.data": 10},
     },
     "pv-syscall-direct": {"native": CALL, "paravirtual": CALL},
-    "pv-batching": {"single": {"hypercall.mmu_update": 160}, "batched": {"hypercall.mmu_update": 10}},
+    "pv-batching": {
+        "single": {"hypercall.mmu_update": 160, "mmu.update": 160}, "batched": {"hypercall.mmu_update": 10, "mmu.update": 160}},
     "pv-io-ring": {"ports": {"exit.io": 12}, "ring": {"hypercall.event_channel_op": 1}},
 }
 
@@ -108,7 +109,7 @@ FALSIFIERS: list[tuple[str, dict[str, dict[str, Any]], dict[str, dict[str, float
     ("nested-no-exits", {"ctxsw": {"exit.cr_write": 2}}, {}),
     ("nested-walk", {"nested": {"walk.reference.guest": 40, "tlb.miss.data": 10}}, {}),
     ("pv-syscall-direct", {"paravirtual": plus(CALL, {"trap.int": 1, "hypercall.iret": 1})}, {}),
-    ("pv-batching", {"batched": {"hypercall.mmu_update": 160}}, {}),
+    ("pv-batching", {"batched": {"hypercall.mmu_update": 160, "mmu.update": 160}}, {}),
     ("pv-io-ring", {"ring": {"hypercall.event_channel_op": 12}}, {}),
 ]
 

@@ -1,11 +1,14 @@
-"""Predicates that need counts and digests only: no price enters."""
+"""Predicates that rest on counts and digests (and, for direct execution, on what it costs)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from vmlab.claims.evidence import Cell, Evidence, Finding, Missing, Verdict, count, describe
+from vmlab import costs
+from vmlab.claims.checks import in_scope, judged
+from vmlab.claims.evidence import Cell, Evidence, Finding, Margins, Missing, Verdict, count, describe, steady
+from vmlab.costs import Quantity
 
 Arguments = Mapping[str, Any]
 
@@ -74,12 +77,15 @@ def _excuses(exception: Mapping[str, Any], cell: Cell) -> bool:
 
 
 def runs_directly(evidence: Evidence, arguments: Arguments) -> Finding:
-    """On plain computing at most ``emulated`` of the guest's instructions are emulated and most run unmodified."""
+    """On plain computing at most ``emulated`` of the guest's instructions are emulated, most run unmodified, and the whole costs at
+    most ``slowdown`` times what it costs natively."""
     shares: dict[str, Any] = {}
     worst: list[str] = []
+    cells: list[Cell] = []
     for cell in evidence.find(workload=arguments["workload"]):
         if cell["technique"] == "native":
             continue
+        cells.append(cell)
         share = cell["efficiency"]
         shares[describe(cell)] = dict(share)
         unmodified = float(share["retired"]) + float(share["translated"])
@@ -87,10 +93,21 @@ def runs_directly(evidence: Evidence, arguments: Arguments) -> Finding:
             worst.append(f"{describe(cell)}: {100 * float(share['emulated']):.2g} % emulated")
     if not shares:
         raise Missing(f"no finished cell on {arguments['workload']}")
-    verdict: Verdict = "fails" if worst else "holds"
+    if worst:
+        return Finding("fails", worst[0], figures=shares)
     least = min(float(share["retired"]) + float(share["translated"]) for share in shares.values())
-    reason = worst[0] if worst else f"at least {100 * least:.2f} % of the guest's instructions ran on the CPU, the rest emulated"
-    return Finding(verdict, reason, figures=shares)
+    said = f"at least {100 * least:.2f} % of the guest's instructions ran on the CPU, the rest emulated"
+    by_profile: dict[str, Verdict] = {}
+    margins: dict[str, Margins] = {}
+    for profile in evidence.profiles:
+        able = [cell for cell in cells if costs.supports(evidence.profile(profile), cell["platform"])]
+        margins[profile] = Margins(tuple(
+            Quantity(steady(evidence.native_of(cell))) * arguments["slowdown"] - Quantity(steady(cell)) for cell in able))
+        by_profile[profile] = judged(margins[profile], evidence.profile(profile))
+        dearest = max(evidence.cycles(cell, profile) / evidence.cycles(evidence.native_of(cell), profile) for cell in able)
+        shares.setdefault("dearest over native", {})[profile] = round(dearest, 4)
+    said += "; dearest of them " + ", ".join(f"{shares['dearest over native'][name]:.3f} times native on {name}" for name in arguments["scope"])
+    return Finding(in_scope(by_profile, arguments["scope"]), said, by_profile, shares, margins)
 
 
 def monitor_regains(evidence: Evidence, arguments: Arguments) -> Finding:
