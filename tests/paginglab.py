@@ -28,7 +28,7 @@ END = "xor eax, eax;" + DEBUG_EXIT
 #: Every way to run a paging 32-bit guest faithfully, by name.
 SCHEMES: dict[str, tuple[type[Strategy], dict[str, str]]] = {
     f"{kind.name}/{memory}": (kind, {"memory": memory, **({"sensitive": "trap"} if kind is TrapAndEmulate else {})})
-    for kind, memories in ((TrapAndEmulate, ("tracing", "lazy")), (HardwareAssisted, ("tracing", "lazy")))
+    for kind, memories in ((TrapAndEmulate, ("tracing", "lazy")), (HardwareAssisted, ("tracing", "lazy", "nested")))
     for memory in memories
 }
 

@@ -33,6 +33,7 @@ from vmlab.machine.state import (
     HF_CPL,
     HF_CS32,
     HF_CS64,
+    HF_GUEST,
     HF_LMA,
     HF_PE,
     HF_SHADOW,
@@ -82,6 +83,8 @@ class Cpu:
     def __init__(self, engine: Engine, ram: Ram, window: Window, layout: Layout) -> None:
         self.engine, self.ram, self.window, self.layout = engine, ram, window, layout
         self._u64, self._u32, self._i32 = window.u64, window.u32, window.i32
+        #: hpa of the nested tables that guest-physical addresses go through while the CPU is in guest mode; 0: none.
+        self.nested_root = 0
         self.load, self.store = window.load, window.store
         self._error_code = layout.error_code // 4
         self._is_int = layout.exception_is_int // 4
@@ -319,9 +322,11 @@ class Cpu:
     def pieces(self, address: int, size: int, *, write: bool, user: bool) -> list[tuple[int, int]]:
         limit = 0xFFFFFFFFFFFFFFFF if self.long_mode else 0xFFFFFFFF
         tables, pieces = self.tables, []
+        nested = paging.NestedMemory(self.ram, self.nested_root) if self.nested_root and self.hflags & HF_GUEST else None
         while size > 0:
             address &= limit
             n = min(size, PAGE - address % PAGE)
-            pieces.append((paging.translate(self.ram, tables, address, write=write, user=user), n))
+            at = paging.translate(nested or self.ram, tables, address, write=write, user=user)
+            pieces.append((nested.hpa(at, write=write) if nested else at, n))
             address, size = address + n, size - n
         return pieces

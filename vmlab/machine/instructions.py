@@ -16,9 +16,10 @@ from unicorn import x86_const as x86
 from vmlab.machine import state as hidden
 from vmlab.machine.cpu import IOPL, Cpu
 from vmlab.machine.decode import Instruction
-from vmlab.machine.delivery import GENERAL_PROTECTION, Fault
+from vmlab.machine.delivery import GENERAL_PROTECTION, PAGE_FAULT, Fault
 from vmlab.machine.engine import IN_CALLBACK, OUT_CALLBACK
 from vmlab.machine.msr import Msrs
+from vmlab.machine.paging import NestedFault, PageFault
 from vmlab.machine.state import HF_CS32, HF_CS64, HF_SHADOW, RAX, RCX, RDX
 from vmlab.machine.syscalls import syscall, sysenter
 
@@ -65,6 +66,8 @@ class Instructions:
                 self._by_op[op](address, instruction)
             except Fault as fault:
                 self._fault(address, fault.vector, fault.error_code)
+            except (PageFault, NestedFault) as fault:
+                self._memory_fault(address, fault)
 
     def search_element(self, instruction: Instruction) -> None:
         """Before each element of REP SCAS or CMPS. Blocks do not tell their number: unless ECX is used up, the flags end them."""
@@ -73,6 +76,17 @@ class Instructions:
             self._machine.events["machine.string"] += 1
 
     # ---- how an instruction ends
+    def _memory_fault(self, address: int, fault: PageFault | NestedFault) -> None:
+        """It needed memory (an I/O bitmap) that is not there."""
+        machine = self._machine
+        if machine.in_guest and machine.guest_mode is not None and machine.guest_mode.memory_fault(fault):
+            machine.counter.leave(address)
+            machine.make_rip_count()
+            return
+        assert isinstance(fault, PageFault)
+        self._cpu.cr2 = fault.address
+        self._fault(address, PAGE_FAULT, fault.error_code)
+
     def _complete(self, address: int, instruction: Instruction) -> None:
         """It retired, and the next one follows."""
         self._machine.counter.leave(address, retired=True)

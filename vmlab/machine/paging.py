@@ -168,6 +168,44 @@ def check(memory: TableMemory, tables: Tables, address: int, *, write: bool = Fa
     return found
 
 
+class NestedFault(Exception):
+    """Nested paging has no page for guest-physical ``gpa``: #VMEXIT(NPF), with this error code (APM Vol. 2 §15.25.6)."""
+
+    def __init__(self, gpa: int, error_code: int) -> None:
+        super().__init__(f"nested page fault at guest-physical {gpa:#x}")
+        self.gpa, self.error_code = gpa, error_code
+
+
+class NestedMemory:
+    """Guest-physical memory as a CPU in guest mode reaches it: through the four-level nested tables of a 64-bit host.
+
+    Every access counts as a user's (APM Vol. 2 §15.25.5). Raises :class:`NestedFault`.
+    """
+
+    def __init__(self, memory: TableMemory, root: int) -> None:
+        self._memory = memory
+        self._tables = Tables(CR0_PG | CR0_WP, root, CR4_PAE, EFER_LMA | EFER_NXE)
+
+    def hpa(self, gpa: int, *, write: bool) -> int:
+        """Where ``gpa`` lies in machine memory."""
+        try:
+            return translate(self._memory, self._tables, gpa, write=write, user=True, mark=False)
+        except PageFault as fault:
+            raise NestedFault(gpa, fault.error_code) from fault
+
+    def read32(self, address: int) -> int:
+        return self._memory.read32(self.hpa(address, write=False))
+
+    def read64(self, address: int) -> int:
+        return self._memory.read64(self.hpa(address, write=False))
+
+    def write32(self, address: int, value: int) -> None:
+        self._memory.write32(self.hpa(address, write=True), value)
+
+    def write64(self, address: int, value: int) -> None:
+        self._memory.write64(self.hpa(address, write=True), value)
+
+
 def translate(memory: TableMemory, tables: Tables, address: int, *, write: bool = False, user: bool = False,
               fetch: bool = False, mark: bool = True) -> int:
     """The physical address of ``address``; raises :class:`PageFault`. ``mark`` sets accessed and dirty bits."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vmlab.machine.decode import Instruction
+from vmlab.machine.paging import NestedFault, PageFault
 
 
 class StopReason(enum.Enum):
@@ -46,6 +47,9 @@ class GuestMode(Protocol):
 
     def intercepts(self, op: str, instruction: Instruction) -> bool:
         """Whether this instruction exits instead of being carried out; if so, it just did."""
+
+    def memory_fault(self, fault: PageFault | NestedFault) -> bool:
+        """The machine faulted on memory in an instruction that it carries out: True when it made an exit."""
 
     def lets_interrupts_in(self) -> bool:
         """Whether the CPU recognises a physical interrupt now, in guest mode or out of it."""

@@ -17,7 +17,8 @@ from vmlab.errors import ConfigError, TripleFault
 from vmlab.machine import vmcb as v
 from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.decode import Instruction
-from vmlab.machine.delivery import Fault, deliver
+from vmlab.machine.delivery import PAGE_FAULT, Fault, deliver
+from vmlab.machine.paging import NestedFault, PageFault
 from vmlab.machine.pc import Machine, Stop, StopReason, port_operands
 from vmlab.machine.state import CS, DS, ES, HF2_GIF, HF2_HIF, HF2_NPT, HF2_VINTR, HF_GUEST, RAX, RCX, RSP, SS
 from vmlab.machine.vmcb import Vmcb
@@ -157,6 +158,7 @@ class Svm:
         vmcb["event_injection"] = 0
         self._want_attention()
         self.in_guest = True
+        machine.cpu.nested_root = vmcb["nested_cr3"] if vmcb["nested_control"] & 1 else 0
         return self._call(_VMRUN, address)
 
     def _want_attention(self) -> None:
@@ -354,6 +356,11 @@ class Svm:
             fault = diverted.fault
             self.exit(v.EXIT_EXCEPTION + fault.vector, fault.error_code or 0, fault.address or 0, during=diverted.during)
             return None
+        except NestedFault as missing:
+            if fault_rip is not None:
+                self.machine.cpu.rip = fault_rip
+            self.exit(v.EXIT_NPF, missing.error_code, missing.gpa, during=_event(vector, error_code, software, external))
+            return None
         except TripleFault:
             if not self._intercepted(v.EXIT_SHUTDOWN):
                 raise
@@ -364,7 +371,21 @@ class Svm:
             self._want_attention()
         return delivered
 
+    def memory_fault(self, fault: PageFault | NestedFault) -> bool:
+        """The machine, doing an instruction for the CPU, faulted on memory: exit if that is intercepted; False: it is the guest's own."""
+        if isinstance(fault, NestedFault):
+            self.exit(v.EXIT_NPF, fault.error_code, fault.gpa)
+        elif self._vmcb["intercept_exceptions"] & 1 << PAGE_FAULT:
+            self.exit(v.EXIT_EXCEPTION + PAGE_FAULT, fault.error_code, fault.address)
+        else:
+            return False
+        return True
+
     def _divert(self, vector: int, error_code: int | None, software: bool, external: bool, fault: Fault) -> None:
         if self._vmcb["intercept_exceptions"] & 1 << fault.vector:
-            kind = v.EVENT_SOFTWARE if software else v.EVENT_INTERRUPT if external else v.EVENT_EXCEPTION
-            raise _Diverted(v.event(kind, vector, error_code), fault)
+            raise _Diverted(_event(vector, error_code, software, external), fault)
+
+
+def _event(vector: int, error_code: int | None, software: bool, external: bool) -> int:
+    """What EXITINTINFO says of an event whose delivery an exit interrupted."""
+    return v.event(v.EVENT_SOFTWARE if software else v.EVENT_INTERRUPT if external else v.EVENT_EXCEPTION, vector, error_code)

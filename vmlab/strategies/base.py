@@ -112,12 +112,17 @@ class Strategy(Technique, ABC):
         return digest.hexdigest()
 
 
+def visible_registers(gpr: Callable[[int], int], long_mode: bool) -> tuple[int, ...]:
+    """All sixteen general registers in long mode, else the low halves of the first eight."""
+    return tuple(gpr(i) for i in range(16)) if long_mode else tuple(gpr(i) & 0xFFFFFFFF for i in range(8))
+
+
 def physical_state(cpu: Cpu) -> GuestState:
     """The physical CPU's state, for techniques under which it is the guest's own."""
     cpu.load()
     gdt, idt = cpu.table("gdt"), cpu.table("idt")
     return GuestState(
-        gpr=tuple(cpu.gpr(i) & 0xFFFFFFFF for i in range(8)),
+        gpr=visible_registers(cpu.gpr, cpu.long_mode),
         rip=cpu.rip, eflags=cpu.eflags,
         selectors=tuple(cpu.selector(i) for i in (ES, CS, SS, DS, FS, GS)),
         cr0=cpu.cr(0), cr2=cpu.cr2, cr3=cpu.cr(3), cr4=cpu.cr(4),

@@ -10,20 +10,21 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import cast
 
-from vmlab.errors import TripleFault, UnsupportedByStrategy
+from vmlab.errors import TripleFault
 from vmlab.guests import GuestImage
 from vmlab.machine import vmcb as v
 from vmlab.machine.cpu import Segment
 from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import DOUBLE_FAULT, HAS_ERROR_CODE, PAGE_FAULT, Fault, doubles
-from vmlab.machine.paging import PF_FETCH, PF_USER, PF_WRITE, PageFault
+from vmlab.machine.paging import EFER_LMA
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.machine.state import FS, GS, RAX, RBX, RSP
 from vmlab.machine.svm import FREE_FRAMES, Svm
 from vmlab.machine.vmcb import CountedVmcb, Vmcb
 from vmlab.parameters import Value
-from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state
+from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state, visible_registers
 from vmlab.strategies.techniques import HardwareAssistedTechnique
+from vmlab.vmm.assisted_memory import AssistedMemory, Nested, Shadowed
 from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_mode import GuestModeCpu
@@ -31,14 +32,13 @@ from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
 from vmlab.vmm.operands import fetch
 from vmlab.vmm.platform import VirtualPlatform
 from vmlab.vmm.registers import HARMLESS_MSRS
-from vmlab.vmm.shadow import Outcome, ShadowPager
+from vmlab.vmm.shadow import ShadowPager
 from vmlab.vmm.space import GUEST_FRAMES
 from vmlab.vmm.stores import Stores
 from vmlab.vmm.vcpu import VirtualCpu
 
 # The VMM's frames: VMCB, permission maps (3 and 2 pages).
 _VMCB, _IOPM, _MSRPM = (FREE_FRAMES + 0x1000 * page for page in (0, 1, 4))
-_SHADOWED_CRS = 1 << 0 | 1 << 3 | 1 << 4
 _ALWAYS = (v.EXIT_INTR, v.EXIT_CPUID, v.EXIT_HLT, v.EXIT_IOIO, v.EXIT_MSR, v.EXIT_SHUTDOWN, *v.EXITS_OF_SVM)
 
 
@@ -62,22 +62,23 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         machine.monitor = self
         self.vmcb = CountedVmcb(machine.ram, _VMCB, self.counts)
         self.mmu = GuestMmu(GuestMemory(machine.ram, GUEST_FRAMES, GUEST_MEMORY), self.counts)
-        self.cpu = GuestModeCpu(machine.cpu, self.vmcb, self.mmu, nested=False)
-        self.pager = ShadowPager(self.mmu, self.counts, scheme=str(self.chosen["memory"]), space=None)
-        self.pager.on_foreign = self._note_foreign
+        scheme = str(self.chosen["memory"])
+        self._nested = scheme == "nested"
+        self.cpu = GuestModeCpu(machine.cpu, self.vmcb, self.mmu, nested=self._nested)
         self.platform_devices = VirtualPlatform(machine)
         self.emulator = Emulator(machine, cast(VirtualCpu, self.cpu), self.platform_devices, self.counts)
         self.emulator.registers.carries_long_mode = True
-        self.emulator.registers.on_paging = self.pager.reload
-        self.emulator.registers.on_invlpg = self.pager.invlpg
         self.emulator.registers.on_tsc = lambda offset: self.cpu.write("tsc_offset", offset)
-        self.stores = Stores(machine, self.mmu, self.emulator, self.pager.drop_all)
+        self.memory: AssistedMemory = (
+            Nested(self, str(self.chosen["nested_page"])) if self._nested
+            else Shadowed(self, ShadowPager(self.mmu, self.counts, scheme=scheme, space=None)))
+        self.stores = Stores(machine, self.mmu, self.emulator, self.memory.forget)
         self._window_open = False
         self._exits: dict[int, Callable[[], None]] = {
             **dict.fromkeys(range(v.EXIT_CR_READ, v.EXIT_DR_READ), self.emulate_next),
             v.EXIT_CPUID: self.emulate_next, v.EXIT_MSR: self.emulate_next, v.EXIT_HLT: self._halt, v.EXIT_IOIO: self._port,
             v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window, **dict.fromkeys(v.EXITS_OF_SVM, self._undefined),
-            v.EXIT_SHUTDOWN: self._shutdown, v.EXIT_EXCEPTION + PAGE_FAULT: self._page_fault, v.EXIT_INVLPG: self.emulate_next,
+            v.EXIT_SHUTDOWN: self._shutdown, **self.memory.exits,
         }
 
     # ---- loading
@@ -98,20 +99,16 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         ram.write(_IOPM, b"\xff" * 0x3000)   # every port
         ram.write(_MSRPM, _permission_map())
         vmcb["iopm_base"], vmcb["msrpm_base"] = _IOPM, _MSRPM
-        vmcb["intercept_cr_read"] = _SHADOWED_CRS
-        vmcb["intercept_cr_write"] = _SHADOWED_CRS
-        vmcb["intercept_exceptions"] = 1 << PAGE_FAULT
-        vmcb["intercepts"] = sum(v.intercept_bit(code) for code in (*_ALWAYS, *([v.EXIT_INVLPG] if self.pager.scheme == "lazy" else [])))
+        vmcb["intercepts"] = sum(v.intercept_bit(code) for code in _ALWAYS) | self.memory.prepare(vmcb)
         vmcb["interrupt_control"] = v.V_INTR_MASKING
         vmcb["asid"] = 1
-        # The state that a Multiboot loader leaves; paging is on, and the guest does not know.
+        # The state that a Multiboot loader leaves; on shadow tables paging is on, and the guest does not know.
         vmcb.set_segment("cs", Segment(0x08, 0, 0xFFFFFFFF, 0xCF9B00))
         for name in ("ss", "ds", "es", "fs", "gs"):
             vmcb.set_segment(name, Segment(0x10, 0, 0xFFFFFFFF, 0xCF9300))
         vmcb.set_segment("tr", Segment(0, 0, 0, 0x8900))
         vmcb.set_segment("ldtr", Segment(0, 0, 0, 0x8200))
         vmcb["gdtr.limit"], vmcb["idtr.limit"] = 0xFFFF, 0x3FF
-        self.cpu.load_paging(self.pager.root)
         vmcb["dr6"], vmcb["dr7"] = 0xFFFF0FF0, 0x400
         vmcb["rflags"], vmcb["rip"] = 2, entry
 
@@ -140,9 +137,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         if handler is None:
             raise AssertionError(f"#VMEXIT {code:#x} at {self.cpu.rip:#x}, which this VMM never asked for")
         handler()
-        if self.pager.stale:
-            self.pager.stale = False
-            self.cpu.load_paging(self.pager.root)   # VMRUN flushes the TLB by itself: there is one ASID
+        self.memory.follow()
 
     # ---- exits
     def emulate_next(self) -> None:
@@ -154,7 +149,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             self.emulator.emulate(instruction)
             self.cpu.end_shadow()
         except Fault as fault:
-            self._inject(fault)
+            self.inject(fault)
 
     def _decode(self) -> Instruction | None:
         """AMD-V does not say which instruction exited, nor how long it is: the VMM fetches it."""
@@ -190,26 +185,9 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
 
     def _undefined(self) -> None:
         """AMD-V's own instructions: the guest has none (EFER.SVME is hidden), so the bare machine would raise #UD."""
-        self._inject(Fault(6))
+        self.inject(Fault(6))
 
-    def _page_fault(self) -> None:
-        """#PF on the shadow: hidden, a store to a traced table, or the guest's own; what it interrupted is injected again."""
-        code, address, during = (self.cpu.read(field) for field in ("exit_info_1", "exit_info_2", "exit_interrupt_info"))
-        during = during if during & v.EVENT_VALID else 0
-        try:
-            outcome = self.pager.fault(address, write=bool(code & PF_WRITE), user=bool(code & PF_USER), fetch=bool(code & PF_FETCH))
-        except PageFault as fault:
-            self.counts["shadow.fault.true"] += 1
-            self._inject(Fault(PAGE_FAULT, fault.error_code, fault.address), during)
-            return
-        if outcome is Outcome.HIDDEN:
-            self._inject_again(during)
-        elif during:
-            raise UnsupportedByStrategy(f"the guest at {self.cpu.rip:#x} has its stack at {address:#x} in one of its own page tables")
-        else:
-            self._carry_out(address)
-
-    def _carry_out(self, address: int) -> None:
+    def carry_out(self, address: int) -> None:
         """The instruction at RIP accesses ``address``, where the CPU must not: the VMM does all of it."""
         instruction = self._decode()
         if instruction is None:
@@ -218,9 +196,9 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             self.stores.carry_out(self.cpu, instruction, address)
             self.cpu.end_shadow()
         except Fault as fault:
-            self._inject(fault)
+            self.inject(fault)
 
-    def _note_foreign(self, gpa: int) -> None:
+    def note_foreign(self, gpa: int) -> None:
         """The guest mapped a frame that is not its own: it sees an empty bus."""
         self.refused.append(f"the guest at {self.cpu.rip:#x} mapped guest-physical {gpa:#x}, "
                             f"beyond its {GUEST_MEMORY >> 20} MiB; nothing answers there")
@@ -233,7 +211,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         """A physical interrupt: :meth:`_before_entry` lets the host take it."""
 
     # ---- events for the guest
-    def _inject(self, fault: Fault, during: int = 0) -> None:
+    def inject(self, fault: Fault, during: int = 0) -> None:
         """Raise an exception in the guest. ``during``: the event whose delivery raised it (SDM Vol. 3A §6.15, double fault)."""
         if fault.vector == PAGE_FAULT and fault.address is not None:
             self.cpu.cr2 = fault.address
@@ -247,7 +225,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self.counts[f"reflect.{vector}"] += 1
         self.cpu.write("event_injection", v.event(v.EVENT_EXCEPTION, vector, error_code))
 
-    def _inject_again(self, during: int) -> None:
+    def inject_again(self, during: int) -> None:
         """The event whose delivery an exit interrupted. INT n needs no help: RIP is still at it."""
         if during and during & v.EVENT_TYPE != v.EVENT_SOFTWARE:
             self.counts["vmm.inject"] += 1
@@ -304,7 +282,8 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             return self._believed(physical_state(physical))
         physical.load()
         vmcb = Vmcb(self.machine.ram, _VMCB)  # looked at from outside: not the VMM's work
-        gpr = tuple({RAX: vmcb["rax"], RSP: vmcb["rsp"]}.get(i, physical.gpr(i)) & 0xFFFFFFFF for i in range(8))
+        in_vmcb = {RAX: vmcb["rax"], RSP: vmcb["rsp"]}
+        gpr = visible_registers(lambda number: in_vmcb.get(number, physical.gpr(number)), bool(vmcb["efer"] & EFER_LMA))
         es, cs, ss, ds = (segment.selector for segment in vmcb.switched_segments())
         selectors = (es, cs, ss, ds, physical.selector(FS), physical.selector(GS))
         return self._believed(GuestState(
@@ -315,4 +294,4 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
     def _believed(self, true: GuestState) -> GuestState:
         """The state with the control registers that the guest wrote, in place of those that it runs with."""
         mmu = self.mmu
-        return dataclasses.replace(true, cr0=mmu.cr0, cr3=mmu.cr3, cr4=mmu.cr4)
+        return true if self._nested else dataclasses.replace(true, cr0=mmu.cr0, cr3=mmu.cr3, cr4=mmu.cr4)

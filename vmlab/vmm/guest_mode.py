@@ -152,6 +152,12 @@ class GuestModeCpu:
                 self.write(field, value)
         self._loaded = wanted
 
+    def start_nested(self) -> None:
+        """Nested paging: the guest's registers as they are at reset, all its own."""
+        mmu = self._mmu
+        for field, value in (("cr0", mmu.cr0), ("cr3", 0), ("cr4", 0), ("efer", _SVME)):
+            self.write(field, value)
+
     def follow_registers(self) -> None:
         """Nested paging: the VMM wrote one of the guest's paging registers in its place."""
         mmu = self._mmu
