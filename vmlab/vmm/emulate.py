@@ -241,10 +241,12 @@ class Emulator:
         vcpu = self.vcpu
         port, size = port_operands(instruction, vcpu.cpu)
         self._io_right(port, size)
-        left = vcpu.gpr(RCX) & 0xFFFFFFFF if instruction.rep else 1
+        width = instruction.cs.addr_size
+        mask = (1 << (8 * width)) - 1
+        left = vcpu.gpr(RCX) & mask if instruction.rep else 1
         step = -size if vcpu.eflags & DF else size
         while left:
-            address = vcpu.gpr(pointer) & 0xFFFFFFFF
+            address = vcpu.gpr(pointer) & mask
             vcpu.mmu.translate(address, write=pointer == RDI, user=vcpu.cpl == 3)   # a fault must come before the device is touched
             self.counts["vmm.device"] += 1
             if pointer == RDI:
@@ -252,10 +254,11 @@ class Emulator:
                 vcpu.write_linear(address, value.to_bytes(size, "little"), user=vcpu.cpl == 3)
             else:
                 self.platform.port_write(port, size, int.from_bytes(vcpu.read_linear(address, size, user=vcpu.cpl == 3), "little"))
-            vcpu.set_gpr(pointer, address + step)
+            vcpu.set_gpr(pointer, address + step, width)
+            self.counts["emulate.string"] += 1
             left -= 1
             if instruction.rep:
-                vcpu.set_gpr(RCX, left)
+                vcpu.set_gpr(RCX, left, width)
 
     # ---- identification and time
     def _cpuid(self, _: Instruction) -> None:

@@ -124,8 +124,7 @@ class DeprivilegingMonitor(Strategy):
         known = self.machine.faulting
         if known is not None:  # the machine already decoded this block; same bytes, no second fetch
             return known
-        code = self.vcpu.segment(CS)
-        return decode(fetch(self.vcpu, (code.base + rip) & 0xFFFFFFFF), 32 if code.flags & (1 << 22) else 16)
+        return decode(fetch(self.vcpu, (self.vcpu.segment(CS).base + rip) & 0xFFFFFFFF), self.vcpu.bits)
 
     def emulate(self, instruction: Instruction) -> None:
         """Carry one instruction out on the virtual CPU, or reflect what it would have raised."""

@@ -1,4 +1,4 @@
-"""Operands of decoded 32-bit instructions: registers by number and size, effective addresses, immediates."""
+"""Operands of decoded instructions of 32- and 64-bit code: registers by number and size, effective addresses, immediates."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ REGISTERS: dict[int, tuple[int, int, int]] = {}
 for _number, _name in enumerate(_NAMES):
     REGISTERS[getattr(cs_x86, f"X86_REG_E{_name.upper()}")] = (_number, 4, 0)
     REGISTERS[getattr(cs_x86, f"X86_REG_{_name.upper()}")] = (_number, 2, 0)
+    REGISTERS[getattr(cs_x86, f"X86_REG_R{_name.upper()}")] = (_number, 8, 0)
+    if _number >= 4:
+        REGISTERS[getattr(cs_x86, f"X86_REG_{_name.upper()}L")] = (_number, 1, 0)
+for _number in range(8, 16):
+    for _suffix, _size in (("", 8), ("D", 4), ("W", 2), ("B", 1)):
+        REGISTERS[getattr(cs_x86, f"X86_REG_R{_number}{_suffix}")] = (_number, _size, 0)
 for _number, _name in enumerate("acdb"):
     REGISTERS[getattr(cs_x86, f"X86_REG_{_name.upper()}L")] = (_number, 1, 0)
     REGISTERS[getattr(cs_x86, f"X86_REG_{_name.upper()}H")] = (_number, 1, 8)
@@ -43,6 +49,11 @@ class Registers(Protocol):
     @property
     def cpl(self) -> int: ...
 
+    @property
+    def bits(self) -> int: ...
+
+    def advance(self, size: int) -> int: ...
+
 
 def fetch(cpu: Registers, address: int) -> bytes:
     """Up to 15 bytes of code at a linear address: fewer where the next page is absent."""
@@ -55,12 +66,14 @@ def fetch(cpu: Registers, address: int) -> bytes:
 
 
 def effective_address(cpu: Registers, instruction: Instruction, operand: Any) -> int:
-    """Linear address of a memory operand (SDM Vol. 1 §3.7.5), 32-bit wrap-around."""
+    """Linear address of a memory operand (SDM Vol. 1 §3.7.5), wrapped to the address size."""
     memory = operand.mem
     offset = int(memory.disp)
     base = REGISTERS.get(memory.base)
     if base is not None:
         offset += cpu.gpr(base[0]) & ((1 << (8 * base[1])) - 1)
+    elif memory.base == cs_x86.X86_REG_RIP:
+        offset += cpu.advance(instruction.size)
     index = REGISTERS.get(memory.index)
     if index is not None:
         offset += (cpu.gpr(index[0]) & ((1 << (8 * index[1])) - 1)) * memory.scale
@@ -68,8 +81,10 @@ def effective_address(cpu: Registers, instruction: Instruction, operand: Any) ->
         segment = SEGMENTS[memory.segment]
     else:
         segment = SS if base is not None and base[0] in (RBP, RSP) else DS
-    mask = 0xFFFFFFFF if instruction.cs.addr_size == 4 else 0xFFFF
-    return int(cpu.segment(segment).base + (offset & mask)) & 0xFFFFFFFF
+    offset &= (1 << (8 * instruction.cs.addr_size)) - 1
+    if cpu.bits == 64:
+        return int(offset + (cpu.segment(segment).base if segment in (FS, GS) else 0)) & 0xFFFFFFFFFFFFFFFF
+    return int(cpu.segment(segment).base + offset) & 0xFFFFFFFF
 
 
 def read_operand(cpu: Registers, instruction: Instruction, operand: Any, size: int | None = None) -> int:

@@ -24,8 +24,6 @@ from vmlab.vmm.single_step import SingleStep, SteppingCpu
 class StoringCpu(Registers, SteppingCpu, Protocol):
     """What both ways need of the guest's CPU."""
 
-    def advance(self, size: int) -> int: ...
-
 
 class Stores:
     """Carries out one instruction that touches memory which the CPU may not."""

@@ -64,6 +64,11 @@ class VirtualCpu:
 
     long_mode = False
 
+    @property
+    def bits(self) -> int:
+        """Size of the guest's code: 16 or 32."""
+        return 32 if self.segment(CS).flags & (1 << 22) else 16
+
     def clear_shadow(self) -> None:
         self.shadow_at = None
 
