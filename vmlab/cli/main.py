@@ -35,6 +35,8 @@ VERBS = {
     "probe": "really run sensitive instructions at CPL 0, 1 and 3 and compare",
     "measure": "a cost profile of this machine, as far as user mode and KVM can measure it",
     "cite": "the documents behind a run's prices, as BibTeX",
+    "trace": "a run event by event: what the guest did, what followed, state and cycles",
+    "step": "one CLI, five ways: a page to step through what every technique does",
     "explain": "a term, event, cost or claim in two sentences, with its source",
     "list": "techniques, guests, workloads, profiles, claims, experiments, events",
     "validate": "check experiment files without running them",
