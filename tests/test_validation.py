@@ -1,0 +1,132 @@
+"""Validation: the protocol's rules hold of the data, predictions follow from events, and the committed documents are the generated ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmlab import costs
+from vmlab.costs import Quantity
+from vmlab.errors import ConfigError
+from vmlab.experiment.gather import Gatherer
+from vmlab.experiment.lab import Lab
+from vmlab.validation import document, table
+from vmlab.validation.table import Prediction, Row, predict, published, statistics
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROWS = published().rows
+
+
+def committed() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DOCS / "validation.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_there_are_enough_rows_and_fewer_parameters_than_rows_that_set_them() -> None:
+    assert len(ROWS) >= 40 and len({row.id for row in ROWS}) == len(ROWS)
+    assert len(published().parameters) < sum(row.calibrated for row in ROWS)
+    for keys in published().parameters:
+        for key in keys:
+            assert costs.load("prescott-2005").figure(key) is not None
+
+
+def test_the_rules_of_what_is_held_out() -> None:
+    for row in ROWS:
+        if row.technique == "native" or (row.native and row.published / row.native < 1.15) or row.per == "cost":
+            assert row.not_held_out or row.calibrated, row.id
+        if not row.not_held_out and not row.calibrated:
+            assert row.native and row.native_cell, f"{row.id}: a held-out row needs a native figure for the null model"
+    for technique in ("binary-translation", "hardware-assisted", "paravirtualization"):
+        assert sum(row.technique == technique and not row.not_held_out and not row.calibrated for row in ROWS) >= 5
+
+
+def test_path_lengths_that_rows_set_say_so() -> None:
+    """The figures that the calibration names are those that the path table marks, or are cited from the same table."""
+    shared = costs.path_table()
+    for key in ("path.trap", "path.decode", "path.emulate", "path.callout"):
+        assert shared.paths[key].calibrates
+    assert "adams-agesen-2006" in shared.paths["path.translate"].sources
+
+
+ROW = Row("r", "adams-agesen-2006", "w", "what", "hardware-assisted", "prescott-2005", "cycles", 5000, "iteration", native=100,
+          cell={"technique": "hardware-assisted", "workload": "w"}, native_cell={"technique": "native", "workload": "w"})
+
+
+def cell(technique: str, **counts: int) -> dict[str, Any]:
+    events = {name.replace("__", "."): n for name, n in counts.items()}
+    return {
+        "technique": technique, "parameters": {"workload": "w", "iterations": 10}, "status": "ok",
+        "platform": "svm" if technique == "hardware-assisted" else "x86", "events": events, "work": {"iterations": 10, "operations": 10},
+        "phases": {"roi.warm": {"events": events}, "empty": {"events": {"machine.alu": 20}}}, "fidelity": {},
+    }
+
+
+CELLS = [cell("native", machine__alu=1020), cell("hardware-assisted", machine__alu=20, entry=10, exit__cpuid=10)]
+
+
+def test_a_row_is_predicted_by_hand() -> None:
+    p = predict(ROW, CELLS, {})
+    profile = costs.load("prescott-2005")
+    by_hand = 2333 + 1599 + 300 * Quantity(costs={"path.trap": 1}).value(profile) / 150
+    assert p.value == pytest.approx(by_hand) and p.low is not None and p.high is not None and p.low < by_hand < p.high
+    assert p.slowdown == pytest.approx(by_hand / 100) and p.published_slowdown == 50 and p.held_out
+
+
+def test_a_slowdown_is_a_ratio_under_common_samples() -> None:
+    row = Row(**{**ROW.__dict__, "unit": "times native", "published": 40.0, "native": 1.0})
+    p = predict(row, CELLS, {})
+    assert p.value == pytest.approx(predict(ROW, CELLS, {}).slowdown)
+
+
+def test_what_cannot_be_predicted_says_why_and_is_not_held_out() -> None:
+    p = predict(ROW, CELLS[:1], {})
+    assert p.value is None and "no finished cell" in p.reason and not p.held_out
+    assert predict(ROW, CELLS, {"cell": "no such memory scheme"}).reason == "no such memory scheme"
+    bare = [c | {"phases": {"roi.warm": {"events": c["events"]}}} for c in CELLS]
+    assert "no empty loop" in predict(ROW, bare, {}).reason
+
+
+def test_errors_and_the_null_model_by_hand() -> None:
+    rows = [Row(**{**ROW.__dict__, "id": str(i), "published": published_}) for i, published_ in enumerate((1000.0, 4000.0))]
+    found = statistics([Prediction(rows[0], value=2000.0, slowdown=20.0), Prediction(rows[1], value=4000.0, slowdown=40.0)])
+    assert found["held_out"]["worst"] == pytest.approx(math.log10(2), rel=1e-3) and found["held_out"]["worst_row"] == "0"
+    assert found["held_out"]["median"] == pytest.approx(math.log10(2) / 2, rel=1e-3)
+    # The null model says 20 times for both: the geometric mean of 10 and 40.
+    assert found["null_model"]["slowdowns"] == {"hardware-assisted": 20} and found["null_model"]["median"] == pytest.approx(math.log10(2), rel=1e-3)
+    assert found["beats_null_model"]
+
+
+def test_the_committed_document_has_every_row_and_its_figures_follow_from_its_events() -> None:
+    rows = {row["id"]: row for row in committed()["rows"]}
+    assert list(rows) == [row.id for row in ROWS]
+    page = (DOCS / "validation.md").read_text(encoding="utf-8")
+    for row in ROWS:
+        assert f"`{row.id}`" in page
+        found = rows[row.id]
+        assert (found["published"], found["calibrated"], found["not_held_out"]) == (row.published, row.calibrated, row.not_held_out)
+        assert (found["predicted"] is None) == bool(found["not_predicted"])
+        if found["predicted"] is not None:
+            assert found["ratio"] == pytest.approx(found["predicted"] / row.published, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_the_committed_documents_are_the_generated_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs every row's cells: `python -m vmlab.validation` brings the documents up to date."""
+    monkeypatch.chdir(tmp_path)
+    predictions = document.gather(Gatherer(Lab(), "validation"), 2, document.silent)
+    assert committed() == json.loads(document.as_json(predictions))
+    assert (DOCS / "validation.md").read_text(encoding="utf-8") == document.as_markdown(predictions)
+
+
+def test_a_broken_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = table.FILE.read_text(encoding="utf-8")
+    for bad, says in ((text.replace("source: barham-2003", "source: nobody-1999", 1), "nobody-1999"),
+                      (text.replace("    unit: cycles\n", "", 1), "lacks unit"), (text.replace("unit:", "unti:", 1), "unti")):
+        (tmp_path / "published.yaml").write_text(bad, encoding="utf-8")
+        monkeypatch.setattr(table, "FILE", tmp_path / "published.yaml")
+        with pytest.raises(ConfigError, match=says):
+            published.__wrapped__()
