@@ -268,3 +268,13 @@ def test_claims_and_report_import_neither_unicorn_nor_the_machine() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+RINGS = [{"access": f"{word} of a supervisor page", "bits": 64, "cpl0": "runs", "cpl1": "runs", "cpl3": "#PF"} for word in ("read", "write")]
+
+
+def test_rings_collapse_and_a_paging_that_tells_ring_1_falsifies_it() -> None:
+    assert judge("ring-compression", [], probe={"rings": RINGS})["verdict"] == "holds"
+    assert judge("ring-compression", [], probe={"rings": [RINGS[0], RINGS[1] | {"cpl1": "#PF"}]})["verdict"] == "fails"
+    assert judge("ring-compression", [], probe={"rings": [RINGS[0] | {"cpl3": "runs"}]})["verdict"] == "fails"
+    assert judge("ring-compression", [], probe=PROBE)["verdict"] == "undecided"

@@ -40,3 +40,11 @@ def test_json_and_unknown_instruction(capsys: pytest.CaptureFixture[str]) -> Non
     assert {claim["id"]: claim["verdict"] for claim in result["claims"]} == {"popek-goldberg": "holds", "ring-visible": "holds"}
     assert main(["probe", "popff"]) == 2
     assert "popf" in capsys.readouterr().err.lower()
+
+
+@pytest.mark.parametrize("path", ["portable", "auto"])
+def test_ring_1_is_supervisor_to_paging_in_64_bit_mode(path: str) -> None:
+    from vmlab.probe.rings import rings
+
+    for row in rings(path):
+        assert (row["cpl0"], row["cpl1"]) == ("runs", "runs") and row["cpl3"].startswith("#PF"), row

@@ -32,6 +32,7 @@ PREDICATES: Mapping[str, Predicate] = {
     "monitor_regains": counted.monitor_regains,
     "trapping_would_not_do": counted.trapping_would_not_do,
     "shows_the_ring": counted.shows_the_ring,
+    "rings_collapse": counted.rings_collapse,
     "published_ratio": counted.published_ratio,
     "model_gives": counted.model_gives,
     "instruction_is_slow": priced.instruction_is_slow,
@@ -41,7 +42,7 @@ PREDICATES: Mapping[str, Predicate] = {
 }
 
 #: Predicates that judge the result of ``vmlab probe`` and not cells.
-NEED_PROBE = frozenset({"trapping_would_not_do", "shows_the_ring"})
+NEED_PROBE = frozenset({"trapping_would_not_do", "shows_the_ring", "rings_collapse"})
 
 
 def evaluate(

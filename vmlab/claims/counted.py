@@ -159,6 +159,21 @@ def shows_the_ring(evidence: Evidence, arguments: Arguments) -> Finding:
     return Finding("holds", "each of them ran outside CPL 0 without a trap and told of the machine's state", figures=figures)
 
 
+def rings_collapse(evidence: Evidence, _: Arguments) -> Finding:
+    """Probe: in 64-bit mode ring 1 reads and writes supervisor pages as ring 0 does, and ring 3 does not."""
+    rows = (evidence.probe or {}).get("rings")
+    if not rows:
+        raise Missing("no probe: run `vmlab probe` and judge its result")
+    figures = {str(row["access"]): {cpl: row[cpl] for cpl in ("cpl0", "cpl1", "cpl3")} for row in rows}
+    kept_out = [access for access, row in figures.items() if row["cpl1"] != "runs"]
+    user = [access for access, row in figures.items() if row["cpl3"] == "runs"]
+    if kept_out:
+        return Finding("fails", f"ring 1 was kept out: {', '.join(kept_out)}", figures=figures)
+    if user:
+        return Finding("fails", f"ring 3 was let in, so paging is not what was tested: {', '.join(user)}", figures=figures)
+    return Finding("holds", "at CPL 1 each access runs as at CPL 0, at CPL 3 it raises a page fault", figures=figures)
+
+
 def _probe_rows(evidence: Evidence) -> dict[str, Mapping[str, Any]]:
     if not evidence.probe or not evidence.probe.get("rows"):
         raise Missing("no probe: run `vmlab probe` and judge its result")

@@ -139,7 +139,7 @@ def probed(lab: Lab) -> dict[str, Any]:
 
         return probe()
 
-    return telling(kept(RESULTS, "claims", f"probe-{lab.code()}", make))
+    return telling(kept(RESULTS, "claims", f"probe-{lab.code(('probe',))}", make))
 
 
 def _meant_to(cell: Mapping[str, Any], chosen: Sequence[Claim]) -> bool:

@@ -204,11 +204,11 @@ class Lab:
             "capstone": _version("capstone"),
         }
 
-    def code(self) -> str:
-        """A hash of the code that counts: of vmlab's lower rooms and of techniques from elsewhere."""
+    def code(self, more: Sequence[str] = ()) -> str:
+        """A hash of the code that counts: of vmlab's lower rooms (and ``more`` rooms) and of techniques from elsewhere."""
         digest = hashlib.sha256()
         files: set[Path] = set()
-        for room in COUNTING_CODE:
+        for room in (*COUNTING_CODE, *more):
             path = PACKAGE / room
             files |= {path} if path.is_file() else {*path.rglob("*.py"), *path.rglob("*.c")}
         for path in sorted(files):

@@ -13,6 +13,7 @@ from vmlab.errors import ConfigError, GuestError
 from vmlab.parameters import nearest
 from vmlab.probe import bench, compare, layout, lists
 from vmlab.probe.cases import CASES, GAPS, NOT_PROBED, Case
+from vmlab.probe.rings import rings
 
 __all__ = ["CASES", "choose", "probe"]
 
@@ -67,7 +68,7 @@ def probe(names: Sequence[str] = (), sensitive: str = "silent", path: str | None
         seen.add(case.op)
     return {
         "schema_version": 1, "sensitive": sensitive, "complete": len(cases) == len(CASES), "rows": rows,
-        "counts": counts(rows), "not_probed": dict(NOT_PROBED), "gaps": list(GAPS),
+        "counts": counts(rows), "not_probed": dict(NOT_PROBED), "gaps": list(GAPS), "rings": rings(path),
     }
 
 

@@ -8,7 +8,7 @@ differs between two runs (and the stack segment, whose DPL must equal it: SDM Vo
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from vmlab.errors import GuestBudget, GuestError
@@ -49,17 +49,23 @@ class Outcome:
     changed: frozenset[str]
 
 
-def run(case: Case, cpl: int, owner: Owner, trapping: Collection[str] = (), path: str | None = None) -> Outcome:
+def run(
+    case: Case, cpl: int, owner: Owner, trapping: Collection[str] = (), path: str | None = None,
+    arrange: Callable[[Machine], None] | None = None,
+) -> Outcome:
     """Execute the case's instruction once.
 
     :param cpl: ring, 0, 1 or 3.
     :param trapping: instructions (names of the ledger) that this CPU makes trap outside ring 0.
     :param path: way into the machine, as VMLAB_MACHINE.
+    :param arrange: what else to do to the machine before it runs.
     :raises GuestError: the CPU went somewhere that nobody expected.
     """
     machine = Machine(layout.RAM, path)
     machine.trapping = trapping
     _prepare(machine, case, cpl, owner)
+    if arrange is not None:
+        arrange(machine)
     arrived: list[int] = []
 
     def arrive(address: int) -> None:
