@@ -184,3 +184,34 @@ def test_a_kernel_that_breaks_itself_ends_with_a_reason(bad: str) -> None:
     else:
         assert ended.exit_code == 2
         assert b"minios: exception" in ended.machine.console
+
+
+# --- every service by hypercall: the microkernel's step -------------------------------------------------------
+
+SERVICES = {"memory": "direct", "services": "hypercall"}
+
+
+@pytest.mark.parametrize("workload", ["null_call", "forkwait", "ctxsw", "pagefault", "mixed", "io", "idle"])
+def test_with_every_service_by_hypercall_the_outcome_is_the_same(workload: str) -> None:
+    assert paravirtual(workload, chosen=SERVICES).seen() == run(Native, workload).seen()
+
+
+@pytest.mark.parametrize("services", ["direct", "hypercall"])
+@pytest.mark.parametrize("workload", ["mixed", "io", "random"])
+def test_each_entry_into_the_hypervisor_is_a_crossing_for_one_service(workload: str, services: str) -> None:
+    events = paravirtual(workload, chosen={"services": services}).strategy.snapshot().events
+    entries = sum(n for kind, n in events.items() if kind.startswith("trap.")) + events["interrupt.delivered"]
+    assert sum(n for kind, n in events.items() if kind.startswith("crossing.")) == entries
+
+
+def test_a_system_call_by_hypercall_is_two_crossings_and_direct_none() -> None:
+    roi = paravirtual("null_call", chosen=SERVICES, iterations=200).roi
+    assert roi.events["crossing.system_call"] == roi.events["crossing.return"] == 201
+    assert "retired.iret" not in roi.events
+
+
+def test_a_sector_by_hypercall_counts_its_crossings() -> None:
+    """Six registers written, one read, and one event in and out for each request."""
+    ran = paravirtual("io", chosen=SERVICES, iterations=20, timer=0)
+    requests = ran.counts["disk_requests"]
+    assert ran.roi.events["crossing.device"] == pytest.approx(7 * requests, abs=8)

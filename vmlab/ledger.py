@@ -70,6 +70,15 @@ HYPERCALLS = (
     "event_channel_op", "physdev_op", "ring_op", "port_io", "unknown",
 )
 
+#: What a paravirtual guest wanted, or what happened to it, each time the hypervisor was entered.
+SERVICES = {
+    "system_call": "system calls on their way to the guest's kernel", "return": "returns from the guest's kernel",
+    "exception": "exceptions on their way to the guest's kernel", "event": "event channels", "interrupt": "device interrupts",
+    "memory": "page tables and the TLB", "schedule": "scheduling and stacks", "time": "timers", "device": "ports and rings",
+    "console": "the console", "batch": "several in one multicall", "setup": "traps, descriptors, version",
+    "emulation": "instructions emulated on request",
+}
+
 #: Why translated code left the cache for the monitor.
 CALLOUT_CAUSES = (
     "cli", "sti", "pushf", "popf", "iret", "in", "out", "cpuid", "rdtsc", "hlt", "system",
@@ -136,6 +145,8 @@ def _kinds() -> Iterator[EventKind]:
     # Paravirtualization.
     for name in HYPERCALLS:
         yield vmm(f"hypercall.{name}", f"hypercall {name}")
+    for name, words in SERVICES.items():
+        yield vmm(f"crossing.{name}", f"entries into the hypervisor for {words}")
     yield vmm("mmu.update", "page-table entries changed on the guest's request", "entry")
     yield vmm("mmu.validate", "page tables checked, or given up, entry by entry", "table")
     yield vmm("mmuext.pin", "page tables pinned on the guest's request", "table")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from vmlab.ledger import CALLOUT_CAUSES, CLASSES, EXCEPTIONS, EXIT_REASONS, HYPERCALLS, SYSTEM_INSTRUCTIONS
+from vmlab.ledger import CALLOUT_CAUSES, CLASSES, EXCEPTIONS, EXIT_REASONS, HYPERCALLS, SERVICES, SYSTEM_INSTRUCTIONS
 
 #: Causes in the order of a legend.
 CAUSES = (
@@ -147,6 +147,7 @@ def _not_priced() -> dict[str, str]:
     reasons |= {f"iret.{name}": "which ring an IRET went to; priced as machine.iret" for name in ("same", "outer")}
     parts = "priced by the trap or exit that it came by, vmm.guest_walk, vmm.shadow_update and what was emulated"
     reasons |= {f"shadow.{kind}": parts for kind in ("fault.hidden", "fault.dirty", "fault.true", "trace.write", "untrace")}
+    reasons |= {f"crossing.{name}": "says what an entry was for; priced as trap.* or interrupt.delivered" for name in SERVICES}
     return reasons | {
         "interrupt.injected": "the VMM's work is priced as vmm.inject or event.upcall",
         "vmm.emulate": "the sum of emulate.*, which is priced by instruction",

@@ -17,6 +17,7 @@ from vmlab.parameters import Value
 from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state
 from vmlab.strategies.techniques import ParavirtualizationTechnique
 from vmlab.vmm.platform import PHYSICAL_BASE
+from vmlab.vmm.xen import SIF_PRIVILEGED, SIF_SERVICES
 from vmlab.vmm.xen_domain import Domain
 from vmlab.vmm.xen_hypervisor import Hypervisor
 
@@ -28,10 +29,14 @@ class Paravirtualization(ParavirtualizationTechnique, Strategy):
         super().__init__(machine, parameters)
         self.domain = Domain(machine.ram, GUEST_MEMORY, self.counts, machine.engine.flush_tlb)
         self.hypervisor = Hypervisor(machine, self.domain, self.counts, self.refused,
-                                     direct_paging=self.chosen["memory"] == "direct")
+                                     direct_paging=self.chosen["memory"] == "direct", direct_calls=not self._all_by_hypercall)
+
+    @property
+    def _all_by_hypercall(self) -> bool:
+        return self.chosen["services"] == "hypercall"
 
     def load(self, image: GuestImage, command_line: str) -> None:
-        begin = self.domain.build(image, command_line)
+        begin = self.domain.build(image, command_line, SIF_PRIVILEGED | (SIF_SERVICES if self._all_by_hypercall else 0))
         self.domain.start(self.machine.cpu, begin)
 
     def deliver_interrupt(self, vector: int) -> None:

@@ -81,6 +81,8 @@ class ParavirtualizationTechnique(Technique):
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "memory": Parameter(f"{_MEMORY}, direct = the guest's own, checked", "static", ("static", "direct")),
         "hypervisor": _HYPERVISOR,
+        "services": Parameter("how the guest is served: direct = system calls, returns and rings without the VMM where they can, "
+                              "hypercall = every service through the VMM, as a microkernel's", "direct", ("direct", "hypercall")),
     }
     full_virtualization = False
 

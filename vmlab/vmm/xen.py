@@ -18,6 +18,12 @@ HYPERCALLS = {
     20: "grant_table_op", 21: "vm_assist", 23: "iret", 24: "vcpu_op", 26: "mmuext_op", 29: "sched_op", 32: "event_channel_op",
     33: "physdev_op", 54: "ring_op", 55: "port_io",
 }
+#: What a hypercall is for, where that is not its own name's business: the kinds of ``crossing.*``.
+SERVICES = {
+    "mmu_update": "memory", "update_va_mapping": "memory", "mmuext_op": "memory", "multicall": "batch", "iret": "return",
+    "stack_switch": "schedule", "fpu_taskswitch": "schedule", "sched_op": "schedule", "set_timer_op": "time", "vcpu_op": "time",
+    "console_io": "console", "event_channel_op": "event", "physdev_op": "device", "ring_op": "device", "port_io": "device",
+}                                   # all others: "setup"
 HYPERCALL_VECTOR = 0x82
 SYSCALL_VECTOR = 0x80               # the one vector that may go from ring 3 to ring 1 without the hypervisor
 
@@ -61,6 +67,7 @@ VMASST_CMD_ENABLE, VMASST_CMD_DISABLE = 0, 1
 PHYSDEVOP_IRQ_STATUS_QUERY, PHYSDEVOP_EOI = 5, 12
 RINGOP_CONNECT = 0                  # the lab's own
 SIF_PRIVILEGED = 1
+SIF_SERVICES = 1 << 31               # the lab's own: let every service go by hypercall
 MAX_GUEST_CMDLINE = 1024
 EVENT_PORTS = 1024                  # 32 words of 32 bits
 
@@ -90,14 +97,15 @@ def parse_trap(raw: bytes) -> tuple[int, Trap]:
     return vector, Trap(flags & 3, bool(flags & 4), cs if cs & 3 else cs | 1, address)
 
 
-def start_info(*, pages: int, shared_info: int, pt_base: int, pt_frames: int, mfn_list: int, command_line: str) -> bytes:
+def start_info(*, pages: int, shared_info: int, pt_base: int, pt_frames: int, mfn_list: int, command_line: str,
+               flags: int = SIF_PRIVILEGED) -> bytes:
     """struct start_info (xen.h), 32-bit: what the guest finds at ESI."""
     text = command_line.encode("ascii")
     if len(text) >= MAX_GUEST_CMDLINE:
         raise ValueError(f"a command line has at most {MAX_GUEST_CMDLINE - 1} characters, not {len(text)}")
     return struct.pack(
         "<32sIIIIIIIIIIII1024sII",
-        b"xen-3.0-x86_32p", pages, shared_info, SIF_PRIVILEGED,
+        b"xen-3.0-x86_32p", pages, shared_info, flags,
         0, 0, 0, 0,                              # no store, no console ring
         pt_base, pt_frames, mfn_list, 0, 0, text,
         0, 0,                                    # the p2m list lies in the mapped region

@@ -21,7 +21,7 @@ from vmlab.machine.cpu import IF, Cpu, Segment
 from vmlab.machine.memory import PAGE, Ram
 from vmlab.machine.paging import CR4_PAE, RW, US, P
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSI, RSP, SS
-from vmlab.vmm.xen import FLAT_RING1_CS, FLAT_RING1_DS, M2P_START, SharedInfo, hypercall_page, start_info
+from vmlab.vmm.xen import FLAT_RING1_CS, FLAT_RING1_DS, M2P_START, SIF_PRIVILEGED, SharedInfo, hypercall_page, start_info
 from vmlab.vmm.xen_descriptors import GDT_AT, IDT_AT, PRIVATE, TSS_AT, TSS_SELECTOR, TSS_SIZE, DescriptorTables
 from vmlab.vmm.xen_frames import FrameTable, Kind
 
@@ -55,8 +55,8 @@ class Domain:
         self.l3 = 0                     # hpa of the L3 in CR3
 
     # ---- building
-    def build(self, image: GuestImage, command_line: str) -> StartOfDay:
-        """Place the image and what start of day needs; returns where to begin."""
+    def build(self, image: GuestImage, command_line: str, flags: int = SIF_PRIVILEGED) -> StartOfDay:
+        """Place the image and what start of day needs; returns where to begin. ``flags``: SIF_* of start_info."""
         notes = self._notes(image)
         for segment in image.segments:
             self.write(segment.address, segment.data + bytes(segment.memory_size - len(segment.data)))
@@ -70,7 +70,7 @@ class Domain:
             raise UnsupportedByStrategy(f"guest {image.name!r} does not fit into {self.memory >> 20} MiB as a paravirtual domain")
         self.write(mfn_list, struct.pack(f"<{self.pages}I", *(self.mfn(pfn) for pfn in range(self.pages))))
         self.write(info, start_info(pages=self.pages, shared_info=self.shared.frame, pt_base=tables, pt_frames=table_count,
-                                    mfn_list=mfn_list, command_line=command_line))
+                                    mfn_list=mfn_list, command_line=command_line, flags=flags))
         if notes.hypercall_page is not None:
             self.write(notes.hypercall_page, hypercall_page())
         self._build_m2p()
@@ -81,7 +81,10 @@ class Domain:
     def _notes(self, image: GuestImage) -> PvNotes:
         notes = image.pv
         if notes is None:
-            raise UnsupportedByStrategy(f"guest {image.name!r} has no paravirtual entry (no Xen ELF notes)")
+            raise UnsupportedByStrategy(
+                f"guest {image.name!r} has no paravirtual entry (no Xen ELF notes). Only 32-bit kernels are run: with 64 bits there are no "
+                "segment limits and no ring 1 apart from users, so that a kernel must share ring 3 with them, on page tables of its "
+                "own, and each of its system calls passes through the hypervisor")
         if notes.pae_mode not in ("yes", "bimodal", "yes,bimodal") or notes.virt_base or notes.paddr_offset:
             raise UnsupportedByStrategy(f"guest {image.name!r} is not a PAE kernel mapped at its physical addresses")
         for name, address in (("entry", notes.entry), ("hypercall page", notes.hypercall_page)):

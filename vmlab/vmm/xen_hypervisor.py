@@ -42,11 +42,14 @@ class Hypervisor:
     """Takes every exception and interrupt of the machine while a paravirtual guest runs (a ``Monitor``).
 
     :param direct_paging: the guest may make page tables of its own, not only change L1 entries.
+    :param direct_calls: INT 0x80 may go from ring 3 to ring 1 with no hypervisor between; else it is a service like any other.
     """
 
-    def __init__(self, machine: Machine, domain: Domain, counts: Counts, refused: list[str], *, direct_paging: bool) -> None:
+    def __init__(self, machine: Machine, domain: Domain, counts: Counts, refused: list[str], *, direct_paging: bool,
+                 direct_calls: bool = True) -> None:
         self.machine, self.domain, self.counts, self.refused = machine, domain, counts, refused
         self.cpu: Cpu = machine.cpu
+        self._direct_calls = direct_calls
         program_physical_pic(machine, (PIT_IRQ, UART_IRQ, DISK_IRQ))
         self.memory = GuestMemory(machine.cpu)
         self.traps: dict[int, xen.Trap] = {}
@@ -73,12 +76,16 @@ class Hypervisor:
         """A trap into the hypervisor: a hypercall, a request to emulate, or the guest's own exception."""
         if software and vector == xen.HYPERCALL_VECTOR:
             self._hypercall()
-        elif software or not (vector == _UD and self._emulate_on_request()):
+        elif vector == _UD and not software and self._emulate_on_request():
+            self.counts["crossing.emulation"] += 1
+        else:
+            self.counts["crossing.system_call" if software else "crossing.exception"] += 1
             self._reflect(vector, error_code, software=software)
         self._deliver_events()
 
     def interrupt(self) -> None:
         """The machine's interrupt: acknowledge it, and see whose it is."""
+        self.counts["crossing.interrupt"] += 1
         irq = acknowledge_physical(self.machine)
         if irq == PIT_IRQ:
             self.timers.interrupt()
@@ -202,6 +209,7 @@ class Hypervisor:
     def _hypercall(self) -> None:
         cpu = self.cpu
         number = cpu.gpr(RAX) & 0xFFFFFFFF
+        self.counts[f"crossing.{xen.SERVICES.get(xen.HYPERCALLS.get(number, ''), 'setup')}"] += 1
         if xen.HYPERCALLS.get(number) == "iret":
             self.counts["hypercall.iret"] += 1
             self._iret()
@@ -243,7 +251,7 @@ class Hypervisor:
             if vector != xen.HYPERCALL_VECTOR:
                 gates[vector] = max(trap.level, 0)
         direct = self.traps.get(xen.SYSCALL_VECTOR)
-        if direct is not None and (direct.mask_events or direct.level < 3):
+        if direct is not None and (direct.mask_events or direct.level < 3 or not self._direct_calls):
             direct = None           # no CPU can set a mask in memory on its way: then it must come through here
         self.domain.tables.set_direct_gate(xen.SYSCALL_VECTOR, direct)
         self.machine.software_gates = gates

@@ -4,6 +4,7 @@
 #include "text.h"
 
 const u32 *phys_to_machine;
+int by_hypercall;
 
 void pv_must(int result)
 {
@@ -56,6 +57,8 @@ static const struct { u8 opcode, length; u8 bytes[7]; const void *target; } repl
 static void patch(u8 *at, u32 kind)
 {
     word target = (word)replacements[kind].target;
+    if (kind == K_IRET && by_hypercall)
+        target = (word)hypercall_page + HYPERCALL_IRET * 32;
     if (replacements[kind].opcode) {
         at[0] = replacements[kind].opcode;
         *(u32 *)(at + 1) = target - (word)at - 5;
@@ -101,6 +104,7 @@ void pv_setup(const struct start_info *start)
     user_code = FLAT_RING3_CS;
     user_data = FLAT_RING3_DS;
     pv_must(hypercall(HYPERCALL_UPDATE_VA_MAPPING, (word)&shared_info, shared | 3, 0, UVMF_INVLPG, 0));
+    by_hypercall = !!(start->flags & SIF_SERVICES);
     patch_all();
     pv_pages_init(start);
     struct trap_info *trap = traps;

@@ -28,6 +28,8 @@
 #define MMUEXT_NEW_BASEPTR 5
 #define MMUEXT_TLB_FLUSH_LOCAL 6
 #define MMUEXT_INVLPG_LOCAL 7
+#define HYPERCALL_IRET 23
+#define SIF_SERVICES (1u << 31)         /* the lab's own: every service by hypercall, as a microkernel's */
 #define SCHEDOP_BLOCK 1
 #define EVTCHNOP_BIND_VIRQ 1
 #define EVTCHNOP_BIND_PIRQ 2
@@ -73,6 +75,7 @@ extern const u32 *phys_to_machine;
 static inline word machine(word address) { return phys_to_machine[address / PAGE] * PAGE | address % PAGE; }
 
 /* pv.c */
+extern int by_hypercall;                /* SIF_SERVICES */
 void pv_must(int result);               /* ends the run where the hypervisor refused */
 u64 pv_system_time(void);
 

@@ -39,7 +39,7 @@ void pv_disk_start(struct disk_request *request)
     static int by_port = -1;
     if (by_port < 0) {
         const char *how = find_option(command_line, "disk=");
-        by_port = how && is_word(how, "port");
+        by_port = by_hypercall || (how && is_word(how, "port"));
     }
     if (by_port) {
         disk_start(request);
