@@ -59,7 +59,7 @@ def test_a_single_cost_and_a_constant() -> None:
     pair = Quantity(costs={"insn.cli": 1, "insn.sti": 1}, constant=-60)
     assert pair.value(P4) == 64
     assert set(pair.figures(P4)) == {"insn.cli", "insn.sti"}
-    assert Quantity(costs={"path.world_switch": 2}).value(P4) == pytest.approx(90 * 1.89, rel=0.01)
+    assert Quantity(costs={"path.hypercall": 2}).value(P4) == pytest.approx(160 * 1.89, rel=0.01)
     with pytest.raises(costs.NoFigure, match="entry"):
         Quantity(costs={"entry": 1}).value(costs.load("k8-2005"))
     with pytest.raises(ConfigError, match=r"machine\.cly"):

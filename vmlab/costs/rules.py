@@ -19,7 +19,7 @@ from vmlab.ledger import CALLOUT_CAUSES, CLASSES, EXCEPTIONS, EXIT_REASONS, HYPE
 #: Causes in the order of a legend.
 CAUSES = (
     "guest instructions", "sensitive instructions", "interrupts and faults", "traps", "VM exits", "hypercalls",
-    "callouts", "translation", "VMM emulation", "devices", "world switches",
+    "callouts", "translation", "VMM emulation", "devices",
 )
 
 
@@ -133,7 +133,6 @@ def _rules() -> dict[str, Rule]:
     rules["nested.fault"] = _rule("VMM emulation", "path.nested_fault")
     rules["vmm.shadow_descriptor"] = _rule("VMM emulation", "path.shadow_descriptor")
     rules["safety.refused"] = _rule("VMM emulation", "path.refused")
-    rules["host.world_switch"] = _rule("world switches", "path.world_switch", "insn.mov_to_cr")
     return rules
 
 
@@ -152,6 +151,7 @@ def _not_priced() -> dict[str, str]:
         "interrupt.injected": "the VMM's work is priced as vmm.inject or event.upcall",
         "vmm.emulate": "the sum of emulate.*, which is priced by instruction",
         "io.device": "priced with the IN or OUT that reached the port, or as vmm.device where a VMM models the device",
+        "host.world_switch": "its code runs on the CPU, and is priced by its instructions as machine.*",
         "idle": "waiting costs no work: the clock of the lab skips to the next event",
         "bt.translate.unit": "the published cost is per instruction and includes the unit's",
         "bt.translate.bytes_in": "a size, not work", "bt.translate.bytes_out": "a size, not work",

@@ -5,8 +5,9 @@ Read :meth:`Machine.__init__` as the table of contents; each part's module says 
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
@@ -79,6 +80,7 @@ class Machine:
         self._idle_time = 0
         self._budget = _FOR_EVER
         self._stale_code = False
+        self._running = self._interrupted = False
 
         self.engine = Engine()                                     # Unicorn
         self.ram = Ram(self.engine, ram_size)                      # physical memory
@@ -176,18 +178,63 @@ class Machine:
             self.engine.uc.ctl_flush_tb()
             self._stale_code = False
         self.cpu.load()
+<<<<<<< HEAD
         if self.counter.current is None:  # else the next block's hook asks
             self.counter.set_cpl(self.cpu.cpl)
+=======
+        self.counter.set_cpl(self.cpu.cpl)
+        self._running, self._interrupted = True, False
+>>>>>>> c5781cb (Type 2: exits that reach a device switch to a host in machine memory and back, by code that the CPU runs)
         error = self.engine.start(self.cpu.rip)
+        self._running = False
         self.cpu.load()
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
-        if self._stop is None and not self._stale_code:
+        if self._stop is None and not self._stale_code and not self._interrupted:
             if error:
                 raise GuestError(f"the CPU could not go on at {self.cpu.rip:#x}: {self.engine.error_text(error)}")
             self._halted()
         return self._stop
+
+    @contextlib.contextmanager
+    def detour(self) -> Iterator[Cpu]:
+        """Run code of a monitor's in the middle of whatever goes on, its own handler included; then all is as before.
+
+        Within the ``with`` statement the CPU's state is set up; at its end the CPU runs from there, with no monitor over
+        it (exceptions and interrupts go through the IDT), until somebody stops the engine. Then the state of before is
+        restored, but for memory, devices and what was counted. A run that was ended meanwhile stays ended.
+        """
+        cpu, inside = self.cpu, self._running
+        cpu.store()
+        saved = self.engine.uc.context_save()
+        before, self._stop = self._stop, None
+        kept = self.monitor, self.guest_mode, self.on_attention, self.tagger
+        self.monitor = self.guest_mode = None
+        self.on_attention = lambda: False
+        self.tagger = lambda pc, instructions: [None] * len(instructions)   # none of these is the guest's
+        try:
+            yield cpu
+            cpu.store()
+            self.counter.current = None
+            self.counter.set_cpl(cpu.cpl)
+            error = self.engine.start(cpu.rip)
+            if error:
+                cpu.load()
+                raise GuestError(f"the monitor's code could not go on at {cpu.rip:#x}: {self.engine.error_text(error)}")
+        finally:
+            self.monitor, self.guest_mode, self.on_attention, self.tagger = kept
+            self._stop = self._stop or before
+            self.engine.uc.context_restore(saved)
+            self.engine.flush_tlb()
+            self.counter.current = None
+            cpu.load()
+            self.counter.set_cpl(cpu.cpl)
+            if inside:      # Unicorn may or may not end the outer run with the inner one: let it end, and go on from there
+                self._interrupted = True
+                self.engine.stop()
+        if self.failure is not None:
+            raise self.failure
 
     def stop(self, stop: Stop) -> None:
         """End the run at the next instruction boundary the CPU reaches (for monitors and devices)."""

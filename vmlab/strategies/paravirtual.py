@@ -16,7 +16,7 @@ from vmlab.machine.pc import Machine
 from vmlab.parameters import Value
 from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state
 from vmlab.strategies.techniques import ParavirtualizationTechnique
-from vmlab.vmm.platform import PHYSICAL_BASE
+from vmlab.vmm.host import PHYSICAL_BASE, physical_bus
 from vmlab.vmm.xen import SIF_PRIVILEGED, SIF_SERVICES
 from vmlab.vmm.xen_domain import Domain
 from vmlab.vmm.xen_hypervisor import Hypervisor
@@ -29,7 +29,8 @@ class Paravirtualization(ParavirtualizationTechnique, Strategy):
         super().__init__(machine, parameters)
         self.domain = Domain(machine.ram, GUEST_MEMORY, self.counts, machine.engine.flush_tlb)
         self.hypervisor = Hypervisor(machine, self.domain, self.counts, self.refused,
-                                     direct_paging=self.chosen["memory"] == "direct", direct_calls=not self._all_by_hypercall)
+                                     direct_paging=self.chosen["memory"] == "direct", direct_calls=not self._all_by_hypercall,
+                                     bus=physical_bus(machine, self.counts, self.chosen["hypervisor"]))
 
     @property
     def _all_by_hypercall(self) -> bool:

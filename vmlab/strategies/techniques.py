@@ -13,7 +13,8 @@ from vmlab.parameters import Parameter, Value
 
 _MEMORY = "how guest memory is virtualized: static = page tables of the VMM's that never change"
 _SHADOWED = f"{_MEMORY}; tracing, lazy = shadow page tables"
-_HYPERVISOR = Parameter("where the VMM stands", "type1", ("type1",))
+_HYPERVISOR = Parameter("where the VMM stands: on the machine (type1), or beside a host that owns the devices (type2)", "type1",
+                        ("type1", "type2"))
 
 
 class Technique:
@@ -92,6 +93,7 @@ class HardwareAssistedTechnique(Technique):
     summary = "the guest at CPL 0 in guest mode: VMCB, VMRUN, intercepts, event injection"
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "memory": Parameter(f"{_SHADOWED}; nested = nested page tables", "static", ("static", "tracing", "lazy", "nested")),
+        "hypervisor": _HYPERVISOR,
         "nested_page": Parameter("size of the pages in nested tables", "4k", ("4k", "2m")),
     }
 

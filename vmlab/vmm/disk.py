@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from vmlab.ledger import Counts
 from vmlab.machine.devices import disk as d
 from vmlab.machine.pc import Machine
+from vmlab.vmm.host import PhysicalBus
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Request:
 class DiskDriver:
     """Gives the physical disk one request after another."""
 
-    def __init__(self, machine: Machine, counts: Counts) -> None:
-        self._machine, self._counts = machine, counts
+    def __init__(self, machine: Machine, bus: PhysicalBus, counts: Counts) -> None:
+        self._machine, self._bus, self._counts = machine, bus, counts
         self._queue: deque[Request] = deque()
         self._running: Request | None = None
 
@@ -50,15 +51,14 @@ class DiskDriver:
             return
         request = self._running = self._queue.popleft()
         self._counts["vmm.disk"] += 1
-        for offset, value in ((d.AT_SECTOR, request.sector), (d.AT_COUNT, request.count), (d.AT_ADDRESS, request.address & 0xFFFFFFFF),
-                              (d.AT_ADDRESS_HIGH, request.address >> 32), (d.AT_COMMAND, request.command)):
-            self._machine.ports.write(d.FIRST_PORT + offset, 4, value)
+        self._bus.own(*((d.FIRST_PORT + offset, 4, value) for offset, value in (
+            (d.AT_SECTOR, request.sector), (d.AT_COUNT, request.count), (d.AT_ADDRESS, request.address & 0xFFFFFFFF),
+            (d.AT_ADDRESS_HIGH, request.address >> 32), (d.AT_COMMAND, request.command))))
 
     def interrupt(self) -> None:
         """The physical disk's interrupt."""
-        ports, request = self._machine.ports, self._running
-        status = ports.read(d.FIRST_PORT + d.AT_COMMAND, 4)
-        ports.write(d.FIRST_PORT + d.AT_ACKNOWLEDGE, 4, 0)
+        request = self._running
+        status = self._bus.own((d.FIRST_PORT + d.AT_COMMAND, 4, None), (d.FIRST_PORT + d.AT_ACKNOWLEDGE, 4, 0))[0]
         if request is None or not status & d.DONE:
             return
         self._running = None

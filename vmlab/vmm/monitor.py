@@ -21,6 +21,7 @@ from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy
 from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
+from vmlab.vmm.host import physical_bus
 from vmlab.vmm.operands import fetch
 from vmlab.vmm.platform import VirtualPlatform
 from vmlab.vmm.shadow import Outcome, ShadowPager
@@ -50,7 +51,7 @@ class DeprivilegingMonitor(Strategy):
         self.pager = ShadowPager(self.mmu, self.counts, scheme=str(self.chosen.get("memory", "static")), space=self.space)
         self.pager.on_foreign = self.note_foreign
         self.vcpu = self.make_vcpu()
-        self.platform_devices = VirtualPlatform(machine)
+        self.platform_devices = VirtualPlatform(machine, physical_bus(machine, self.counts, self.chosen.get("hypervisor")))
         self.emulator = Emulator(machine, self.vcpu, self.platform_devices, self.counts)
         self.emulator.on_halt = self._halt
         self.emulator.registers.on_paging = self.pager.reload

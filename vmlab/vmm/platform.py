@@ -2,7 +2,7 @@
 
 The 8259 pair that the guest programs is the VMM's, a model of the same part; the physical pair belongs
 to the VMM, which forwards a physical interrupt as an edge on the same input of the guest's pair. Serial
-port and debug exit are handed through: the VMM performs the guest's accesses on the physical bus.
+port and debug exit are handed through: the VMM performs the guest's accesses on the physical bus, or has its host do so.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from vmlab.machine.devices.bus import PortBus
 from vmlab.machine.devices.pic import PicPair
 from vmlab.machine.pc import UART_IRQ, Machine
-
-#: Vectors at which the VMM has the physical controller interrupt; any free ones would do.
-PHYSICAL_BASE = 0x20
+from vmlab.vmm.host import PHYSICAL_BASE, PhysicalBus
 
 
 def program_physical_pic(machine: Machine, irqs: Iterable[int]) -> None:
@@ -27,20 +25,12 @@ def program_physical_pic(machine: Machine, irqs: Iterable[int]) -> None:
         machine.ports.write(port, 1, value)
 
 
-def acknowledge_physical(machine: Machine) -> int:
-    """Take the physical interrupt: INTA and end of interrupt; returns its IRQ."""
-    irq = machine.pic.acknowledge() - PHYSICAL_BASE
-    if irq >= 8:
-        machine.ports.write(0xA0, 1, 0x20)
-    machine.ports.write(0x20, 1, 0x20)
-    return irq
-
-
 class VirtualPlatform:
-    """Virtual interrupt controller plus pass-through ports."""
+    """Virtual interrupt controller plus pass-through ports. ``bus``: the VMM's way to the physical devices."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, bus: PhysicalBus | None = None) -> None:
         self._machine = machine
+        self._bus = bus or PhysicalBus(machine)
         self.pic = PicPair(lambda: None)
         self._own = PortBus()
         self.pic.attach(self._own)
@@ -52,7 +42,7 @@ class VirtualPlatform:
 
     def port_read(self, port: int, size: int) -> int:
         """The guest reads a port."""
-        return self._own.read(port, size) if self._is_own(port) else self._machine.port_read(port, size)
+        return self._own.read(port, size) if self._is_own(port) else self._bus.port_read(port, size)
 
     def port_write(self, port: int, size: int, value: int) -> None:
         """The guest writes a port. Writes to the virtual controller join the guest's ordered device log too."""
@@ -60,11 +50,11 @@ class VirtualPlatform:
             self._machine.device_log.append((port, size, value & ((1 << (8 * size)) - 1)))
             self._own.write(port, size, value)
         else:
-            self._machine.port_write(port, size, value)
+            self._bus.port_write(port, size, value)
 
     def physical_interrupt(self) -> None:
         """Take the physical interrupt (INTA, EOI) and pass it on as an edge to the guest's controller."""
-        irq = acknowledge_physical(self._machine)
+        irq = self._bus.acknowledge()
         self.pic.set_line(irq, False)
         self.pic.set_line(irq, True)
 

@@ -121,8 +121,7 @@ class Calls:
             return xen.ENOSYS
         if count > _LONGEST_TEXT:
             return xen.EINVAL
-        for character in self._memory.read(buffer, count):
-            self._machine.port_write(UART_PORT, 1, character)
+        self._vmm.bus.port_write(UART_PORT, 1, *self._memory.read(buffer, count))
         return 0
 
     # ---- scheduling

@@ -19,7 +19,8 @@ from vmlab.machine.pc import DISK_IRQ, PIT_IRQ, UART_IRQ, Machine, Stop, StopRea
 from vmlab.machine.state import CS, RAX, RBX, RCX, RDI, RDX, RSI, RSP, SS
 from vmlab.vmm import xen
 from vmlab.vmm.disk import DiskDriver
-from vmlab.vmm.platform import acknowledge_physical, program_physical_pic
+from vmlab.vmm.host import PhysicalBus
+from vmlab.vmm.platform import program_physical_pic
 from vmlab.vmm.xen_calls import Call, Calls
 from vmlab.vmm.xen_domain import Domain
 from vmlab.vmm.xen_events import EventChannels
@@ -42,13 +43,15 @@ class Hypervisor:
     """Takes every exception and interrupt of the machine while a paravirtual guest runs (a ``Monitor``).
 
     :param direct_paging: the guest may make page tables of its own, not only change L1 entries.
+    :param bus: the way to the physical devices.
     :param direct_calls: INT 0x80 may go from ring 3 to ring 1 with no hypervisor between; else it is a service like any other.
     """
 
     def __init__(self, machine: Machine, domain: Domain, counts: Counts, refused: list[str], *, direct_paging: bool,
-                 direct_calls: bool = True) -> None:
+                 direct_calls: bool, bus: PhysicalBus) -> None:
         self.machine, self.domain, self.counts, self.refused = machine, domain, counts, refused
         self.cpu: Cpu = machine.cpu
+        self.bus = bus
         self._direct_calls = direct_calls
         program_physical_pic(machine, (PIT_IRQ, UART_IRQ, DISK_IRQ))
         self.memory = GuestMemory(machine.cpu)
@@ -56,10 +59,10 @@ class Hypervisor:
         self.kernel_stack = (xen.FLAT_RING1_DS, 0)
         self.event_callback: tuple[int, int] | None = None
         self.events = EventChannels(domain.shared, self.memory)
-        self.timers = GuestTimers(machine, self.memory, counts, lambda: self.events.raise_virq(xen.VIRQ_TIMER))
-        self._disk = DiskDriver(machine, counts)
+        self.timers = GuestTimers(machine, bus, self.memory, counts, lambda: self.events.raise_virq(xen.VIRQ_TIMER))
+        self._disk = DiskDriver(machine, bus, counts)
         self._blocked = False       # the vCPU waits in the hypervisor: what comes is delivered on the way back
-        ports = GuestPorts(machine, domain, self._disk, self.events, counts, self.refuse)
+        ports = GuestPorts(bus, domain, self._disk, self.events, counts, self.refuse)
         self.ring = BlockRing(machine.ram, domain.frames, self.memory, self.events, self._disk, counts, self.refuse)
         mmu = Mmu(machine.cpu, domain, self.memory, counts, refused, direct=direct_paging)
         self._calls: dict[str, Call] = {
@@ -86,7 +89,7 @@ class Hypervisor:
     def interrupt(self) -> None:
         """The machine's interrupt: acknowledge it, and see whose it is."""
         self.counts["crossing.interrupt"] += 1
-        irq = acknowledge_physical(self.machine)
+        irq = self.bus.acknowledge()
         if irq == PIT_IRQ:
             self.timers.interrupt()
         elif irq == DISK_IRQ:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from vmlab.ledger import Counts
 from vmlab.machine.devices.disk import FIRST_PORT, PORT_COUNT
-from vmlab.machine.pc import DISK_IRQ, PIT_PORT, SYSTEM_PORT, Machine
+from vmlab.machine.pc import DISK_IRQ, PIT_PORT, SYSTEM_PORT
 from vmlab.vmm import xen
 from vmlab.vmm.disk import DiskDriver, VirtualDisk
+from vmlab.vmm.host import PhysicalBus
 from vmlab.vmm.xen_domain import Domain
 from vmlab.vmm.xen_events import EventChannels
 from vmlab.vmm.xen_frames import Kind, Refused
@@ -23,9 +24,9 @@ _HYPERVISORS = frozenset((0x20, 0x21, 0xA0, 0xA1, *range(PIT_PORT, PIT_PORT + 4)
 class GuestPorts:
     """The ports that the guest may use. ``refuse`` records what it tried."""
 
-    def __init__(self, machine: Machine, domain: Domain, driver: DiskDriver, events: EventChannels, counts: Counts,
+    def __init__(self, bus: PhysicalBus, domain: Domain, driver: DiskDriver, events: EventChannels, counts: Counts,
                  refuse: Callable[[str], None]) -> None:
-        self._machine, self._domain, self._events, self._counts, self._refuse = machine, domain, events, counts, refuse
+        self._bus, self._domain, self._events, self._counts, self._refuse = bus, domain, events, counts, refuse
         self._disk = None if driver.sectors is None else VirtualDisk(driver, self._line, domain.memory, self._buffer)
 
     def port_io(self, write: int, port: int, size: int, value: int, *_: int) -> int:
@@ -39,9 +40,9 @@ class GuestPorts:
         if FIRST_PORT <= port < FIRST_PORT + PORT_COUNT:
             return self._disk_register(write, port - FIRST_PORT, size, value)
         if write:
-            self._machine.port_write(port, size, value)
+            self._bus.port_write(port, size, value)
             return 0
-        return self._machine.port_read(port, size)
+        return self._bus.port_read(port, size)
 
     def _disk_register(self, write: int, offset: int, size: int, value: int) -> int:
         if self._disk is None:

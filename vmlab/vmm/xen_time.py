@@ -14,6 +14,7 @@ from vmlab.ledger import Counts
 from vmlab.machine.devices.pit import HZ, NANOSECONDS
 from vmlab.machine.pc import PIT_PORT, Machine
 from vmlab.vmm import xen
+from vmlab.vmm.host import PhysicalBus
 from vmlab.vmm.xen_memory import GuestMemory
 
 #: Channel 0, both bytes of the count, mode 0: one interrupt (Intel 8254 data sheet, "Control Word Format").
@@ -24,8 +25,8 @@ _LONGEST = 0xFFFF
 class PhysicalTimer:
     """Channel 0 of the machine's 8254 as a one-shot timer of the VMM's."""
 
-    def __init__(self, machine: Machine, counts: Counts) -> None:
-        self._machine, self._counts = machine, counts
+    def __init__(self, machine: Machine, bus: PhysicalBus, counts: Counts) -> None:
+        self._machine, self._bus, self._counts = machine, bus, counts
         self._due: int | None = None
 
     def arm(self, due: int | None) -> None:
@@ -34,14 +35,13 @@ class PhysicalTimer:
             return
         self._due = due
         self._counts["vmm.timer"] += 1
-        ports = self._machine.ports
-        ports.write(PIT_PORT + 3, 1, _ONE_SHOT)     # stops what was counted
+        stop = (PIT_PORT + 3, 1, _ONE_SHOT)         # what was counted, and what comes is a new count
         if due is None:
+            self._bus.own(stop)
             return
         ticks = -(-max(due - self._machine.time, 0) * HZ // NANOSECONDS)
         count = min(max(ticks - 1, 1), _LONGEST)    # OUT goes high count + 1 clocks after the count was written
-        ports.write(PIT_PORT, 1, count & 0xFF)
-        ports.write(PIT_PORT, 1, count >> 8)
+        self._bus.own(stop, (PIT_PORT, 1, count & 0xFF), (PIT_PORT, 1, count >> 8))
 
     def fired(self) -> None:
         """Its interrupt came: nothing is armed now."""
@@ -51,9 +51,9 @@ class PhysicalTimer:
 class GuestTimers:
     """The vCPU's single-shot timer (which set_timer_op sets too) and its periodic one."""
 
-    def __init__(self, machine: Machine, memory: GuestMemory, counts: Counts, expired: Callable[[], None]) -> None:
+    def __init__(self, machine: Machine, bus: PhysicalBus, memory: GuestMemory, counts: Counts, expired: Callable[[], None]) -> None:
         self._machine, self._memory, self._expired = machine, memory, expired
-        self._physical = PhysicalTimer(machine, counts)
+        self._physical = PhysicalTimer(machine, bus, counts)
         self._single: int | None = None
         self._periodic: int | None = None
         self._period = 0
