@@ -150,6 +150,34 @@ def test_the_host_has_an_address_space_of_its_own(machine: Machine) -> None:
     assert not ram.read64((2 << 20) + 9 * 0x1000 + 8 * base) & 2    # the code they share is not writable
 
 
+@pytest.mark.parametrize("path", ["portable", "auto"])
+def test_a_string_that_an_interrupt_breaks_off_is_counted_once(path: str) -> None:
+    """The interrupt comes between two elements of REP STOSB; the monitor takes it, with or without a host, and goes back."""
+    ledgers = []
+    for hosted in (False, True):
+        machine = Machine(path=path)
+        bus = HostedBus(machine, Counts("vmm")) if hosted else PhysicalBus(machine)
+        program_physical_pic(machine, (UART_IRQ,))
+        machine.ram.write(0x1000, b"\xb9\x64\x00\x00\x00\xbf\x00\x80\x00\x00\xfb\x90\xf3\xaa\xfa\xf4")
+        machine.cpu.enter_protected(0x1000, Segment(8, 0, 0xFFFFFFFF, 0xCF9B00), Segment(16, 0, 0xFFFFFFFF, 0xCF9300))
+
+        class Acknowledging(Nobody):
+            def __init__(self, machine: Machine, bus: PhysicalBus) -> None:
+                self.machine, self.bus = machine, bus
+
+            def interrupt(self) -> None:
+                self.machine.pic.set_line(UART_IRQ, False)
+                self.bus.acknowledge()
+
+        machine.monitor = Acknowledging(machine, bus)
+        machine.timeline.at(5, lambda machine=machine: machine.pic.set_line(UART_IRQ, True))
+        machine.run(1000)
+        events = machine.snapshot()
+        ledgers.append((events.user, events.kernel, events.events["machine.string"], machine.time, machine.events["interrupt.delivered"]))
+    assert ledgers[0] == ledgers[1]
+    assert ledgers[0][1] == 7 and ledgers[0][4] == 1
+
+
 def test_a_detour_inside_a_handler_goes_back_to_where_the_guest_was() -> None:
     """INT3 in a loop; each makes the monitor read a port by its host."""
     for path in ("portable", "auto"):

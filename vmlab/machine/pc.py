@@ -178,13 +178,9 @@ class Machine:
             self.engine.uc.ctl_flush_tb()
             self._stale_code = False
         self.cpu.load()
-<<<<<<< HEAD
         if self.counter.current is None:  # else the next block's hook asks
             self.counter.set_cpl(self.cpu.cpl)
-=======
-        self.counter.set_cpl(self.cpu.cpl)
         self._running, self._interrupted = True, False
->>>>>>> c5781cb (Type 2: exits that reach a device switch to a host in machine memory and back, by code that the CPU runs)
         error = self.engine.start(self.cpu.rip)
         self._running = False
         self.cpu.load()
@@ -205,10 +201,12 @@ class Machine:
         it (exceptions and interrupts go through the IDT), until somebody stops the engine. Then the state of before is
         restored, but for memory, devices and what was counted. A run that was ended meanwhile stays ended.
         """
-        cpu, inside = self.cpu, self._running
+        cpu, counter, inside = self.cpu, self.counter, self._running
         cpu.store()
         saved = self.engine.uc.context_save()
         before, self._stop = self._stop, None
+        block, cpl = counter.current, counter.cpl                           # whoever asked has not done with them
+        counter.current = None
         kept = self.monitor, self.guest_mode, self.on_attention, self.tagger
         self.monitor = self.guest_mode = None
         self.on_attention = lambda: False
@@ -216,8 +214,7 @@ class Machine:
         try:
             yield cpu
             cpu.store()
-            self.counter.current = None
-            self.counter.set_cpl(cpu.cpl)
+            counter.set_cpl(cpu.cpl)
             error = self.engine.start(cpu.rip)
             if error:
                 cpu.load()
@@ -227,9 +224,10 @@ class Machine:
             self._stop = self._stop or before
             self.engine.uc.context_restore(saved)
             self.engine.flush_tlb()
-            self.counter.current = None
             cpu.load()
-            self.counter.set_cpl(cpu.cpl)
+            counter.drop(0)
+            counter.current = block
+            counter.set_cpl(cpl)
             if inside:      # Unicorn may or may not end the outer run with the inner one: let it end, and go on from there
                 self._interrupted = True
                 self.engine.stop()

@@ -63,17 +63,10 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         machine.monitor = self
         self.vmcb = CountedVmcb(machine.ram, _VMCB, self.counts)
         self.mmu = GuestMmu(GuestMemory(machine.ram, GUEST_FRAMES, GUEST_MEMORY), self.counts)
-<<<<<<< HEAD
         scheme = str(self.chosen["memory"])
         self._nested = scheme == "nested"
         self.cpu = GuestModeCpu(machine.cpu, self.vmcb, self.mmu, nested=self._nested)
-        self.platform_devices = VirtualPlatform(machine)
-=======
-        self.cpu = GuestModeCpu(machine.cpu, self.vmcb, self.mmu, nested=False)
-        self.pager = ShadowPager(self.mmu, self.counts, scheme=str(self.chosen["memory"]), space=None)
-        self.pager.on_foreign = self._note_foreign
         self.platform_devices = VirtualPlatform(machine, physical_bus(machine, self.counts, self.chosen["hypervisor"]))
->>>>>>> c5781cb (Type 2: exits that reach a device switch to a host in machine memory and back, by code that the CPU runs)
         self.emulator = Emulator(machine, cast(VirtualCpu, self.cpu), self.platform_devices, self.counts)
         self.emulator.registers.carries_long_mode = True
         self.emulator.registers.on_tsc = lambda offset: self.cpu.write("tsc_offset", offset)
