@@ -226,20 +226,6 @@ def test_exit_cost_names_its_own_profiles() -> None:
     assert found["verdict"] == "holds" and list(found["figures"]["cycles"]) == ["prescott-2005", "westmere-2010"]
 
 
-def loop(technique: str, **events: int) -> dict[str, Any]:
-    """A cell of the guest that says CLI and loops: its budget ends it."""
-    kinds = {name.replace("__", "."): n for name, n in events.items()}
-    return {"technique": technique, "parameters": {"workload": "cli_loop"}, "status": "failed", "events": kinds}
-
-
-def test_the_monitor_keeps_control_and_one_that_lets_cli_through_falsifies_it() -> None:
-    kept = [loop("native"), loop("trap-and-emulate", interrupt__delivered=4), loop("hardware-assisted", exit__interrupt=4)]
-    assert judge("resource-control", kept)["verdict"] == "holds"
-    assert judge("resource-control", [*kept, loop("binary-translation")])["verdict"] == "fails"
-    early = loop("paravirtualization", interrupt__delivered=4, interrupt__injected=1)
-    assert judge("resource-control", [*kept, early])["verdict"] == "fails"
-
-
 def test_popek_goldberg_counts_violators_against_the_published_lists() -> None:
     found = judge("popek-goldberg", [], probe=PROBE)
     assert found["verdict"] == "holds"

@@ -49,6 +49,7 @@ HOLDS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "microkernel": {"services": {"trap.int": 2, "hypercall.port_io": 2}},
     "type2-correct-without-bt": {"trapping": times(4, TRAP), "silent": {"outcome": "wrong"}, "translated": {"machine.store": 20}},
+    "resource-control": {name: {"interrupt.monitor": 0.001, "interrupt.delivered": 0.001} for name in ("trapped", "translated", "assisted")},
     "pagetables-not-privileged": {"stale": {"outcome": "wrong"}, "traced": {"shadow.trace.write": 1, "trap.pf": 1}},
     "pagetable-costly": {"native": {"machine.store": 1}, "soft": {"bt.callout.system": 0.5}, "hard": TRACED},
     "bt-beats-early-hw": {
@@ -98,6 +99,8 @@ FALSIFIERS: list[tuple[str, dict[str, dict[str, Any]], dict[str, dict[str, float
     ("type2-correct-without-bt", {"silent": {"outcome": "right"}}, {}),
     ("type2-correct-without-bt", {}, {"prescott-2005": {
         "exception.delivery": 1, "insn.iret": 1, "path.trap": 1, "path.decode": 1}}),
+    ("resource-control", {"translated": {"machine.cli": 0.001}}, {}),
+    ("resource-control", {"assisted": {"exit.interrupt": 0.001, "interrupt.injected": 0.001}}, {}),
     ("pagetables-not-privileged", {"stale": {"outcome": "right", "trap.pf": 1}}, {}),
     ("pagetable-costly", {}, {"prescott-2005": {"entry": 233, "exit.page_fault": 193, "vmread": 5, "vmwrite": 5}}),
     ("bt-beats-early-hw", {}, {"prescott-2005": {

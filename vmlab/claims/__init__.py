@@ -29,7 +29,6 @@ PREDICATES: Mapping[str, Predicate] = {
     "outcome_goes_wrong": counted.outcome_goes_wrong,
     "faithful": counted.faithful,
     "runs_directly": counted.runs_directly,
-    "monitor_regains": counted.monitor_regains,
     "trapping_would_not_do": counted.trapping_would_not_do,
     "shows_the_ring": counted.shows_the_ring,
     "rings_collapse": counted.rings_collapse,

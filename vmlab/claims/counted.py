@@ -7,7 +7,7 @@ from typing import Any
 
 from vmlab import costs
 from vmlab.claims.checks import in_scope, judged
-from vmlab.claims.evidence import Cell, Evidence, Finding, Margins, Missing, Verdict, count, describe, steady
+from vmlab.claims.evidence import Cell, Evidence, Finding, Margins, Missing, Verdict, describe, steady
 from vmlab.costs import Quantity
 
 Arguments = Mapping[str, Any]
@@ -108,23 +108,6 @@ def runs_directly(evidence: Evidence, arguments: Arguments) -> Finding:
         shares.setdefault("dearest over native", {})[profile] = round(dearest, 4)
     said += "; dearest of them " + ", ".join(f"{shares['dearest over native'][name]:.3f} times native on {name}" for name in arguments["scope"])
     return Finding(in_scope(by_profile, arguments["scope"]), said, by_profile, shares, margins)
-
-
-def monitor_regains(evidence: Evidence, arguments: Arguments) -> Finding:
-    """A guest that says CLI and loops is still interrupted, and its own interrupts wait for its STI."""
-    seen: dict[str, Any] = {}
-    lost: list[str] = []
-    for cell in evidence.cells:
-        if cell["parameters"].get("workload") != arguments["workload"] or cell["technique"] == "native":
-            continue
-        taken, injected = (count(cell.get("events") or {}, arguments[key]) for key in ("regained", "handed_on"))
-        seen[describe(cell)] = {"machine interrupts taken": taken, "handed to the guest": injected}
-        if taken < arguments["at_least"] or injected:
-            lost.append(f"{describe(cell)}: the machine took {taken} interrupts, the guest was handed {injected}")
-    if not seen:
-        raise Missing(f"no cell on {arguments['workload']}, the guest that says CLI and loops")
-    reason = lost[0] if lost else "the machine's interrupts reached every monitor while the guest had its own held off"
-    return Finding("fails" if lost else "holds", reason, figures=seen)
 
 
 def trapping_would_not_do(evidence: Evidence, arguments: Arguments) -> Finding:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from vmlab.errors import ConfigError, GuestImageError
 from vmlab.guests.elf import parse
+from vmlab.guests.hog import WORKLOADS as HOG_WORKLOADS
 from vmlab.guests.image import GuestImage, PvNotes, Segment, Workload
 from vmlab.guests.minios import workloads as minios
 from vmlab.guests.nano.workloads import WORKLOADS as NANO_WORKLOADS
@@ -36,6 +37,7 @@ class _BuiltIn:
 
 _BUILT_IN = {
     "nano": _BuiltIn(_HERE / "nano" / "nano.elf", NANO_WORKLOADS, "cli_sti"),
+    "hog": _BuiltIn(_HERE / "hog" / "hog.elf", HOG_WORKLOADS, "cli_loop"),
     "minios": _BuiltIn(_HERE / "minios" / "minios.elf", minios.WORKLOADS, "forkwait"),
     "minios64": _BuiltIn(_HERE / "minios" / "minios64.elf", minios.WORKLOADS, "forkwait"),
 }
