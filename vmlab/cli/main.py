@@ -34,6 +34,7 @@ VERBS = {
     "claims": "the textbook's sentences, each tested by an experiment, with verdict and figures",
     "probe": "really run sensitive instructions at CPL 0, 1 and 3 and compare",
     "measure": "a cost profile of this machine, as far as user mode and KVM can measure it",
+    "compare": "what changed between two runs, with limits for a continuous check",
     "cite": "the documents behind a run's prices, as BibTeX",
     "trace": "a run event by event: what the guest did, what followed, state and cycles",
     "step": "one CLI, five ways: a page to step through what every technique does",
