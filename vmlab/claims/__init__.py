@@ -32,7 +32,6 @@ PREDICATES: Mapping[str, Predicate] = {
     "trapping_would_not_do": counted.trapping_would_not_do,
     "shows_the_ring": counted.shows_the_ring,
     "rings_collapse": counted.rings_collapse,
-    "published_ratio": counted.published_ratio,
     "model_gives": counted.model_gives,
     "instruction_is_slow": priced.instruction_is_slow,
     "translated_is_faster": priced.translated_is_faster,

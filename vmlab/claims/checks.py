@@ -239,7 +239,7 @@ def per_operation(evidence: Evidence, cell: Cell, instructions: Sequence[str]) -
     """
     native = evidence.native_of(cell)
     ran = steady(native)
-    own = Quantity(costs={f"insn.{op}": float(ran.get(f"machine.{op}", 0)) for op in instructions})
+    own = Quantity({f"machine.{op}": ran.get(f"machine.{op}", 0) for op in instructions})
     return (Quantity(steady(cell)) - Quantity(ran) + own) * (1 / repetitions(native, instructions))
 
 

@@ -164,17 +164,6 @@ def _probe_rows(evidence: Evidence) -> dict[str, Mapping[str, Any]]:
     return {str(row.get("op") or row["instruction"]).lower(): row for row in evidence.probe["rows"]}
 
 
-def published_ratio(_: Evidence, arguments: Arguments) -> Finding:
-    """Cited: in each published pair the dear thing costs ``at_least`` to ``at_most`` times what the cheap one does."""
-    ratios = {str(row["name"]): row["dear"]["cycles"] / row["cheap"]["cycles"] for row in arguments["published"]}
-    holds = all(arguments["at_least"] <= ratio <= arguments["at_most"] for ratio in ratios.values())
-    said = "; ".join(
-        f"{row['name']}: {row['dear']['what']} {row['dear']['cycles']:,} cycles, {row['cheap']['what']} {row['cheap']['cycles']:,}: "
-        f"{ratios[str(row['name'])]:.1f} times" for row in arguments["published"]
-    )
-    return Finding("holds" if holds else "fails", said, figures={name: round(ratio, 2) for name, ratio in ratios.items()})
-
-
 def model_gives(evidence: Evidence, arguments: Arguments) -> Finding:
     """A model that the lab may have reports cycles of recovery per exit in its cells; without it the claim is undecided."""
     model = str(arguments["model"])
