@@ -36,6 +36,8 @@ VERBS = {
     "measure": "a cost profile of this machine, as far as user mode and KVM can measure it",
     "compare": "what changed between two runs, with limits for a continuous check",
     "cite": "the documents behind a run's prices, as BibTeX",
+    "report": "a run's page and charts made anew from its results",
+    "plot": "one chart of a run for a paper or a slide: pdf, svg, png or csv",
     "trace": "a run event by event: what the guest did, what followed, state and cycles",
     "step": "one CLI, five ways: a page to step through what every technique does",
     "explain": "a term, event, cost or claim in two sentences, with its source",

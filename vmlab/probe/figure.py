@@ -23,7 +23,7 @@ _SIZE = 8.5
 
 def draw(result: Mapping[str, Any]) -> dict[str, bytes]:
     """The page as ``png`` and ``svg``."""
-    from vmlab.report.canvas import WIDTH, Sheet, our_settings, render
+    from vmlab.report.canvas import REPORT, Sheet, our_settings, render
 
     found = groups(result["rows"])
     height = sum(_HEAD + _ROW * (_half(members) if _narrow(members) else len(members)) for _, members in found)
@@ -31,7 +31,7 @@ def draw(result: Mapping[str, Any]) -> dict[str, bytes]:
         sheet = Sheet(_title(result), _CAPTION, [height], left=0.15, right=0.15, foot=0.0)
         axes = sheet.axes[0][0]
         axes.set_axis_off()
-        axes.set_xlim(0, WIDTH - 0.3)
+        axes.set_xlim(0, REPORT.width - 0.3)
         axes.set_ylim(height, 0)
         y = 0.0
         for title, members in found:
@@ -39,7 +39,7 @@ def draw(result: Mapping[str, Any]) -> dict[str, bytes]:
             y += _HEAD
             if _narrow(members):
                 half = _half(members)
-                for x, part in ((0.0, members[:half]), ((WIDTH - 0.3) / 2 + 0.05, members[half:])):
+                for x, part in ((0.0, members[:half]), ((REPORT.width - 0.3) / 2 + 0.05, members[half:])):
                     if part:
                         _rows(axes, x, y, part)
                 y += _ROW * half

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vmlab.errors import ExperimentError
 from vmlab.report.findings import summary
 from vmlab.report.table import terminal_table
+from vmlab.report.view import View
 
-__all__ = ["chart_names", "draw", "summary", "terminal_table", "write"]
+__all__ = ["Figure", "chart_names", "draw", "figure", "manifest_of", "summary", "terminal_table", "write"]
 
 
 def chart_names() -> list[str]:
@@ -32,7 +34,6 @@ def draw(results: Mapping[str, Any], names: list[str] | None = None) -> dict[str
     """
     from vmlab.report.canvas import our_settings, render
     from vmlab.report.charts import CHARTS, TITLES, drawable
-    from vmlab.report.view import View
 
     view = View(results)
     made = {}
@@ -43,9 +44,39 @@ def draw(results: Mapping[str, Any], names: list[str] | None = None) -> dict[str
     return made
 
 
-def write(run_dir: Path, results: Mapping[str, Any], config: Mapping[str, Any]) -> list[Path]:
+@dataclass(frozen=True)
+class Figure:
+    """One chart for a document: its finding, and its bytes."""
+
+    title: str
+    data: bytes
+
+
+def figure(view: View, chart: str, form: str, width: float, style: str) -> Figure:
+    """A chart at its final size.
+
+    :param form: pdf, svg, png, or csv for the figures alone.
+    :param width: in inches.
+    :param style: a key of :data:`vmlab.report.canvas.STYLES`; with "paper", title and caption are left to the document.
+    """
+    from vmlab.report.canvas import STYLES, Layout, drawn_for, fit, our_settings, render
+    from vmlab.report.charts import CHARTS, TITLES
+    from vmlab.report.tidy import as_csv, table
+
+    title = TITLES[chart](view)
+    if form == "csv":
+        return Figure(title, as_csv(table(view, chart)))
+    layout = Layout(width, STYLES[style], plain=style == "paper")
+    with our_settings(), drawn_for(layout):
+        return Figure(title, render(fit(CHARTS[chart](view), layout), [form], dpi=300)[form])
+
+
+def write(
+    run_dir: Path, results: Mapping[str, Any], config: Mapping[str, Any], *, manifest: Mapping[str, Any] | None = None,
+) -> list[Path]:
     """Write ``plots/<chart>.png|svg`` and ``report.html`` into a run's directory; the paths, the page last.
 
+    :param manifest: how the run was made, where it is not in ``run_dir``.
     :raises ExperimentError: the directory cannot be written.
     """
     drawn = draw(results, list(config.get("charts") or []))
@@ -55,11 +86,13 @@ def write(run_dir: Path, results: Mapping[str, Any], config: Mapping[str, Any]) 
     ]
     from vmlab.report.page import Drawn, page
 
-    text = page(results, config, [Drawn(name, title, forms["svg"]) for name, (title, forms) in drawn.items()], _manifest(run_dir))
+    charts = [Drawn(name, title, forms["svg"]) for name, (title, forms) in drawn.items()]
+    text = page(results, config, charts, manifest_of(run_dir) if manifest is None else manifest)
     return [*written, _write(run_dir / "report.html", text.encode("utf-8"))]
 
 
-def _manifest(run_dir: Path) -> dict[str, Any]:
+def manifest_of(run_dir: Path) -> dict[str, Any]:
+    """How a run was made; empty where its directory does not say."""
     file = run_dir / "manifest.json"
     manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return manifest

@@ -10,6 +10,8 @@ import contextlib
 import io
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vmlab.report.style import FAINT, INK, RULE
@@ -20,9 +22,30 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-#: Width in inches: half a slide; the smallest text is then still readable.
-WIDTH = 7.6
 DPI = 150
+
+
+@dataclass(frozen=True)
+class Layout:
+    """For what a chart is drawn: its width in inches, its type against the report's (1.0: 10.5 points), and whether the document that
+    it goes into says title and caption itself (``plain``).
+    """
+
+    width: float
+    scale: float = 1.0
+    plain: bool = False
+
+    @property
+    def logical(self) -> float:
+        """The width in inches that the charts lay themselves out for; the finished sheet is scaled to :attr:`width`."""
+        return self.width / self.scale
+
+
+#: In the report: half a slide; the smallest text is then still readable.
+REPORT = Layout(7.6)
+#: Type of a style, against the report's: a column of a paper has 7 points, a slide 16.
+STYLES = {"report": 1.0, "paper": 7 / 10.5, "slide": 16 / 10.5}
+_LAYOUT: ContextVar[Layout] = ContextVar("layout", default=REPORT)
 
 RC: dict[str, Any] = {
     "font.family": "DejaVu Sans", "font.size": 10.5, "axes.titlesize": 11, "axes.labelsize": 10.5,
@@ -33,7 +56,14 @@ RC: dict[str, Any] = {
     "axes.grid": False, "grid.color": RULE, "grid.linewidth": 0.7, "axes.axisbelow": True,
     # Byte-stable SVG: a constant salt for its ids; the date is removed when it is saved.
     "svg.hashsalt": "vmlab", "svg.fonttype": "path",
+    # TrueType in PDF: embedded and searchable, as journals ask for.
+    "pdf.fonttype": 42,
 }
+
+
+def fits(columns: int, each: float = 3.2) -> int:
+    """How many columns of ``each`` inches the sheet has room for, at most ``columns``."""
+    return max(1, min(columns, int(_LAYOUT.get().logical / each)))
 
 
 class Sheet:
@@ -47,26 +77,30 @@ class Sheet:
         and ``foot`` that for tick labels below the last, all in inches."""
         from matplotlib.figure import Figure
 
+        layout = _LAYOUT.get()
+        full = self.width = layout.logical
+        left = min(left, 0.48 * full)
         title_lines, caption_lines = (
-            textwrap.wrap(text, width, break_on_hyphens=False) for text, width in ((title, 66), (caption, 106))
+            [] if layout.plain else textwrap.wrap(text, max(20, int(width * full / REPORT.width)), break_on_hyphens=False)
+            for text, width in ((title, 66), (caption, 106))
         )
         head = 0.16 + 0.26 * len(title_lines)
-        top = head + (0.215 * legend_rows + 0.12 if legend_rows else 0.0) + 0.36
+        top = head + (0.245 * legend_rows + 0.1 if legend_rows else 0.0) + 0.36
         bottom = foot + 0.14 + 0.178 * len(caption_lines) + 0.1
         height = top + sum(heights) + gap * (len(heights) - 1) + bottom
-        self.figure: Figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+        self.figure: Figure = Figure(figsize=(full, height), dpi=DPI, facecolor="white")
         self._legend_top = 1 - head / height
-        self.figure.text(0.15 / WIDTH, 1 - 0.13 / height, "\n".join(title_lines), va="top", fontsize=13, fontweight="bold",
+        self.figure.text(0.15 / full, 1 - 0.13 / height, "\n".join(title_lines), va="top", fontsize=13, fontweight="bold",
                          linespacing=1.25)
-        self.figure.text(0.15 / WIDTH, 0.1 / height, "\n".join(caption_lines), va="bottom", fontsize=9, color=FAINT,
+        self.figure.text(0.15 / full, 0.1 / height, "\n".join(caption_lines), va="bottom", fontsize=9, color=FAINT,
                          linespacing=1.3)
-        width = (WIDTH - left - right - side * (columns - 1)) / columns
+        width = (full - left - right - side * (columns - 1)) / columns
         self.axes: list[list[Axes]] = []
         y = height - top
         for row in heights:
             y -= row
             self.axes.append([
-                self.figure.add_axes(((left + i * (width + side)) / WIDTH, y / height, width / WIDTH, row / height))
+                self.figure.add_axes(((left + i * (width + side)) / full, y / height, width / full, row / height))
                 for i in range(columns)
             ])
             y -= gap
@@ -74,20 +108,72 @@ class Sheet:
     def legend(self, handles: Sequence[Line2D | Patch], columns: int = 3) -> None:
         """A legend without frame below the title."""
         self.figure.legend(
-            handles=list(handles), loc="upper left", bbox_to_anchor=(0.05 / WIDTH, self._legend_top), ncol=columns,
+            handles=list(handles), loc="upper left", bbox_to_anchor=(0.05 / self.width, self._legend_top), ncol=columns,
             frameon=False, fontsize=10, handletextpad=0.5, columnspacing=1.4, borderaxespad=0.2, labelspacing=0.35,
         )
 
 
-def render(figure: Figure) -> dict[str, bytes]:
-    """The figure as ``png`` and ``svg``, the same bytes for the same figure."""
+#: What is left out of each form, so that the same figure is the same bytes.
+_METADATA: dict[str, Any] = {
+    "png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+FORMS = tuple(_METADATA)
+
+
+def render(figure: Figure, forms: Sequence[str] = ("png", "svg"), dpi: int = DPI) -> dict[str, bytes]:
+    """The figure in each of these :data:`FORMS`, the same bytes for the same figure."""
     made = {}
-    metadata: Any
-    for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+    for form in forms:
         stream = io.BytesIO()
-        figure.savefig(stream, format=form, dpi=DPI, metadata=metadata)
+        figure.savefig(stream, format=form, dpi=dpi, metadata=_METADATA[form])
         made[form] = stream.getvalue()
     return made
+
+
+@contextlib.contextmanager
+def drawn_for(layout: Layout) -> Iterator[None]:
+    """Charts drawn inside lay themselves out for this width and type; :func:`fit` then gives the sheet its size."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+def fit(figure: Figure, layout: Layout) -> Figure:
+    """The sheet at its final size: everything that is measured in points, and the sheet itself, by the layout's scale."""
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.collections import LineCollection
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.text import Annotation, Text
+
+    factor = layout.scale
+    if factor == 1:
+        return figure
+    for artist in figure.findobj():
+        if isinstance(artist, Text):
+            artist.set_fontsize(float(artist.get_fontsize()) * factor)
+            if isinstance(artist, Annotation) and artist.anncoords == "offset points":
+                x, y = artist.xyann
+                artist.xyann = (x * factor, y * factor)
+        elif isinstance(artist, Line2D):
+            artist.set_linewidth(artist.get_linewidth() * factor)
+            artist.set_markersize(artist.get_markersize() * factor)
+            artist.set_markeredgewidth(artist.get_markeredgewidth() * factor)
+        elif isinstance(artist, LineCollection):
+            artist.set_linewidth([float(width) * factor for width in np.atleast_1d(artist.get_linewidth())])
+        elif isinstance(artist, Patch):
+            artist.set_linewidth(artist.get_linewidth() * factor)
+    for axes in figure.axes:
+        if isinstance(axes, Axes):
+            axes.tick_params(axis="both", which="major", pad=3.5 * factor, width=0.8 * factor, labelsize=RC["font.size"] * factor)
+            axes.tick_params(axis="x", which="major", length=3.5 * factor)
+            axes.xaxis.labelpad *= factor
+            axes.yaxis.labelpad *= factor
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width * factor, height * factor)
+    return figure
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from vmlab.report import findings
-from vmlab.report.canvas import Sheet
+from vmlab.report.canvas import Sheet, fits
 from vmlab.report.findings import Variant, name, short
 from vmlab.report.style import CAUSES, FAINT, INK, OTHER_CAUSE, RULE, look
 from vmlab.report.view import Generation, View, cycles, operations, ratio, times
@@ -32,7 +32,7 @@ def slowdown(view: View) -> Figure:
     workloads = view.workloads[:8]
     generation = view.generations[0]
     rows = view.rows(workloads)
-    columns = 1 if len(workloads) == 1 else 2
+    columns = fits(min(len(workloads), 2))
     lines = -(-len(workloads) // columns)
     caption = (f"Time relative to the bare machine on {generation.words}; left of the line is faster than native. {WHISKERS} "
                "Each panel is a workload at its densest; a missing dot means that the run was not made or not priced there.")
@@ -65,7 +65,7 @@ def slowdown(view: View) -> Figure:
 def causes(view: View) -> Figure:
     """Cycles per operation by cause: oldest and newest generation, a row of panels per scale."""
     workload = view.headline
-    ends = list(dict.fromkeys((view.intel[0], view.intel[-1])))
+    ends = list(dict.fromkeys((view.intel[0], view.intel[-1])))[:fits(2)]
     totals = {}
     for variant in view.variants(workload):
         cell = view.densest(workload, variant)
@@ -80,10 +80,10 @@ def causes(view: View) -> Figure:
     caption = (f"Cycles per {unit} of {view.what(workload)}, nominal costs. Stacks are linear and can be "
                "compared within a row of panels; each row has its own scale, because a bar would vanish on another's.")
     sheet = Sheet(findings.causes_title(view), caption, [0.36 * len(group) + 0.15 for group in groups], len(ends), left=2.35,
-                  legend_rows=-(-len(used) // 3), side=0.35, foot=0.5)
+                  legend_rows=-(-len(used) // fits(3, 2.4)), side=0.35, foot=0.5)
     from matplotlib.patches import Patch
 
-    sheet.legend([Patch(facecolor=CAUSES[c], edgecolor="white", label=c) for c in used])
+    sheet.legend([Patch(facecolor=CAUSES[c], edgecolor="white", label=c) for c in used], fits(3, 2.4))
     for line, group in zip(sheet.axes, groups, strict=True):
         top = 0.0
         for axes, generation in zip(line, ends, strict=True):
@@ -112,14 +112,16 @@ def density(view: View) -> Figure:
     variants = [v for v in view.variants(workload) if v[0] != "native"]
     caption = (f"Density: executions of the named instruction of {workload} per 1000 other instructions of the guest. {WHISKERS} "
                "Below the line the technique is faster than the bare machine.")
-    sheet = Sheet(findings.density_title(view), caption, [3.1], len(ends), left=0.8,
-                  legend_rows=-(-len(variants) // 2), foot=0.5)
-    sheet.legend(_handles(view, [workload], variants), 2)
+    columns = fits(len(ends))
+    sheet = Sheet(findings.density_title(view), caption, [3.1 if columns == len(ends) else 2.2] * (len(ends) // columns), columns, left=0.8,
+                  legend_rows=-(-len(variants) // fits(2)), foot=0.5, gap=1.1)
+    sheet.legend(_handles(view, [workload], variants), fits(2))
+    panels = [axes for line in sheet.axes for axes in line]
     found = [r for v in variants for c in view.column(workload, v) for g in ends for r in [_ratio(c, g)] if r]
     limits, ticks = _limits(found), view.densities(workload)
     wide = len(ticks) > 1 and ticks[0] > 0 and ticks[-1] / ticks[0] >= 20
-    for axes, generation in zip(sheet.axes[0], ends, strict=True):
-        _ratio_axis(axes, "y", limits, labelled=axes is sheet.axes[0][0])
+    for panel, (axes, generation) in enumerate(zip(panels, ends, strict=True)):
+        _ratio_axis(axes, "y", limits, labelled=panel % columns == 0)
         if wide:
             axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -130,7 +132,8 @@ def density(view: View) -> Figure:
             points = [(_beside(float(c["parameters"].get("density") or 0), i - (len(variants) - 1) / 2, ticks, wide), r)
                       for c in view.column(workload, variant) for r in [_ratio(c, generation)] if r]
             _line(axes, [x for x, _ in points], [r for _, r in points], variant, view, workload)
-    sheet.axes[0][0].set_ylabel("slowdown")
+        if panel % columns == 0:
+            axes.set_ylabel("slowdown")
     return sheet.figure
 
 
@@ -145,11 +148,11 @@ def generations(view: View) -> Figure:
     caption = f"Each workload at its densest. Lines join successive generations of one maker{apart}. {WHISKERS} " + (
         f"Rings mark crossings, interpolated, where the ranges are apart on one side at least. {key}" if lettered
         else "No two lines cross with their ranges apart.")
-    columns = min(len(workloads), 2)
-    heights = [3.1 if columns == 1 else 2.2] * -(-len(workloads) // columns)
+    columns = fits(min(len(workloads), 2))
+    heights = [3.1 if len(workloads) == 1 else 2.2] * -(-len(workloads) // columns)
     sheet = Sheet(findings.generations_title(view), caption, heights, columns, left=0.8, gap=0.85,
-                  legend_rows=-(-len(variants) // 2), foot=0.42)
-    sheet.legend(_handles(view, workloads, variants), 2)
+                  legend_rows=-(-len(variants) // fits(2)), foot=0.42)
+    sheet.legend(_handles(view, workloads, variants), fits(2))
     limits = _limits([r for w in workloads for v in variants for g in shown for r in [_at(view, w, v, g)] if r])
     for i, axes in enumerate(axes for line in sheet.axes for axes in line):
         if i >= len(workloads):

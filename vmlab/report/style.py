@@ -32,7 +32,7 @@ _OTHER = Look("#8A8A8A", "X", "")
 CAUSES = {
     "guest instructions": "#C3C9D0", "sensitive instructions": "#3A3E45", "interrupts and faults": "#E79AB0",
     "traps": "#B3420D", "VM exits": "#2C9C80", "hypercalls": "#F0B323", "callouts": "#0A3070", "translation": "#79B4E3",
-    "VMM emulation": "#B79CE0", "devices": "#8C6D3F",
+    "VMM emulation": "#7B5EA7", "devices": "#8C6D3F",
 }
 OTHER_CAUSE = "#8A8A8A"
 
