@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,32 @@ def test_words_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_claim_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["claims", "popf-silnt"]) == 2
     assert "popf-silent" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_larger_size_gives_the_same_verdicts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every claim at its stated size and at four times that: a few minutes."""
+    def sizes(factor: int) -> dict[str, str]:
+        def load(name: str) -> model.Claim:
+            claim = model.load(name)
+            blocks = {
+                key: block | ({"iterations": block["iterations"] * factor} if "iterations" in block else {})
+                for key, block in claim.experiment.items()
+            }
+            return dataclasses.replace(claim, experiment=blocks)
+
+        monkeypatch.setattr(claims, "load", load)
+        assert main(["claims", "--json", "--jobs", "2"]) in (0, 1)
+        return {claim["id"]: claim["verdict"] for claim in json.loads(capsys.readouterr().out)["claims"]}
+
+    assert sizes(4) == sizes(1)
+
+
+@pytest.mark.slow
+def test_at_most_five_claims_are_undecided_each_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["claims", "--json", "--jobs", "2"]) in (0, 1)
+    undecided = [claim for claim in json.loads(capsys.readouterr().out)["claims"] if claim["verdict"] == "undecided"]
+    assert all(claim["reason"] for claim in undecided)
+    assert len(undecided) <= 5, [claim["id"] for claim in undecided]
