@@ -113,6 +113,38 @@ def test_fork_writes_the_entries_that_a_hand_counts() -> None:
     assert many.counts["faults"] == few.counts["faults"] == 2 * forks  # the stack, in parent and child
 
 
+ENTRY_WRITE, ENTRY_WRITE_NOW, ROOT_NEW = 16, 17, 20   # kinds of sites.h
+
+
+@pytest.mark.parametrize("workload", ["forkwait", "fork", "mmap", "pagefault", "build", "random"])
+def test_every_store_to_a_page_table_is_one_that_the_kernel_counts(workload: str) -> None:
+    """The sites of pt.h, watched by the machine: as many stores were carried out as the kernel says it made."""
+    image = guests.load("minios")
+    at, end = image.symbol("sites"), image.symbol("sites_end")
+    holder = next(s for s in image.segments if s.address <= at < s.address + len(s.data))
+    table = holder.data[at - holder.address : end - holder.address]
+    rows = [struct.unpack_from("<IBBH", table, offset) for offset in range(0, len(table), 8)]
+    stores = {ENTRY_WRITE: 1, ENTRY_WRITE_NOW: 1, ROOT_NEW: 2}  # a root's first entry is written beside its site
+    values = values_of("minios", workload)
+    machine = Machine(disk=guests.disk(values))
+    native = Native(machine)
+    seen = [0]
+    marks: dict[str, int] = {}
+
+    def store(by: int) -> None:
+        seen[0] += by
+
+    for address, _, kind, _ in rows:
+        if kind in stores:
+            native.watch(address, lambda _address, by=stores[kind]: store(by))
+    for symbol in ("vmlab_roi_begin", "vmlab_roi_end"):
+        native.watch(image.symbol(symbol), lambda _address, symbol=symbol: marks.setdefault(symbol, seen[0]))
+    native.load(image, guests.command_line(values))
+    assert native.run(100_000_000).exit_code == 0
+    counted = int.from_bytes(native.read_guest(image.symbol("vmlab_count_pt_writes"), 4), "little")
+    assert marks["vmlab_roi_end"] - marks["vmlab_roi_begin"] == counted > 0
+
+
 def test_counts_of_the_nanobenchmarks() -> None:
     for workload, counts in {
         "null_call": {"system_calls": 51, "pt_writes": 0, "faults": 0}, "syscall": {"system_calls": 51, "pt_writes": 0, "faults": 0},
