@@ -148,7 +148,8 @@ class Cpu:
     @property
     def eflags(self) -> int:
         """The whole of EFLAGS."""
-        system = self._u64[AT_EFLAGS // 8]
+        # Unicorn leaves a copy of the arithmetic flags here before a hooked instruction; later it is stale.
+        system = self._u64[AT_EFLAGS // 8] & ~(ARITHMETIC | DF)
         if self._u32[_CC_OP // 4] == _CC_OP_EFLAGS:
             return system | (self._u64[_CC_SRC // 8] & ARITHMETIC) | (self._i32[_DF // 4] & DF)
         return system | (self.engine.read_register(x86.UC_X86_REG_EFLAGS) & (ARITHMETIC | DF))

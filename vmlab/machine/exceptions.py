@@ -94,8 +94,12 @@ class Exceptions:
         machine = self._machine
         if machine.guest_mode is None:
             raise UnsupportedHost(f"the CPU left a guest mode that the machine did not enter (exit code {code:#x})")
-        self._leave()
-        machine.guest_mode.exit(code, machine.cpu.error_code)
+        # An event to inject comes before the instruction at RIP, even before its fetch can fault.
+        if machine.guest_mode.deliver_injected():
+            machine.counter.current = None
+        else:
+            self._leave()
+            machine.guest_mode.exit(code, machine.cpu.error_code)
         machine.cpu.store()
         machine.counter.set_cpl(machine.cpu.cpl)
 

@@ -34,6 +34,8 @@ _FLAT_CODE = Segment(0x08 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9B00 | KERNEL_RING
 _FLAT_DATA = Segment(0x10, 0, 0xFFFFFFFF, 0x00CF9300 | KERNEL_RING << 13)
 _FLAT_STACK = Segment(0x10 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9300 | KERNEL_RING << 13)
 _CR0 = 0x80010011                   # PG, WP, ET, PE
+_CR0_UNITS = 0x2E                   # MP, EM, TS, NE
+_CR4_UNITS = 0x600                  # OSFXSR, OSXMMEXCPT
 
 
 class DeprivilegingMonitor(Strategy):
@@ -54,7 +56,7 @@ class DeprivilegingMonitor(Strategy):
         self.platform_devices = VirtualPlatform(machine, physical_bus(machine, self.counts, self.chosen.get("hypervisor")))
         self.emulator = Emulator(machine, self.vcpu, self.platform_devices, self.counts)
         self.emulator.on_halt = self._halt
-        self.emulator.registers.on_paging = self.pager.reload
+        self.emulator.registers.on_paging = self._registers_written
         self.emulator.registers.on_invlpg = self.pager.invlpg
         self.stores = Stores(machine, self.mmu, self.emulator, self.pager.drop_all)
         machine.on_attention = self.attend
@@ -72,7 +74,8 @@ class DeprivilegingMonitor(Strategy):
         cpu.load()
         cpu.set_segment(SS, _FLAT_STACK)
         cpu.set_efer(EFER_NXE)
-        cpu.set_cr(4, CR4_PAE | (CR4_TSD if self.trap_tsc else 0))
+        self._cr4 = CR4_PAE | (CR4_TSD if self.trap_tsc else 0)
+        cpu.set_cr(4, self._cr4)
         cpu.set_cr(3, self.pager.root)
         cpu.set_cr(0, _CR0)
         cpu.set_cpl(KERNEL_RING)
@@ -94,6 +97,14 @@ class DeprivilegingMonitor(Strategy):
         else:
             self.reflect(Fault(vector, error_code))
         self.follow_tables()
+
+    def _registers_written(self, flush: bool) -> None:
+        """The guest wrote CR0, CR3, CR4 or EFER: its x87 and SSE bits are the physical CPU's too, paging is the pager's."""
+        self.pager.reload(flush)
+        cpu, mmu = self.machine.cpu, self.mmu
+        for number, value in ((0, _CR0 | mmu.cr0 & _CR0_UNITS), (4, self._cr4 | mmu.cr4 & _CR4_UNITS)):
+            if cpu.cr(number) != value:
+                cpu.set_cr(number, value)
 
     def follow_tables(self) -> None:
         """Let the physical CPU see what changed in its tables since it last ran."""

@@ -17,7 +17,7 @@ from unicorn import unicorn_const as uc_const
 
 from vmlab.errors import GuestError
 from vmlab.machine import state as hidden
-from vmlab.machine.cpu import IOPL, Cpu, Segment
+from vmlab.machine.cpu import ARITHMETIC, DF, IOPL, Cpu, Segment
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import HAS_ERROR_CODE, Fault
 from vmlab.machine.engine import CODE_CALLBACK, INTR_CALLBACK, INVALID_CALLBACK, MEMORY_CALLBACK, Engine
@@ -155,7 +155,8 @@ class SingleStep:
             own.set_segment(number, cpu.segment(number))
         for number in range(16 if long_mode else 8):
             own.set_gpr(number, cpu.gpr(number), 8)
-        own.eflags = cpu.eflags
+        own.eflags = flags = cpu.eflags
+        u64[hidden.AT_EFLAGS // 8] |= flags & (ARITHMETIC | DF)     # where Unicorn takes them from when it starts
         own.rip = cpu.rip
         own.hflags = own.hflags & ~(HF_CPL | IOPL) | cpu.cpl | own.system_flags & IOPL
         window.store()
