@@ -46,7 +46,7 @@ HOLDS: dict[str, dict[str, dict[str, Any]]] = {
     "one-kernel-both": {
         "native": {"retired.kernel": 6, "retired.cli": 1, "retired.sti": 1}, "paravirtual": {"retired.kernel": 10, "machine.store": 2},
     },
-    "microkernel": {"services": {"trap.int": 2, "hypercall.port_io": 2}},
+    "microkernel": {"services": {"trap.int": 2, "hypercall.port_io": 2}, "calls": {"crossing.system_call": 1, "crossing.return": 1}},
     "type2-correct-without-bt": {"trapping": times(4, TRAP), "silent": {"outcome": "wrong"}, "translated": {"machine.store": 20}},
     "resource-control": {name: {"interrupt.monitor": 0.001, "interrupt.delivered": 0.001} for name in ("trapped", "translated", "assisted")},
     "type2-world-switch": {

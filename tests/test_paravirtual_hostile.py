@@ -11,7 +11,7 @@ import struct
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pvlab import DATA, ENTRY, ESP, EXIT_WITH_EAX, LOOP, Asking, call, check_counts, guest, image, mov, run
+from pvlab import DATA, ENTRY, ESP, EXIT_WITH_EAX, INT82, LOOP, Asking, call, check_counts, guest, image, mov, run
 
 from vmlab.errors import GuestError
 from vmlab.machine.pc import Machine
@@ -84,6 +84,20 @@ def test_any_code_ends_as_a_guest_does(code: bytes, setup: int) -> None:
     before = poison(strategy) if setup == 0 else untouched(strategy)
     with contextlib.suppress(GuestError):
         strategy.run(3000)
+    assert untouched(strategy) == before
+
+
+@given(st.lists(_WORDS, min_size=6, max_size=6))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_frame_for_iret_goes_to_ring_1_or_3_or_ends_the_guest(words: list[int]) -> None:
+    """EAX, EIP, CS, EFLAGS, ESP, SS as the guest likes; wherever it arrives, it is no more privileged and cannot touch the flags of the machine."""
+    strategy = guest(b"".join(b"\x68" + struct.pack("<I", word) for word in reversed(words)) + mov(0, 23) + INT82)
+    before = untouched(strategy)
+    with contextlib.suppress(GuestError):
+        strategy.run(200)
+    strategy.machine.cpu.load()
+    assert strategy.machine.cpu.cpl in (1, 3)
+    assert strategy.machine.cpu.system_flags & 0x23200 == 0x200      # IF on, IOPL 0, VM off
     assert untouched(strategy) == before
 
 

@@ -7,7 +7,7 @@ import struct
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pvlab import DATA, ENTRY, ESP, EXIT_WITH_EAX, Asking, call, check_counts, guest, mov, run
+from pvlab import DATA, EAX, ENTRY, ESP, EXIT_WITH_EAX, Asking, call, check_counts, guest, mov, run
 
 from vmlab.errors import GuestError
 from vmlab.vmm import xen
@@ -201,6 +201,14 @@ def test_a_guest_that_gave_up_its_own_stack_ends_with_a_reason() -> None:
     trap = struct.pack("<BBHI", 14, 0, xen.FLAT_RING1_CS, ENTRY) + bytes(8)
     with pytest.raises(GuestError, match="the guest's stack at 0x103ff0 is not there"):
         run(call(0, DATA) + call(14, 0x103000, 0, 0, 1) + mov(ESP, 0x104000) + b"\x50", trap)
+
+
+def test_the_first_use_of_the_fpu_after_a_task_switch_is_an_exception_and_the_next_is_not() -> None:
+    setup, use = call(0, DATA) + call(5, 1), b"\xd9\xe8"       # FLD1
+    handler = ENTRY + len(setup) + len(use)
+    stop, strategy = run(setup + use + use + mov(EAX, 9) + EXIT_WITH_EAX, struct.pack("<BBHI", 7, 0, xen.FLAT_RING1_CS, handler) + bytes(8))
+    assert stop.exit_code == 9
+    assert strategy.counts["reflect.7"] == strategy.machine.events["trap.nm"] == 1
 
 
 # --- any sequence of requests -----------------------------------------------------------------------------

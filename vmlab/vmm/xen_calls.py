@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 Call = Callable[[int, int, int, int, int], int]
 
 _LONGEST_TEXT = 1 << 16             # of one console_io; Xen goes on with more after a look at other domains
-_CR0_TS = 1 << 3
 
 
 class Calls:
@@ -89,10 +88,8 @@ class Calls:
         return xen.EINVAL
 
     def _fpu_taskswitch(self, on: int, *_: int) -> int:
-        """CR0.TS, so that the next use of the FPU is #NM (device not available)."""
-        cpu = self._vmm.cpu
-        cr0 = cpu.cr(0)
-        cpu.set_cr(0, cr0 | _CR0_TS if on else cr0 & ~_CR0_TS)
+        """The next use of the FPU is #NM, once; or none any more."""
+        self._vmm.set_task_switched(bool(on))
         return 0
 
     def _vm_assist(self, command: int, kind: int, *_: int) -> int:

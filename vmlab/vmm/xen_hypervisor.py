@@ -30,7 +30,8 @@ from vmlab.vmm.xen_ports import GuestPorts
 from vmlab.vmm.xen_ring import BlockRing
 from vmlab.vmm.xen_time import GuestTimers
 
-_GP, _PF, _UD = 13, 14, 6
+_UD, _NM, _GP, _PF = 6, 7, 13, 14
+_CR0_TS = 1 << 3
 _ARGUMENTS = (RBX, RCX, RDX, RSI, RDI)
 _MULTICALL_ENTRY = 32
 #: A guest that blocks through so many physical interrupts, none of which is an event of its own, waits for ever.
@@ -126,6 +127,8 @@ class Hypervisor:
     def _reflect(self, vector: int, error_code: int | None, *, software: bool) -> None:
         """An exception goes to the guest's handler, or ends the guest that has none."""
         trap = self.traps.get(vector)
+        if vector == _NM:               # what fpu_taskswitch asked for has happened: the FPU may be used now
+            self.set_task_switched(False)
         if vector == _PF:
             self.domain.shared.set_cr2(self.cpu.cr2)
             if self.cpu.cr2 >= xen.HYPERVISOR_START:
@@ -138,6 +141,11 @@ class Hypervisor:
         self._enter(trap.cs, trap.address, error_code if vector in HAS_ERROR_CODE and not software else None)
         if trap.mask_events:
             self.domain.shared.masked = True
+
+    def set_task_switched(self, on: bool) -> None:
+        """CR0.TS, so that the next use of the FPU is #NM (device not available)."""
+        cr0 = self.cpu.cr(0)
+        self.cpu.set_cr(0, cr0 | _CR0_TS if on else cr0 & ~_CR0_TS)
 
     def _enter(self, cs: int, eip: int, error_code: int | None) -> None:
         """Build the frame of an interrupt on the guest's kernel stack and go to ``cs:eip`` in ring 1.
