@@ -142,13 +142,31 @@ pv_\name:
     CALL_C pv_root_new, root_made
     CALL_C pv_root_free, root_no_more
 
-pv_entry_read:                  # EAX = address; gives EAX
+pv_entry_read:                  # EAX = address; gives EAX. The usual case of entry_value in pv_pages.c, for whole tables are read
     push %ecx
     push %edx
-    call entry_value
-    pop %edx
+    mov %eax, %ecx
+    mov %eax, %edx
+    shr $3, %ecx
+    shr $12, %edx
+    xor %edx, %ecx
+    and $511, %ecx
+    bt %ecx, entries_touched
+    jc 3f
+    mov (%eax), %eax
+    test $1, %al
+    jz 2f
+    mov %eax, %ecx
+    shr $12, %eax
+    mov MACHINE_TO_PHYS(, %eax, 4), %eax
+    shl $12, %eax
+    and $0xfff, %ecx
+    or %ecx, %eax
+2:  pop %edx
     pop %ecx
     ret
+3:  call entry_value
+    jmp 2b
 
 pv_table_new:                   # EDI = page, ECX = 1024, EAX = 0
     rep stosl

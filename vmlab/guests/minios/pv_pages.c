@@ -3,7 +3,8 @@
  *
  * Entries hold machine addresses; a change is queued, and the queue is sent as one hypercall when it is full (option
  * `batch`) or when the change must be in force. What else the hypervisor is to do at that moment (load a root, empty the
- * TLB, pin) goes along in the same transition, as a multicall. */
+ * TLB, pin) goes along in the same transition, as a multicall. A new table is plain memory, filled by plain stores, until
+ * something must be in force: then it becomes read-only, and the entry that names it is changed. */
 #include "kernel.h"
 #include "pt.h"
 #include "pv.h"
@@ -12,13 +13,25 @@
 #define LONGEST 512
 static struct { u64 entry, value; } queue[LONGEST];
 static u32 queued, longest = LONGEST;
-static u32 touched[16];                 /* one bit for a few entries each: perhaps one of these is in the queue */
+u32 entries_touched[16];                /* one bit for a few entries each: perhaps a change of one of these waits. Read by pv.S */
+
+#define NEW_TABLES 16
+static word new_tables[NEW_TABLES];     /* not read-only yet */
+static struct { word address, value; } links[NEW_TABLES];       /* entries that are to name them */
+static u32 new_count, link_count;
+static u32 is_new[MAX_MEMORY / PAGE / 32];
 
 static struct { u32 number; int result; u32 arguments[6]; } calls[8];
 static struct { u32 command, argument, unused; } extended[2];
 static u32 call_count, extended_count;
 
 static word kernel_stack;               /* for the next entry from user mode; 0: the hypervisor knows */
+
+static void touch(word address)
+{
+    u32 bit = (address >> 3 ^ address >> 12) & 511;
+    entries_touched[bit / 32] |= 1u << bit % 32;
+}
 
 /* --- transitions */
 static void call_later(u32 number, word a, word b, word c, word d)
@@ -37,12 +50,6 @@ static void extended_later(u32 command, word argument)
     call_later(HYPERCALL_MMUEXT_OP, (word)&extended[extended_count++], 1, 0, DOMID_SELF);
 }
 
-static void queue_later(void)
-{
-    if (queued)
-        call_later(HYPERCALL_MMU_UPDATE, (word)queue, queued, 0, DOMID_SELF);
-}
-
 /* All that was asked for since the last time, in its order, in one transition. */
 static void send(void)
 {
@@ -58,8 +65,52 @@ static void send(void)
     if (queued) {
         queued = 0;
         for (u32 i = 0; i < 16; i++)
-            touched[i] = 0;
+            entries_touched[i] = 0;
+        for (u32 i = 0; i < link_count; i++)
+            touch(links[i].address);
     }
+}
+
+/* --- the queue */
+
+/* An entry in terms of our own frames becomes one of the machine's. */
+static word translated(word value) { return value & PRESENT ? machine(FRAME(value)) | (value & 0xfff) : value; }
+
+static void queue_only(void)
+{
+    if (queued)
+        call_later(HYPERCALL_MMU_UPDATE, (word)queue, queued, 0, DOMID_SELF);
+}
+
+static void enqueue(word address, word value)
+{
+    if (queued >= longest) {
+        queue_only();
+        send();
+    }
+    queue[queued].entry = machine(address);
+    queue[queued++].value = translated(value);
+    touch(address);
+}
+
+/* The kernel's own mapping of a page, which must not be writable while the page is a table. */
+static word own_entry(word page)
+{
+    word table = machine_to_phys[(word)kernel_table[page >> 21] / PAGE] * PAGE;
+    return table + (page / PAGE % 512) * 8;
+}
+
+/* Everything is to be in force: new tables become read-only, then they are named. */
+static void queue_later(void)
+{
+    for (u32 i = 0; i < new_count; i++) {
+        enqueue(own_entry(new_tables[i]), new_tables[i] | PRESENT);
+        is_new[new_tables[i] / PAGE / 32] = 0;
+    }
+    for (u32 i = 0; i < link_count; i++)
+        enqueue(links[i].address, links[i].value);
+    new_count = link_count = 0;
+    queue_only();
 }
 
 static void queue_send(void)
@@ -69,24 +120,39 @@ static void queue_send(void)
 }
 
 /* --- entries */
-static u32 bit_of(word address) { return (address >> 3 ^ address >> 12) & 511; }
-
-/* An entry in terms of our own frames becomes one of the machine's. */
-static word translated(word value) { return value & PRESENT ? machine(FRAME(value)) | (value & 0xfff) : value; }
+static int fresh(word page) { return is_new[page / PAGE / 32] >> page / PAGE % 32 & 1; }
 
 static void change(word address, word value)
 {
-    queue[queued].entry = machine(address);
-    queue[queued++].value = translated(value);
-    touched[bit_of(address) / 32] |= 1u << bit_of(address) % 32;
-    if (queued >= longest)
-        queue_send();
+    for (u32 i = 0; i < link_count; i++)
+        if (links[i].address == address) {      /* a second thought about it */
+            queue_send();
+            break;
+        }
+    if (fresh(FRAME(address))) {
+        *(word *)address = translated(value);
+    } else if (value & PRESENT && fresh(FRAME(value)) && link_count < NEW_TABLES) {
+        touch(address);
+        links[link_count].address = address;
+        links[link_count++].value = value;
+    } else {
+        if (value & PRESENT && fresh(FRAME(value)))
+            queue_send();               /* no room to remember it: at once */
+        enqueue(address, value);
+        if (queued >= longest) {
+            queue_only();
+            send();
+        }
+    }
 }
 
+/* Where a change may be waiting: pv.S reads all other entries itself. */
 word entry_value(word address)
 {
-    if (touched[bit_of(address) / 32] >> bit_of(address) % 32 & 1)
-        queue_send();
+    for (u32 i = 0; i < link_count; i++)
+        if (links[i].address == address)
+            return links[i].value;
+    queue_send();
     word value = *(word *)address;
     return value & PRESENT ? machine_to_phys[value / PAGE] * PAGE | (value & 0xfff) : value;
 }
@@ -99,14 +165,13 @@ void entry_write_sent(word address, word value)
     queue_send();
 }
 
-/* --- the kernel's own mapping of a page, which must not be writable while the page is a table */
-static word own_entry(word page)
+void table_made(word page)
 {
-    word table = machine_to_phys[(word)kernel_table[page >> 21] / PAGE] * PAGE;
-    return table + (page / PAGE % 512) * 8;
+    if (new_count == NEW_TABLES)
+        queue_send();
+    new_tables[new_count++] = page;
+    is_new[page / PAGE / 32] |= 1u << page / PAGE % 32;
 }
-
-void table_made(word page) { change(own_entry(page), page | PRESENT); }
 
 /* Writable again, and nothing stale in the TLB. */
 static void plain_later(word page)
