@@ -157,6 +157,9 @@ class Recorder:
             return  # far from the window: no ledger needed yet
         if self._machine.ending is not None:
             return
+        repeats = bool(self.steps) and self.steps[-1].address == address and self.steps[-1].code.startswith("rep")
+        if repeats and self._previous is not None:
+            return  # the next element of the same instruction: whatever it brings belongs to the same step
         now = self._run.strategy.snapshot(address)
         number = now.user + now.kernel - self._origin
         if self._interrupt is not None and self._is_time(self._interrupt, number, address):
@@ -167,7 +170,6 @@ class Recorder:
             return
         self._machine.cpu.load()
         moment = self._moment()
-        repeats = bool(self.steps) and self.steps[-1].address == address and self.steps[-1].code.startswith("rep")
         if self.steps:
             self._close(now, moment)
         ended = not self._whole and "vmlab_roi_end" in self._run.marks
@@ -175,8 +177,7 @@ class Recorder:
             self._previous = None
             raise _EnoughError
         self._previous = now
-        if not repeats:
-            self.steps.append(self._step(number, address, moment))
+        self.steps.append(self._step(number, address, moment))
 
     def _is_time(self, trigger: Trigger, number: int, address: int) -> bool:
         if trigger.number is not None:
