@@ -21,6 +21,9 @@ from vmlab.report.view import View, times
 
 HOSTILE = "<script>alert(1)</script>\"'&$x"
 
+#: What the made-up run has data for; nanobenchmarks have a file of tests of their own.
+DRAWN = [name for name in CHARTS if name != "nanobenchmarks"]
+
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
@@ -160,7 +163,7 @@ def test_the_table_shows_what_a_cpu_cannot_run_and_what_failed(results: dict[str
 
 def test_all_charts_are_written_in_both_forms(written: Path) -> None:
     files = sorted(path.name for path in (written / "plots").iterdir())
-    assert files == sorted(f"{name}.{form}" for name in CHARTS for form in ("png", "svg"))
+    assert files == sorted(f"{name}.{form}" for name in DRAWN for form in ("png", "svg"))
     assert (written / "plots" / "causes.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -190,8 +193,8 @@ def test_nothing_in_a_chart_leaves_the_sheet_or_covers_the_title(results: dict[s
 
     view = View(results)
     with our_settings():
-        for name, chart in CHARTS.items():
-            figure = chart(view)
+        for name in DRAWN:
+            figure = CHARTS[name](view)
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
             renderer = canvas.get_renderer()
@@ -221,7 +224,7 @@ def test_ratio_axes_are_logarithmic_and_stacks_are_not(results: dict[str, Any]) 
 def test_the_page_stands_alone_and_says_what_to_doubt(written: Path) -> None:
     html = (written / "report.html").read_text(encoding="utf-8")
     assert "A title" in html and "Why?" in html and "no cache model" in html and "clock stops" in html
-    assert html.count("data:image/svg+xml;base64,") == len(CHARTS)
+    assert html.count("data:image/svg+xml;base64,") == len(DRAWN)
     assert not re.findall(r"(?:src|href)=[\"'](?!data:|#)", html), "must load nothing"
     first = re.search(r"base64,([^\"]+)", html)
     assert first and base64.b64decode(first[1]).startswith(b"<?xml")

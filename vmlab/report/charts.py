@@ -1,4 +1,4 @@
-"""The four charts, each a function ``(View) -> Figure``.
+"""The charts, each a function ``(View) -> Figure``.
 
 Rules they all keep: a ratio is a dot with whiskers (5th to 95th percentile of the sampled costs) on a log axis with
 a line at 1× "native"; stacks are linear and get a panel of their own where scales differ; the title is the finding,
@@ -11,9 +11,11 @@ from collections.abc import Callable
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-from vmlab.report import findings
+from vmlab.report import findings, nanobench
 from vmlab.report.canvas import Sheet, fits
+from vmlab.report.exits_chart import draw_exits, exits_title, per_operation
 from vmlab.report.findings import Variant, name, short
+from vmlab.report.nanobench import draw_nanobenchmarks
 from vmlab.report.style import CAUSES, FAINT, INK, OTHER_CAUSE, RULE, look
 from vmlab.report.view import Generation, View, cycles, operations, ratio, times
 
@@ -191,12 +193,14 @@ def _generation_lines(
 #: Chart by file name, in the order of the report.
 CHARTS: dict[str, Callable[[View], Any]] = {
     "slowdown": slowdown, "causes": causes, "density": density, "generations": generations,
+    "exits": draw_exits, "nanobenchmarks": draw_nanobenchmarks,
 }
 
 #: Title by chart: the finding.
 TITLES: dict[str, Callable[[View], str]] = {
     "slowdown": findings.slowdown_title, "causes": findings.causes_title, "density": findings.density_title,
     "generations": findings.generations_title,
+    "exits": exits_title, "nanobenchmarks": lambda view: nanobench.finding(nanobench.tables(view.results)),
 }
 
 
@@ -209,6 +213,8 @@ def drawable(view: View) -> list[str]:
         "causes": True,
         "density": len(view.densities(view.headline)) > 1,
         "generations": len(view.generations) > 1,
+        "exits": bool(per_operation(view)),
+        "nanobenchmarks": len({figure.workload for table in nanobench.tables(view.results) for figure in table.figures}) > 2,
     }
     return [chart for chart in CHARTS if enough[chart]]
 

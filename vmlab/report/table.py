@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vmlab.report import densities, nanobench
 from vmlab.report.findings import name, short
 from vmlab.report.view import View, ratio, times
 
@@ -21,10 +22,15 @@ def terminal_table(results: Mapping[str, Any]) -> str:
     if view.generations:
         rows = [["", *(short(generation) for generation in view.generations)]]
         for workload in view.workloads:
-            densities = view.densities(workload)
-            rows.append([workload + (f" (density {densities[-1]:g})" if densities and densities[-1] else "")])
+            dense = view.densities(workload)
+            rows.append([workload + (f" (density {dense[-1]:g})" if dense and dense[-1] else "")])
             rows += [_row(view, workload, variant) for variant in view.variants(workload) if variant[0] != "native"]
         lines = [HEAD, "", *_aligned(rows)]
+    if work := densities.text(view):
+        lines += ["", *work]
+    small = nanobench.text(results)
+    if len(small.splitlines()) > 6:
+        lines += ["", small, ""]
     for cell in view.all:
         if cell.get("status") != "ok":
             lines.append(f"{cell.get('status')}: {cell.get('id')}: {cell.get('error') or 'no reason given'}")

@@ -61,6 +61,8 @@ class TrapAndEmulateTechnique(Technique):
 
     @classmethod
     def unfaithful(cls, workload: str, parameters: Mapping[str, Value]) -> str | None:
+        if parameters.get("memory") == "none" and parameters.get("guest", "nano") != "nano":
+            return "nobody keeps the shadow page tables in step, so the guest's changes of its own are not seen"
         if parameters.get("sensitive", "silent") == "trap":
             return None
         return cls.SILENT_DAMAGE.get(workload)

@@ -1,0 +1,167 @@
+"""What an operation costs and why: nanobenchmarks beside published figures, exits by reason, densities of loads."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmlab import costs, report
+from vmlab.cli.main import main
+from vmlab.report import densities, exits_chart, nanobench
+from vmlab.report.charts import CHARTS, drawable
+from vmlab.report.view import View
+
+PROFILES = ("prescott-2005", "northwood-2002")
+
+
+def cell(
+    technique: str, workload: str, loop: dict[str, int], empty: dict[str, int] | None, iterations: int = 100, **parameters: Any,
+) -> dict[str, Any]:
+    """A finished cell whose warm part and empty loop had these events."""
+    phases = {"roi.warm": {"events": loop}} | ({"empty": {"events": empty}} if empty is not None else {})
+    platform = "svm" if technique == "hardware-assisted" else "x86"
+    made = {"guest": "minios", "workload": workload, "iterations": iterations, **parameters}
+    cycles = {}
+    for name in PROFILES:
+        cycles[name] = costs.price(loop, costs.load(name), platform).as_dict()
+    return {
+        "id": f"{technique}/{workload},{parameters}", "technique": technique, "parameters": made, "status": "ok", "error": None,
+        "platform": platform, "work": {"operations": iterations, "iterations": iterations, "pt_writes": 2 * iterations, "faults": iterations // 2,
+                                       "system_calls": 3 * iterations, "cr3_loads": 0},
+        "instructions": {"guest": {"user": 1000, "kernel": 4000}, "machine": 5000}, "events": loop, "phases": phases,
+        "cycles": cycles, "slowdown": {}, "fidelity": {"outcome": "a", "matches_native": True},
+        "efficiency": {"retired": 1.0, "translated": 0.0, "emulated": 0.0}, "console": "", "safety": {"refused": []},
+    }
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    ptemod = {"machine.store": 100, "machine.alu": 300}
+    empty = {"machine.alu": 300}
+    fault = {"machine.load": 100, "machine.alu": 300, "fault.delivered.14": 100, "machine.iret": 100}
+    traced = {"machine.store": 100, "machine.alu": 300, "exit.page_fault": 100, "entry": 100, "shadow.fault.hidden": 300}
+    return {"schema_version": 1, "experiment": "made", "claims": [], "cells": [
+        cell("native", "ptemod", ptemod, empty),
+        cell("hardware-assisted", "ptemod", traced, empty, memory="tracing"),
+        cell("native", "pgfault", fault, empty),
+        cell("native", "callret", {"machine.alu": 300, "machine.branch": 100, "machine.indirect": 100}, empty),
+        cell("native", "ctxsw", {"machine.alu": 800}, empty),
+        cell("paravirtualization", "ctxsw", {"machine.alu": 800, "trap.int": 200, "hypercall.mmuext_op": 200}, empty, memory="direct"),
+        cell("native", "build", {"machine.alu": 800}, None),
+    ]}
+
+
+def find(results: dict[str, Any], workload: str, system: str) -> nanobench.Figure:
+    return next(f for t in nanobench.tables(results) for f in t.figures if (f.workload, f.system) == (workload, system))
+
+
+def test_an_operation_is_the_loop_less_the_empty_loop_by_iterations(results: dict[str, Any]) -> None:
+    prescott = costs.load("prescott-2005")
+    store = costs.unit_cost("machine.store", prescott)
+    assert find(results, "ptemod", "native").ours == pytest.approx(store)
+    round_trip = sum(float(costs.unit_cost(kind, prescott)) for kind in ("machine.store", "exit.page_fault", "entry"))  # type: ignore[arg-type]
+    hidden = costs.unit_cost("shadow.fault.hidden", prescott)
+    assert isinstance(hidden, float)
+    assert find(results, "ptemod", "VT-x").ours == pytest.approx(round_trip + 3 * hidden)
+    # Two switches an iteration.
+    northwood = costs.load("northwood-2002")
+    alu = costs.unit_cost("machine.alu", northwood)
+    assert isinstance(alu, float)
+    assert find(results, "ctxsw", "native").ours == pytest.approx(5 * alu / 2)
+    assert nanobench.operation(results["cells"][-1]) is None
+
+
+def test_published_figures_stand_in_cycles_with_their_ratio(results: dict[str, Any]) -> None:
+    assert find(results, "ptemod", "VT-x").published == 12733
+    switch = find(results, "ctxsw", "Xen")
+    assert switch.published == pytest.approx(1.97 * 2400)
+    assert switch.ours is not None and switch.ratio == pytest.approx(switch.ours / (1.97 * 2400))
+    missing = find(results, "ptemod", "translated")
+    assert missing.ours is None and missing.ratio is None and missing.published == 391
+
+
+def test_rows_whose_figure_set_a_cost_are_marked(results: dict[str, Any]) -> None:
+    """Prescott's store was read from the native column of ptemod; the exit's cost was not read from the paper's figure 4."""
+    assert find(results, "ptemod", "native").calibrated
+    assert not find(results, "ptemod", "VT-x").calibrated
+    assert not find(results, "ctxsw", "Xen").calibrated
+    lines = nanobench.text(results).splitlines()
+    row = next(line for line in lines if line.startswith("entry stored again"))
+    assert "1.0*" in row and "(1.0)" in row and "(12,733)" in row and "- (391)" in row
+    assert all(line.isascii() for line in lines)
+
+
+def test_every_published_row_is_a_workload_of_minios_and_its_source_is_known() -> None:
+    from vmlab import guests
+
+    for paper in nanobench.papers():
+        assert paper["source"] in costs.bibliography()
+        assert paper["profile"] in costs.names()
+        for row in paper["rows"]:
+            assert row["workload"] in guests.workloads("minios")
+            assert {*row} - {"workload", "words", "where", "per", "note"} == {*paper["cells"]}
+
+
+def test_a_run_without_nanobenchmarks_has_neither_table_nor_chart(results: dict[str, Any]) -> None:
+    results["cells"] = [results["cells"][-1]]
+    assert nanobench.tables(results) == [] and nanobench.text(results) == ""
+    assert "nanobenchmarks" not in drawable(View(results))
+
+
+def test_both_charts_keep_within_their_sheet(results: dict[str, Any]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from vmlab.report.canvas import our_settings
+
+    view = View(results)
+    assert {"exits", "nanobenchmarks"} <= {*drawable(view)}
+    with our_settings():
+        for name in ("exits", "nanobenchmarks"):
+            figure = CHARTS[name](view)
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            renderer = canvas.get_renderer()
+            boxes = [axes.get_tightbbox(renderer) for axes in figure.axes] + [legend.get_window_extent(renderer) for legend in figure.legends]
+            title, caption = (words.get_window_extent(renderer) for words in figure.texts)
+            for box in [title, caption, *boxes]:
+                assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1, (name, box)
+            assert not any(a.overlaps(b) for a, b in combinations([title, caption, *boxes], 2)), name
+
+
+def test_exits_are_told_by_reason_and_operation(results: dict[str, Any]) -> None:
+    view = View(results)
+    results["cells"][0]["parameters"]["density"] = 1
+    assert view.headline
+    per = exits_chart.per_operation(view)
+    found = {variant[0]: rates for variant, rates in per.items()}
+    assert found in ({"hardware-assisted": {"exit.page_fault": 1.0}}, {"paravirtualization": {"hypercall.mmuext_op": 2.0}})
+    assert "leaves the guest" in exits_chart.exits_title(view)
+
+
+def test_densities_are_the_guests_own_counts_an_operation(results: dict[str, Any]) -> None:
+    found = {density.workload: density for density in densities.densities(View(results))}
+    assert found["ptemod"].counted == {"pt_writes": 2.0, "faults": 0.5, "system_calls": 3.0, "cr3_loads": 0.0}
+    assert found["ptemod"].instructions == 50
+    assert found["ptemod"].hidden == {"hardware-assisted": 3.0}
+    assert any("page-table writes" in line for line in report.terminal_table(results).splitlines())
+
+
+def test_the_verb_prints_exits_three_ways(results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results), encoding="utf-8")
+    assert main(["exits", str(file), "--workload", "ptemod"]) == 0
+    out = capsys.readouterr().out
+    assert "VM exits: page fault" in out and "100.0 %" in out and "ctxsw" not in out
+    assert main(["exits", str(file), "--perf", "--profile", "prescott-2005"]) == 0
+    out = capsys.readouterr().out
+    assert "VM-EXIT" in out and "EXIT.PAGE_FAULT" in out and "Total Samples:100" in out
+    assert main(["exits", str(file), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["exits"]
+    assert {row["kind"]: row["count"] for row in rows} == {"exit.page_fault": 100, "hypercall.mmuext_op": 200}
+    assert main(["exits", str(file), "--workload", "ptemd"]) == 2
+    assert main(["exits", str(file), "--profile", "haswell-2013"]) == 2
+    assert main(["exits", str(tmp_path / "absent")]) == 2
