@@ -50,7 +50,9 @@ def draw_exits(view: View) -> Any:
     """Stacked bars on linear axes, a panel per scale."""
     from matplotlib.patches import Patch
 
-    from vmlab.report.canvas import Sheet
+    from matplotlib.ticker import MaxNLocator
+
+    from vmlab.report.canvas import Sheet, fits
 
     found = per_operation(view)
     weight: dict[str, float] = {}
@@ -66,16 +68,18 @@ def draw_exits(view: View) -> Any:
     legend = [Patch(color=colour, label=_words(kind)) for kind, colour in colours.items()]
     if any(kind not in colours for rates in found.values() for kind in rates):
         legend.append(Patch(color=OTHER_CAUSE, label="other reasons"))
-    sheet = Sheet(exits_title(view), caption, [0.42 * len(group) + 0.1 for group in groups], left=2.35, right=0.7,
-                  gap=0.45, legend_rows=-(-len(legend) // 2))
+    sheet = Sheet(exits_title(view), caption, [0.42 * len(group) + 0.1 for group in groups], left=2.35, right=0.25,
+                  gap=0.45, legend_rows=-(-len(legend) // fits(2)))
     for (axes,), group in zip(sheet.axes, groups, strict=True):
         axes.set_yticks(range(len(group)), [name(variant) for variant in group])
         axes.set_ylim(len(group) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
+        axes.set_xlim(0, 1.2 * max(sum(found[variant].values()) for variant in group))  # room for the number behind the bar
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=3 * fits(2)))
         for y, variant in enumerate(group):
             _bar(axes, y, found[variant], colours)
-    sheet.legend(legend, columns=2)
+    sheet.legend(legend, columns=fits(2))
     return sheet.figure
 
 

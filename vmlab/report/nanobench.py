@@ -168,7 +168,7 @@ def draw_nanobenchmarks(view: View) -> Any:
     """Our figure and the published one of each operation, a panel per paper."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    from vmlab.report.canvas import Sheet
+    from vmlab.report.canvas import Sheet, fits
     from vmlab.report.style import FAINT, RULE, look
 
     found = tables(view.results)
@@ -176,8 +176,9 @@ def draw_nanobenchmarks(view: View) -> Any:
         raise ConfigError("the run has no nanobenchmarks to draw")
     caption = ("Cycles of one operation: the loop less the same loop around nothing, by iterations. Filled: ours, nominal costs, whiskers the 5th "
                "and 95th percentile of sampled costs. Hollow: published. A star marks figures that set one of the costs: they agree with themselves.")
+    handles = _handles(found)
     heights = [0.3 * len({f.workload for f in table.figures}) + 0.2 for table in found]
-    sheet = Sheet(finding(found), caption, heights, left=1.75, right=0.3, gap=0.75, legend_rows=2)
+    sheet = Sheet(finding(found), caption, heights, left=1.75, right=0.3, gap=0.75, legend_rows=-(-len(handles) // fits(3, 2.4)))
     for (axes,), table in zip(sheet.axes, found, strict=True):
         workloads = list(dict.fromkeys(figure.workload for figure in table.figures))
         axes.set_xscale("log")
@@ -185,7 +186,7 @@ def draw_nanobenchmarks(view: View) -> Any:
         axes.set_yticks(range(len(workloads)), [next(f.words for f in table.figures if f.workload == w) for w in workloads])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-        axes.xaxis.set_major_locator(LogLocator(numticks=10))
+        axes.xaxis.set_major_locator(LogLocator(numticks=5 * fits(2)))
         axes.xaxis.set_major_formatter(FuncFormatter(_tick))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{table.title}; ours on {table.profile}, cycles", loc="left", fontsize=10)
@@ -203,7 +204,7 @@ def draw_nanobenchmarks(view: View) -> Any:
                           markeredgecolor=style.colour, markeredgewidth=1.3, linestyle="none", zorder=2)
         for y in range(len(workloads)):
             axes.axhline(y + 0.5, color=RULE, linewidth=0.5, zorder=0)
-    sheet.legend(_handles(found), columns=3)
+    sheet.legend(handles, columns=fits(3, 2.4))
     return sheet.figure
 
 
