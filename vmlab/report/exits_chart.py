@@ -49,7 +49,6 @@ def exits_title(view: View) -> str:
 def draw_exits(view: View) -> Any:
     """Stacked bars on linear axes, a panel per scale."""
     from matplotlib.patches import Patch
-
     from matplotlib.ticker import MaxNLocator
 
     from vmlab.report.canvas import Sheet, fits
