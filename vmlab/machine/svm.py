@@ -87,7 +87,7 @@ class Svm:
 
     # ---- the host
     def _is_host(self, pc: int) -> bool:
-        return pc >= HIGH or self._booting
+        return HIGH + CODE <= pc < HIGH + CODE + 0x1000 or self._booting
 
     def _boot(self) -> None:
         machine, ram = self.machine, self.machine.ram
