@@ -139,6 +139,19 @@ def test_a_verdict_has_confidence_and_the_cost_that_decides_it(made_up_claim: st
         assert again == ("fails" if verdict == "after" and rising else "holds")
 
 
+def test_the_generation_where_each_of_several_crosses_is_named() -> None:
+    from vmlab.cli.claims import screen
+
+    rows = [{"name": name, "price": {"cell": name}, "over": {"cell": "native"}, "at_most": limit}
+            for name, limit in (("soft", 9999), ("hard", 9999), ("nested", 1))]
+    finding = checks.checks(evidence(), {"checks": rows, "scope": [WESTMERE]})
+    verdict = {"id": "i", "statement": "s", "reason": "r", "kind": "priced", "calibrated": False, "decided_by": {}, "flips": [],
+               "verdict": finding.verdict, "by_profile": finding.by_profile, "figures": finding.figures, "confidence": {}}
+    assert "First so: soft: westmere-2010; hard: westmere-2010; nested: westmere-2010" in " ".join(screen(verdict).split())
+    verdict["figures"] = finding.figures | {"so on": {"soft": [P4], "nested": [WESTMERE]}}
+    assert "soft: prescott-2005; hard: nowhere" in " ".join(screen(verdict).split())
+
+
 def test_what_the_lab_cannot_run_is_the_reason(made_up_claim: str) -> None:
     found = claims.evaluate([made_up_claim], CELLS, [], absent={made_up_claim: {"soft": "no such technique here"}})[0]
     assert (found["verdict"], found["reason"]) == ("undecided", "no such technique here")

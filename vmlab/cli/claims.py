@@ -157,6 +157,7 @@ def screen(verdict: Mapping[str, Any]) -> str:
     for word in ("holds", "fails", "undecided"):
         where = [name for name, answer in verdict["by_profile"].items() if answer == word]
         lines += _wrapped(f"{word} on {', '.join(where)}") if where and len(verdict["by_profile"]) > 1 else []
+    lines += _wrapped(_crossings(verdict)) if _crossings(verdict) else []
     for profile, decided in verdict["decided_by"].items():
         share = f"{100 * verdict['confidence'][profile]:.3g} % of the cost samples agree"
         if decided is None:
@@ -167,6 +168,18 @@ def screen(verdict: Mapping[str, Any]) -> str:
             f"{profile}: {share}; decided by {decided['cost']} = {decided['value']:g} ({decided['low']:g} to {decided['high']:g}, "
             f"{decided['provenance']}): flips at {decided['flips_at']:.3g}, {beyond}")
     return "\n".join(lines)
+
+
+def _crossings(verdict: Mapping[str, Any]) -> str:
+    """Of a claim with several price checks: the oldest profile on which each of them holds."""
+    figures = verdict["figures"]
+    names: dict[str, None] = {}
+    for profile in verdict["by_profile"]:
+        checks = figures.get(profile, {})
+        names |= dict.fromkeys(checks) if isinstance(checks, dict) and "reason" not in checks else {}
+    if len(names) < 3 or "so on" not in figures:
+        return ""
+    return "First so: " + "; ".join(f"{name}: {figures['so on'].get(name, ['nowhere'])[0]}" for name in names)
 
 
 def _kind(verdict: Mapping[str, Any]) -> str:
