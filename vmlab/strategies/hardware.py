@@ -66,13 +66,13 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         scheme = str(self.chosen["memory"])
         self._nested = scheme == "nested"
         self.cpu = GuestModeCpu(machine.cpu, self.vmcb, self.mmu, nested=self._nested)
-        self.platform_devices = VirtualPlatform(machine, physical_bus(machine, self.counts, self.chosen["hypervisor"]))
+        self.platform_devices = VirtualPlatform(machine, physical_bus(machine, self.counts, self.chosen["hypervisor"]), self.counts, self.mmu.memory)
         self.emulator = Emulator(machine, cast(VirtualCpu, self.cpu), self.platform_devices, self.counts)
         self.emulator.registers.carries_long_mode = True
         self.emulator.registers.on_tsc = lambda offset: self.cpu.write("tsc_offset", offset)
         self.memory: AssistedMemory = (
-            Nested(self, str(self.chosen["nested_page"])) if self._nested
-            else Shadowed(self, ShadowPager(self.mmu, self.counts, scheme=scheme, space=None)))
+            Nested(self, str(self.chosen["nested_page"]), self.platform_devices.is_device) if self._nested
+            else Shadowed(self, ShadowPager(self.mmu, self.counts, scheme=scheme, space=None, is_device=self.platform_devices.is_device)))
         self.stores = Stores(machine, self.mmu, self.emulator, self.memory.forget)
         self._window_open = False
         self._exits: dict[int, Callable[[], None]] = {
@@ -177,12 +177,14 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
     def _halt(self) -> None:
         """HLT: wait for an interrupt that the guest accepts; the run is over when none can come."""
         self.emulate_next()
-        if self.platform_devices.pending and self.cpu.interrupts_enabled:
+        if not self.cpu.interrupts_enabled:     # nothing can wake it, whatever else goes on in the machine
             self.machine.idle()
-            return
-        while self.svm.wait().reason is StopReason.REQUESTED:
-            if self.platform_devices.pending and self.cpu.interrupts_enabled:
-                return
+            self.machine.stop(Stop(StopReason.HALTED))
+        elif self.platform_devices.pending:
+            self.machine.idle()
+        else:
+            while self.svm.wait().reason is StopReason.REQUESTED and not self.platform_devices.pending:
+                pass
 
     def _undefined(self) -> None:
         """AMD-V's own instructions: the guest has none (EFER.SVME is hidden), so the bare machine would raise #UD."""

@@ -54,9 +54,6 @@ class AssistedMemory(Protocol):
     def forget(self) -> None:
         """Page tables were stored to at a place that could not be told."""
 
-    def watch_devices(self, is_device: Callable[[int], bool]) -> None:
-        """Guest-physical addresses at which the VMM must carry accesses out."""
-
 
 class Shadowed:
     """The CPU walks shadow tables: #PF exits, and so do the registers that say where the guest's tables are."""
@@ -82,9 +79,6 @@ class Shadowed:
     def forget(self) -> None:
         self._pager.drop_all()
 
-    def watch_devices(self, is_device: Callable[[int], bool]) -> None:
-        self._pager.is_device = is_device
-
     def _page_fault(self) -> None:
         """#PF on the shadow: hidden, a store to a traced table, or the guest's own; what it interrupted is injected again."""
         vmm = self._vmm
@@ -107,9 +101,9 @@ class Shadowed:
 class Nested:
     """The CPU walks the guest's own tables and nested ones; it exits for a part of guest memory that was never touched."""
 
-    def __init__(self, vmm: AssistedVmm, page: str) -> None:
+    def __init__(self, vmm: AssistedVmm, page: str, is_device: Callable[[int], bool]) -> None:
         self._vmm = vmm
-        self.pager = NestedPager(vmm.mmu.memory, vmm.emulator.counts, LARGE if page == "2m" else 4096)
+        self.pager = NestedPager(vmm.mmu.memory, vmm.emulator.counts, LARGE if page == "2m" else 4096, is_device)
         self.pager.on_foreign = vmm.note_foreign
         vmm.emulator.registers.on_paging = lambda flush: vmm.cpu.follow_registers()
         self.exits: dict[int, Callable[[], None]] = {v.EXIT_NPF: self._nested_fault}
@@ -124,9 +118,6 @@ class Nested:
 
     def forget(self) -> None:
         """Nothing is derived from the guest's tables."""
-
-    def watch_devices(self, is_device: Callable[[int], bool]) -> None:
-        self.pager.is_device = is_device
 
     def _nested_fault(self) -> None:
         cpu = self._vmm.cpu

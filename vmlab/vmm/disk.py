@@ -88,12 +88,15 @@ class VirtualDisk(d.Registers):
 
     :param memory_size: bytes of guest-physical memory from 0.
     :param translate: hpa of a guest-physical buffer, and how to give it back; None refuses it as a bad address.
+    :param later: calls back after so many nanoseconds, for a request that is refused, as the physical disk takes its time
+        for one; by default at once.
     """
 
     def __init__(self, driver: DiskDriver, line: Callable[[bool], None], memory_size: int,
-                 translate: Callable[[int, int, bool], tuple[int, Callable[[], None]] | None]) -> None:
+                 translate: Callable[[int, int, bool], tuple[int, Callable[[], None]] | None],
+                 later: Callable[[int, Callable[[], None]], None] = lambda delay, callback: callback()) -> None:
         super().__init__(line, driver.sectors or 0)
-        self._driver, self._translate = driver, translate
+        self._driver, self._translate, self._later = driver, translate, later
         self._memory = GuestBuffers(memory_size)
 
     def command(self, command: int) -> None:
@@ -106,7 +109,7 @@ class VirtualDisk(d.Registers):
             else:
                 buffer = found
         if error:
-            self.complete(error)
+            self._later(d.REQUEST_NS, lambda: self.complete(error))
             return
         address, release = buffer
 

@@ -24,13 +24,17 @@ CR0_BITS, CR0_ET = 0xE005003F, 0x10
 class GuestMemory:
     """``size`` bytes of guest RAM at hpa ``base``. Addresses are guest-physical (gpa).
 
-    Nothing answers above RAM: reads give all ones and writes vanish, as on the bare machine's bus.
+    Above RAM are registers of devices; where there are none reads give all ones and writes vanish, as on the bare
+    machine's bus.
     """
 
     def __init__(self, ram: Ram, base: int, size: int) -> None:
         self.ram, self.base, self.size = ram, base, size
         #: Told of every store by the VMM or a device on the guest's behalf: (gpa, bytes).
         self.on_write: Callable[[int, int], None] = lambda gpa, size: None
+        #: Accesses beyond RAM: (gpa, bytes) and (gpa, bytes, value).
+        self.read_device: Callable[[int, int], int] = lambda gpa, size: (1 << (8 * size)) - 1
+        self.write_device: Callable[[int, int, int], None] = lambda gpa, size, value: None
 
     def inside(self, gpa: int) -> bool:
         """Whether RAM answers at ``gpa``."""
@@ -38,14 +42,18 @@ class GuestMemory:
 
     def read(self, gpa: int, size: int) -> bytes:
         inside = max(0, min(size, self.size - gpa))
+        if not inside and size in (1, 2, 4, 8):
+            return self.read_device(gpa, size).to_bytes(size, "little")
         return self.ram.read(self.base + gpa, inside) + b"\xff" * (size - inside)
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Store for the guest; what lies beyond RAM is dropped."""
+        """Store for the guest; what lies beyond RAM is a device's, or dropped."""
         inside = data[:max(0, self.size - gpa)]
         if inside:
             self.ram.write(self.base + gpa, inside)
             self.on_write(gpa, len(inside))
+        elif len(data) in (1, 2, 4, 8):
+            self.write_device(gpa, len(data), int.from_bytes(data, "little"))
 
     # ---- what the walker needs; its accessed and dirty bits are no news to anybody
     def read32(self, gpa: int) -> int:

@@ -50,16 +50,18 @@ class DeprivilegingMonitor(Strategy):
         machine.monitor = self
         self.space = StaticSpace(machine.ram)
         self.mmu = GuestMmu(GuestMemory(machine.ram, GUEST_FRAMES, GUEST_MEMORY), self.counts)
-        self.pager = ShadowPager(self.mmu, self.counts, scheme=str(self.chosen.get("memory", "static")), space=self.space)
+        self.platform_devices = VirtualPlatform(machine, physical_bus(machine, self.counts, self.chosen.get("hypervisor")), self.counts, self.mmu.memory)
+        self.pager = ShadowPager(self.mmu, self.counts, scheme=str(self.chosen.get("memory", "static")), space=self.space,
+                                 is_device=self.platform_devices.is_device)
         self.pager.on_foreign = self.note_foreign
         self.vcpu = self.make_vcpu()
-        self.platform_devices = VirtualPlatform(machine, physical_bus(machine, self.counts, self.chosen.get("hypervisor")))
         self.emulator = Emulator(machine, self.vcpu, self.platform_devices, self.counts)
         self.emulator.on_halt = self._halt
         self.emulator.registers.on_paging = self._registers_written
         self.emulator.registers.on_invlpg = self.pager.invlpg
         self.stores = Stores(machine, self.mmu, self.emulator, self.pager.drop_all)
         machine.on_attention = self.attend
+        self._shadow_seen = 0           # when an interrupt was held back by the shadow of STI
 
     def make_vcpu(self) -> VirtualCpu:
         """The virtual CPU; techniques that keep more of it virtual make their own."""
@@ -245,6 +247,7 @@ class DeprivilegingMonitor(Strategy):
             self.machine.request_attention(False)
             return False
         if vcpu.shadow_at is not None:
+            self._shadow_seen = self.machine.time
             self.counts["interrupt.window"] += 1
             self.machine.request_attention(True)
             return False
@@ -262,7 +265,8 @@ class DeprivilegingMonitor(Strategy):
         """The machine asks at a block's start, because :meth:`inject_pending` wanted it; True when RIP moved."""
         vcpu = self.vcpu
         if vcpu.shadow_at is not None:
-            if vcpu.shadow_at == vcpu.rip:
+            # Still there, and not there again: the instruction behind STI may be a jump to itself.
+            if vcpu.shadow_at == vcpu.rip and self.machine.time == self._shadow_seen:
                 return False
             vcpu.shadow_at = None
         injected = self.inject_pending()
@@ -270,10 +274,10 @@ class DeprivilegingMonitor(Strategy):
         return injected
 
     def _halt(self) -> None:
-        """HLT: if nothing is pending, and nothing can come (no device here acts by itself), the run is over."""
+        """HLT: the VMM halts until something is pending for the guest; the run is over when nothing can wake it."""
         self.vcpu.shadow_at = None
         self.machine.idle()
-        if not (self.platform_devices.pending and self.vcpu.interrupts_enabled):
+        if not (self.vcpu.interrupts_enabled and self.platform_devices.wait()) and self.machine.ending is None:
             self.machine.stop(Stop(StopReason.HALTED))
 
     # ---- state

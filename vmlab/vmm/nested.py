@@ -22,12 +22,13 @@ _ALL = P | RW | US | A | D          # the CPU's accesses count as a user's; this
 class NestedPager:
     """The nested tables of one guest. ``page_size``: 4 KiB, or 2 MiB where the guest's RAM has whole pages of that size."""
 
-    def __init__(self, memory: GuestMemory, counts: Counts, page_size: int) -> None:
+    def __init__(self, memory: GuestMemory, counts: Counts, page_size: int,
+                 is_device: Callable[[int], bool] = lambda gpa: False) -> None:
         self._memory, self._ram, self._counts, self._page_size = memory, memory.ram, counts, page_size
         self._nowhere = (self._ram.size + LARGE - 1) & ~(LARGE - 1)
         self._next = POOL.start
         #: Guest-physical addresses at which a device answers: never mapped, accesses are carried out by the VMM.
-        self.is_device: Callable[[int], bool] = lambda gpa: False
+        self.is_device = is_device
         #: Told of a frame beyond the guest's RAM when it is first reached.
         self.on_foreign: Callable[[int], None] = lambda gpa: None
         self.root = self._table()

@@ -1,18 +1,33 @@
-"""The guest's interrupt controller, and its way to the devices of the machine.
+"""The devices that a guest sees under a full-virtualization VMM, and the machine's devices that stand behind them.
 
-The 8259 pair that the guest programs is the VMM's, a model of the same part; the physical pair belongs
-to the VMM, which forwards a physical interrupt as an edge on the same input of the guest's pair. Serial
-port and debug exit are handed through: the VMM performs the guest's accesses on the physical bus, or has its host do so.
+Interrupt controllers, timers and the local APIC that the guest programs are the VMM's, models of the same parts. Their
+timers run on a timeline of the VMM's own, which is real as far as the machine is concerned: for the next due event the VMM
+programs the *physical* interval timer, takes its interrupt, and then runs what is due. The physical disk moves the
+data of the guest's; its addresses are checked and translated. Serial port and debug exit are handed through: the VMM
+performs the guest's accesses on the physical bus, or has its host do so, and forwards an interrupt as an edge on the
+guest's controller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from vmlab.ledger import Counts
+from vmlab.machine.devices import lapic
 from vmlab.machine.devices.bus import PortBus
+from vmlab.machine.devices.disk import FIRST_PORT, PORT_COUNT
 from vmlab.machine.devices.pic import PicPair
-from vmlab.machine.pc import UART_IRQ, Machine
+from vmlab.machine.devices.pit import Pit, SystemControl
+from vmlab.machine.memory import PAGE
+from vmlab.machine.pc import DISK_IRQ, PIT_IRQ, PIT_PORT, SYSTEM_PORT, UART_IRQ, Machine
+from vmlab.machine.timeline import Timeline
+from vmlab.vmm.disk import DiskDriver, VirtualDisk
+from vmlab.vmm.guest_tables import GuestMemory
 from vmlab.vmm.host import PHYSICAL_BASE, PhysicalBus
+from vmlab.vmm.timer import PhysicalTimer
+
+#: A VMM that halts through so many physical interrupts, none of which is for its guest, waits for ever.
+_VAIN_INTERRUPTS = 100_000
 
 
 def program_physical_pic(machine: Machine, irqs: Iterable[int]) -> None:
@@ -26,43 +41,135 @@ def program_physical_pic(machine: Machine, irqs: Iterable[int]) -> None:
 
 
 class VirtualPlatform:
-    """Virtual interrupt controller plus pass-through ports. ``bus``: the VMM's way to the physical devices."""
+    """What the guest finds at ports and in memory, and what interrupts it.
 
-    def __init__(self, machine: Machine, bus: PhysicalBus | None = None) -> None:
-        self._machine = machine
-        self._bus = bus or PhysicalBus(machine)
-        self.pic = PicPair(lambda: None)
+    :param bus: the VMM's way to the physical devices.
+    :param memory: the guest's frames, for its disk.
+    """
+
+    def __init__(self, machine: Machine, bus: PhysicalBus, counts: Counts, memory: GuestMemory) -> None:
+        self._machine, self._bus, self._counts, self._memory = machine, bus, counts, memory
+        self._timer = PhysicalTimer(machine, bus, counts)
+        self._driver = DiskDriver(machine, bus, counts)
+        self.timeline = Timeline(lambda: machine.time, self._arm)           # the VMM's own events
+        self.pic = PicPair(lambda: None)                                    # two 8259A
+        self.lapic = lapic.Lapic(self.timeline, self.pic, lambda: None)     # local APIC
+        self.pit = Pit(self.timeline, self._line(PIT_IRQ))                  # 8254
+        self.disk = None if self._driver.sectors is None else VirtualDisk(  # DMA block device
+            self._driver, self._line(DISK_IRQ), memory.size, self._buffer, self._later)
         self._own = PortBus()
         self.pic.attach(self._own)
-        program_physical_pic(machine, (UART_IRQ,))
+        self._own.attach(self.pit, PIT_PORT, 4)
+        self._own.attach(SystemControl(self.timeline, self.pit.channels[2]), SYSTEM_PORT, 1)
+        if self.disk is not None:
+            self._own.attach(self.disk, FIRST_PORT, PORT_COUNT)
+        memory.read_device, memory.write_device = self._memory_read, self._memory_write
+        program_physical_pic(machine, (PIT_IRQ, UART_IRQ, DISK_IRQ))
 
-    @staticmethod
-    def _is_own(port: int) -> bool:
-        return port in (0x20, 0x21, 0xA0, 0xA1)
+    def _line(self, irq: int) -> Callable[[bool], None]:
+        return lambda level: self.pic.set_line(irq, level)
 
+    # ---- the guest's accesses
     def port_read(self, port: int, size: int) -> int:
         """The guest reads a port."""
-        return self._own.read(port, size) if self._is_own(port) else self._bus.port_read(port, size)
+        return self._own.read(port, size) if self._own.answers(port) else self._bus.port_read(port, size)
 
     def port_write(self, port: int, size: int, value: int) -> None:
-        """The guest writes a port. Writes to the virtual controller join the guest's ordered device log too."""
-        if self._is_own(port):
+        """The guest writes a port. Writes to the VMM's own devices join the guest's ordered device log too."""
+        if self._own.answers(port):
             self._machine.device_log.append((port, size, value & ((1 << (8 * size)) - 1)))
             self._own.write(port, size, value)
         else:
             self._bus.port_write(port, size, value)
 
-    def physical_interrupt(self) -> None:
-        """Take the physical interrupt (INTA, EOI) and pass it on as an edge to the guest's controller."""
-        irq = self._bus.acknowledge()
-        self.pic.set_line(irq, False)
-        self.pic.set_line(irq, True)
+    @staticmethod
+    def is_device(gpa: int) -> bool:
+        """Whether a device's registers are in the page of ``gpa``: it must not be mapped."""
+        return lapic.BASE <= gpa < lapic.BASE + lapic.SIZE
 
+    def _memory_read(self, gpa: int, size: int) -> int:
+        if not self.is_device(gpa):
+            return (1 << (8 * size)) - 1
+        self._counts["vmm.device"] += 1
+        return self.lapic.read(gpa - lapic.BASE, size)
+
+    def _memory_write(self, gpa: int, size: int, value: int) -> None:
+        if self.is_device(gpa):
+            self._counts["vmm.device"] += 1
+            self.lapic.write(gpa - lapic.BASE, size, value)
+
+    def _later(self, delay: int, callback: Callable[[], None]) -> None:
+        self.timeline.at(self.timeline.now + delay, callback)
+
+    def _buffer(self, gpa: int, size: int, written: bool) -> tuple[int, Callable[[], None]]:
+        """The machine address of a disk buffer, all of which is the guest's RAM; what the disk stores there is told afterwards."""
+        def stored() -> None:
+            for page in range(gpa // PAGE, (gpa + size - 1) // PAGE + 1):
+                first, end = max(gpa, page * PAGE), min(gpa + size, (page + 1) * PAGE)
+                self._memory.on_write(first, end - first)
+
+        return self._memory.base + gpa, stored if written else _nothing
+
+    # ---- the machine's interrupts
+    def _arm(self) -> None:
+        """The VMM's next event needs a physical interrupt. One that comes too early, for what was taken back, does no harm."""
+        due = self.timeline.next_due
+        if due is not None and (self._timer.due is None or due < self._timer.due):
+            self._timer.arm(due)
+
+    def physical_interrupt(self) -> None:
+        """Take the physical interrupt: the VMM's own timer or disk, or one to pass on to the guest's controller."""
+        irq = self._bus.acknowledge()
+        if irq == PIT_IRQ:
+            self._timer.fired()
+            self.timeline.run_due()
+        elif irq == DISK_IRQ:
+            self._driver.interrupt()
+        else:
+            self.pic.set_line(irq, False)
+            self.pic.set_line(irq, True)
+
+    def wait(self) -> bool:
+        """The VMM halts the physical CPU until something is pending for its guest; False when nothing will be.
+
+        Its interrupts go to the devices alone, for no guest runs that they could be injected into.
+        """
+        machine = self._machine
+        handler, machine.monitor = machine.monitor, _Halted(self)
+        try:
+            for _ in range(_VAIN_INTERRUPTS):
+                if self.pending:
+                    return True
+                if machine.ending is not None or not machine.wait():
+                    return False
+                machine.interrupts.take()
+            return False
+        finally:
+            machine.monitor = handler
+
+    # ---- INTR of the guest's virtual CPU
     @property
     def pending(self) -> bool:
-        """INTR of the guest's virtual CPU."""
-        return self.pic.pending
+        """The level of INTR."""
+        return self.lapic.pending
 
     def acknowledge(self) -> int:
         """INTA by the guest's virtual CPU: the vector."""
-        return self.pic.acknowledge()
+        return self.lapic.acknowledge()
+
+
+class _Halted:
+    """The VMM's interrupt handler while the VMM itself waits."""
+
+    def __init__(self, platform: VirtualPlatform) -> None:
+        self._platform = platform
+
+    def interrupt(self) -> None:
+        self._platform.physical_interrupt()
+
+    def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
+        raise AssertionError(f"exception {vector} while the VMM waits")
+
+
+def _nothing() -> None:
+    """A buffer that the disk only reads."""

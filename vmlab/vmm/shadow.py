@@ -72,7 +72,8 @@ class ShadowPager:
     :param space: the VMM's own pages in the guest's linear space, or None where it needs none (hardware assistance).
     """
 
-    def __init__(self, mmu: GuestMmu, counts: Counts, *, scheme: str, space: StaticSpace | None) -> None:
+    def __init__(self, mmu: GuestMmu, counts: Counts, *, scheme: str, space: StaticSpace | None,
+                 is_device: Callable[[int], bool] = lambda gpa: False) -> None:
         self.mmu, self.scheme = mmu, scheme
         self.tracing = scheme == "tracing"
         self._counts, self._space = counts, space
@@ -80,7 +81,7 @@ class ShadowPager:
         self._nowhere = (self._ram.size + LARGE - 1) & ~(LARGE - 1)
         self._free = list(range(POOL.stop - PAGE, POOL.start - PAGE, -PAGE))
         #: Guest-physical addresses at which a device answers: accesses to them are carried out by the VMM.
-        self.is_device: Callable[[int], bool] = lambda gpa: False
+        self.is_device = is_device
         #: What the guest reached for beyond its RAM, told once a frame.
         self.on_foreign: Callable[[int], None] = lambda gpa: None
         self._foreign: set[int] = set()
@@ -141,6 +142,9 @@ class ShadowPager:
             entries = []
             for index in range(512):
                 gpa = slot << 30 | index * LARGE
+                if self.is_device(gpa):     # and with it what else is in these 2 MiB: the VMM answers
+                    entries.append(0)
+                    continue
                 entries.append((self._memory.base + gpa if self._memory.inside(gpa) else self._nowhere) | PS | _ALL | P | A | DIRTY)
             _TABLE.pack_into(self._ram.bytes, directory, *entries)
             if slot == 3 and self._space is not None:

@@ -54,9 +54,6 @@ class SingleStep:
 
     def __init__(self, machine: Machine, mmu: GuestMmu, *, on_foreign_write: Callable[[], None]) -> None:
         self._machine, self._mmu = machine, mmu
-        #: Registers of devices in guest-physical memory: (gpa, size) and (gpa, size, value).
-        self.read_device: Callable[[int, int], int] = lambda gpa, size: (1 << (8 * size)) - 1
-        self.write_device: Callable[[int, int, int], None] = lambda gpa, size, value: None
         #: A store whose second page could not be told: everything derived from tables must be doubted.
         self._on_foreign_write = on_foreign_write
         engine = self._engine = Engine()
@@ -99,14 +96,14 @@ class SingleStep:
 
     def _device_read(self, _uc: object, offset: int, size: int, _data: object) -> int:
         try:
-            return self.read_device(self._mmu.memory.size + offset, size)
+            return self._mmu.memory.read_device(self._mmu.memory.size + offset, size)
         except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames; step() raises it again
             self._failure = failure
             return 0
 
     def _device_write(self, _uc: object, offset: int, size: int, value: int, _data: object) -> None:
         try:
-            self.write_device(self._mmu.memory.size + offset, size, value)
+            self._mmu.memory.write_device(self._mmu.memory.size + offset, size, value)
         except BaseException as failure:  # noqa: BLE001
             self._failure = failure
 

@@ -11,41 +11,11 @@ import struct
 from collections.abc import Callable
 
 from vmlab.ledger import Counts
-from vmlab.machine.devices.pit import HZ, NANOSECONDS
-from vmlab.machine.pc import PIT_PORT, Machine
+from vmlab.machine.pc import Machine
 from vmlab.vmm import xen
 from vmlab.vmm.host import PhysicalBus
+from vmlab.vmm.timer import PhysicalTimer
 from vmlab.vmm.xen_memory import GuestMemory
-
-#: Channel 0, both bytes of the count, mode 0: one interrupt (Intel 8254 data sheet, "Control Word Format").
-_ONE_SHOT = 0x30
-_LONGEST = 0xFFFF
-
-
-class PhysicalTimer:
-    """Channel 0 of the machine's 8254 as a one-shot timer of the VMM's."""
-
-    def __init__(self, machine: Machine, bus: PhysicalBus, counts: Counts) -> None:
-        self._machine, self._bus, self._counts = machine, bus, counts
-        self._due: int | None = None
-
-    def arm(self, due: int | None) -> None:
-        """Interrupt at ``due`` (virtual ns) or soon after; None: not at all."""
-        if due == self._due:
-            return
-        self._due = due
-        self._counts["vmm.timer"] += 1
-        stop = (PIT_PORT + 3, 1, _ONE_SHOT)         # what was counted, and what comes is a new count
-        if due is None:
-            self._bus.own(stop)
-            return
-        ticks = -(-max(due - self._machine.time, 0) * HZ // NANOSECONDS)
-        count = min(max(ticks - 1, 1), _LONGEST)    # OUT goes high count + 1 clocks after the count was written
-        self._bus.own(stop, (PIT_PORT, 1, count & 0xFF), (PIT_PORT, 1, count >> 8))
-
-    def fired(self) -> None:
-        """Its interrupt came: nothing is armed now."""
-        self._due = None
 
 
 class GuestTimers:

@@ -30,6 +30,10 @@ class PortBus:
         for offset in range(count):
             self._at[first + offset] = (device, offset)
 
+    def answers(self, port: int) -> bool:
+        """Whether a device is attached at this port."""
+        return port in self._at
+
     def read(self, port: int, size: int) -> int:
         found = self._at.get(port)
         if found is None:
