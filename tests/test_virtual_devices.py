@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[type[Strategy], dict[str, str]]] = {
     "trap-and-emulate": (TrapAndEmulate, {"sensitive": "trap"}),
     "binary-translation": (BinaryTranslation, {}),
     "hardware-assisted": (HardwareAssisted, {}),
+    "nested": (HardwareAssisted, {"memory": "nested"}),
 }
 every_vmm = pytest.mark.parametrize("technique", KINDS)
 every_path = pytest.mark.parametrize("path", PATHS)
