@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[type[Strategy], dict[str, str]]] = {
     "binary-translation": (BinaryTranslation, {}),
     "hardware-assisted": (HardwareAssisted, {}),
     "nested": (HardwareAssisted, {"memory": "nested"}),
+    "hosted": (TrapAndEmulate, {"sensitive": "trap", "hypervisor": "type2"}),
 }
 every_vmm = pytest.mark.parametrize("technique", KINDS)
 every_path = pytest.mark.parametrize("path", PATHS)

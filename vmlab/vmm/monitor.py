@@ -50,7 +50,8 @@ class DeprivilegingMonitor(Strategy):
         machine.monitor = self
         self.space = StaticSpace(machine.ram)
         self.mmu = GuestMmu(GuestMemory(machine.ram, GUEST_FRAMES, GUEST_MEMORY), self.counts)
-        self.platform_devices = VirtualPlatform(machine, physical_bus(machine, self.counts, self.chosen.get("hypervisor")), self.counts, self.mmu.memory)
+        self.platform_devices = VirtualPlatform(machine, physical_bus(machine, self.counts, self.chosen.get("hypervisor")), self.counts,
+                                                self.mmu.memory)
         self.pager = ShadowPager(self.mmu, self.counts, scheme=str(self.chosen.get("memory", "static")), space=self.space,
                                  is_device=self.platform_devices.is_device)
         self.pager.on_foreign = self.note_foreign
