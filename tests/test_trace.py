@@ -42,6 +42,25 @@ def test_the_steps_add_up_to_the_regions_ledger(technique: str, workload: str) -
     assert sum(abs(n) for n in missing.values()) <= 16
 
 
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_quick_ledger_is_the_runs_own_at_every_instruction(technique: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmlab.trace.ledger import RunningLedger
+
+    quick, compared = RunningLedger.snapshot, 0
+
+    def both(self: RunningLedger, upto: int) -> Any:
+        nonlocal compared
+        ours, whole = quick(self, upto), self._strategy.snapshot(upto)
+        assert ({k: n for k, n in ours.events.items() if n}, ours.user, ours.kernel, ours.machine) == (
+            {k: n for k, n in whole.events.items() if n}, whole.user, whole.kernel, whole.machine)
+        compared += 1
+        return ours
+
+    monkeypatch.setattr(RunningLedger, "snapshot", both)
+    record(technique, SMALL | {"workload": "mixed", "iterations": 1})
+    assert compared > 100
+
+
 def steps(technique: str, **more: Any) -> list[Step]:
     return record(technique, SMALL | more).steps
 

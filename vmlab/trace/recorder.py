@@ -20,6 +20,7 @@ from vmlab.machine.engine import CODE_CALLBACK
 from vmlab.machine.state import HF_CS32, HF_CS64
 from vmlab.parameters import Value
 from vmlab.trace.lanes import Lane, lane_of
+from vmlab.trace.ledger import RunningLedger
 from vmlab.trace.symbols import Symbols
 
 #: Steps recorded at most, unless the caller says otherwise.
@@ -132,6 +133,7 @@ class Recorder:
         self._interrupt = interrupt
         self._visits, self._last_guest = 0, -1
         self._lane: Lane = lane_of(run.strategy)
+        self._ledger = RunningLedger(run.strategy)
         self._symbols = Symbols(run.image.symbols)
         self._whole = whole
         self._origin: int | None = 0 if whole else None
@@ -160,7 +162,7 @@ class Recorder:
         repeats = bool(self.steps) and self.steps[-1].address == address and self.steps[-1].code.startswith("rep")
         if repeats and self._previous is not None:
             return  # the next element of the same instruction: whatever it brings belongs to the same step
-        now = self._run.strategy.snapshot(address)
+        now = self._ledger.snapshot(address)
         number = now.user + now.kernel - self._origin
         if self._interrupt is not None and self._is_time(self._interrupt, number, address):
             line, self._interrupt = self._interrupt.line, None

@@ -1,0 +1,66 @@
+"""The ledger at every instruction, quickly: only what changed since the last look is summed anew.
+
+:meth:`vmlab.machine.counter.Counter.snapshot` sums over every block that ever ran. Between two instructions few blocks
+change, so their old part is taken away and their new part added. The result is the same (a test compares them step by step).
+"""
+
+from __future__ import annotations
+
+from vmlab.ledger import Snapshot
+from vmlab.machine.counter import Block, Counter, _sum
+from vmlab.strategies.base import Strategy
+
+_Cuts = tuple[tuple[int, int, int], ...]
+_Signature = tuple[int, ...]
+
+
+class RunningLedger:
+    """Snapshots of one strategy's run, each the cheaper for the one before."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy, self._counter = strategy, strategy.machine.counter
+        self._known: dict[int, tuple[Block, _Signature, _Cuts, Snapshot]] = {}
+        self._events: dict[str, int] = {}
+        self._user = self._kernel = self._machine = 0
+
+    def snapshot(self, upto: int) -> Snapshot:
+        """As ``strategy.snapshot(upto)``."""
+        counter: Counter = self._counter
+        cuts: dict[int, list[tuple[int, int, int]]] = {}
+        for (key, index, user), n in counter._short.items():
+            cuts.setdefault(key, []).append((index, user, n))
+        block = counter.current
+        if block is not None:
+            index_here = block.offsets.get(upto - block.pc)
+            if index_here is not None and index_here < len(block.instructions):
+                cuts.setdefault(block.key, []).append((index_here, counter.user, 1))
+        for one in counter._all_blocks():
+            runs, taken, again = one.runs, one.taken, one.again
+            signature = (runs[0], runs[1], taken[0], taken[1], again[0], again[1])
+            mine: _Cuts = tuple(cuts.get(one.key, ()))
+            known = self._known.get(id(one))
+            if known is None or known[1] != signature or known[2] != mine:
+                self._replace(one, signature, mine, known[3] if known is not None else None)
+        events = dict(self._events)
+        irets = dict(zip(("iret.same", "iret.outer"), counter.irets, strict=True))
+        for source in (irets, self._strategy.machine.events, self._strategy.counts):
+            for kind, n in source.items():
+                events[kind] = events.get(kind, 0) + n
+        counts = self._strategy.counts
+        return Snapshot({kind: n for kind, n in events.items() if n}, self._user + counts.get("emulated.user", 0),
+                        self._kernel + counts.get("emulated.kernel", 0), self._machine)
+
+    def _replace(self, block: Block, signature: _Signature, cuts: _Cuts, old: Snapshot | None) -> None:
+        correction: dict[tuple[int, int, int], int] = {}
+        for index, user, n in cuts:
+            place = (block.key, index, user)
+            correction[place] = correction.get(place, 0) + n
+        new = _sum([block], correction)
+        self._known[id(block)] = (block, signature, cuts, new)  # the block is kept, so that its identity stays its own
+        for part, sign in ((old, -1), (new, 1)):
+            if part is not None:
+                for kind, n in part.events.items():
+                    self._events[kind] = self._events.get(kind, 0) + sign * n
+                self._user += sign * part.user
+                self._kernel += sign * part.kernel
+                self._machine += sign * part.machine
