@@ -9,6 +9,7 @@ enum call {
     CALL_EXEC,              /* (program, argument): from the start, in fresh memory */
     CALL_YIELD,
     CALL_SLEEP,             /* (ticks) */
+    CALL_TICKS,             /* gives the ticks so far */
     CALL_MAP,               /* (address or 0, pages, rights): gives the address, or 0 */
     CALL_UNMAP,             /* (address, pages): gives 1, or 0 */
     CALL_PROTECT,           /* (address, pages, rights): gives 1, or 0 */

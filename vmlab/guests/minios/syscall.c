@@ -40,6 +40,7 @@ word system_call(struct frame *frame)
     case CALL_EXEC: process_exec(frame, a, b); return frame->ax;
     case CALL_YIELD: cli(); yield(); sti(); return 0;
     case CALL_SLEEP: sleep(a); return 0;
+    case CALL_TICKS: return ticks;
     case CALL_MAP: return space_map(&current->space, a, b, c);
     case CALL_UNMAP: return space_unmap(&current->space, a, b);
     case CALL_PROTECT: return space_protect(&current->space, a, b, c);

@@ -1,7 +1,7 @@
 /* timer.c: the 8254's channel 0 gives a tick every `timer` nanoseconds (0: no ticks). Called by main.c and trap.c. */
 #include "kernel.h"
 
-static volatile word ticks;
+volatile word ticks;
 static struct queue sleepers;
 
 /* Intel 8254 data sheet: control word 0x34: channel 0, both bytes, mode 2. It counts at 1 193 182 Hz, 838 ns a step. */
