@@ -226,7 +226,7 @@ _OPERATIONS = st.one_of(
 
 
 @given(st.lists(_OPERATIONS, min_size=1, max_size=25))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 def test_counts_agree_with_the_tables_whatever_is_asked(operations: list[tuple]) -> None:  # type: ignore[type-arg]
     ask = Asking()
     domain = ask.domain
