@@ -82,7 +82,7 @@ SERVICES = {
 #: Why translated code left the cache for the monitor.
 CALLOUT_CAUSES = (
     "cli", "sti", "pushf", "popf", "iret", "in", "out", "cpuid", "rdtsc", "hlt", "system",
-    "segment", "int", "interrupt", "chain", "indirect", "fault", "self_modifying",
+    "segment", "int", "interrupt", "chain", "indirect", "fault", "self_modifying", "adapted",
 )
 
 
@@ -115,6 +115,9 @@ def _kinds() -> Iterator[EventKind]:
         yield machine(f"retired.{op}", f"guest's {words} run at its own address", "instruction")
     yield machine("translated.ident", "guest instructions run as identical copies in the cache", "instruction")
     yield machine("translated.incache", "guest instructions run as other code in the cache", "instruction")
+    yield machine("translated.sensitive", "system instructions of the guest run as identical copies in the cache", "instruction")
+    yield machine("translated.unit", "translation units executed", "unit")
+    yield machine("translated.lookup", "targets looked up inside the cache")
     for op, words in SYSTEM_INSTRUCTIONS.items():
         yield vmm(f"emulate.{op}", f"{words} emulated by the VMM", "instruction")
     yield vmm("emulate.other", "another instruction emulated by the VMM", "instruction")
@@ -164,9 +167,14 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("bt.translate.bytes_out", "bytes emitted into the cache", "byte")
     for cause in CALLOUT_CAUSES:
         yield vmm(f"bt.callout.{cause}", f"callouts from the cache: {cause.replace('_', ' ')}")
+    yield vmm("bt.lookup.direct", "look-ups of a direct target by the monitor")
     yield vmm("bt.lookup.indirect", "look-ups of an indirect target by the monitor")
     yield vmm("bt.chain", "exits patched into direct jumps")
-    yield vmm("bt.invalidate", "translations thrown away")
+    yield vmm("bt.invalidate", "translations thrown away because the guest changed what they were made of")
+    yield vmm("bt.evict", "translations thrown away because the cache was full", "unit")
+    yield vmm("bt.undo", "faults and interrupts in the middle of a template, its effects undone")
+    yield vmm("bt.code_write", "stores of the guest into pages with translated code")
+    yield vmm("bt.adapt", "instructions retranslated because they kept faulting")
     yield vmm("bt.direct.enter", "switches to direct execution of user code")
     # Memory virtualization.
     yield vmm("shadow.fault.hidden", "hidden page faults: the shadow lacked what the guest's tables allow")

@@ -56,10 +56,6 @@ class Blocks:
             return False
         block = counter.blocks.get(pc << 16 | size)
         if block is None:
-            running = counter.current
-            if running is not None and running.pc < pc < running.end and pc - running.pc in running.offsets and not running.leads_to(pc):
-                # The block overwrote itself: Unicorn broke it off at the storing instruction, which runs again, alone.
-                counter.leave(pc)
             block = self._new(pc, size)
             if block is None:
                 return False
@@ -116,11 +112,25 @@ class Blocks:
         try:
             pc, rest = block_at[0], block_at[1]  # type: ignore[index]
             size = (rest >> 16) & 0xFFFF
+            self._broken_off(pc, size)
             old = self._machine.counter.blocks.get(pc << 16 | size)
             if old is not None:
                 self._check(old)
         except BaseException as failure:  # noqa: BLE001
             self._machine.fail(failure)
+
+    def _broken_off(self, pc: int, size: int) -> None:
+        """A block that overwrites itself is broken off by Unicorn at the storing instruction, which runs again, alone.
+
+        Control that came there by itself would go on beyond that one instruction, as it did before.
+        """
+        counter = self._machine.counter
+        running = counter.current
+        if running is None or not running.pc <= pc < running.end:
+            return
+        index = running.offsets.get(pc - running.pc)
+        if index is not None and index < len(running.instructions) - 1 and running.instructions[index].size == size:
+            counter.leave(pc)
 
     def _check(self, block: Block) -> None:
         raw = b"".join(instruction.raw for instruction in block.instructions)

@@ -25,15 +25,22 @@ from vmlab.machine.decode import RING_CHANGERS, Instruction
 class Tag:
     """What a machine instruction in a translation cache stands for.
 
-    ``guest`` is the guest instruction that is complete when this machine instruction has retired;
-    ``how`` is "ident" for an identical copy and "incache" for anything else.
+    ``guest`` is the guest instruction that is complete when this machine instruction has retired, if any;
+    ``how`` is "ident" for an identical copy and "incache" for anything else. ``marks`` are events of the
+    translator's that this machine instruction stands for ("unit": a translation unit was entered).
     """
 
-    guest: Instruction
-    how: str
+    guest: Instruction | None = None
+    how: str = ""
+    marks: tuple[str, ...] = ()
 
 
 Tags = list[Tag | None]
+
+
+def _weight(tags: Tags) -> int:
+    """Guest instructions that these machine instructions complete."""
+    return sum(tag is not None and tag.guest is not None for tag in tags)
 
 
 class Block:
@@ -57,7 +64,7 @@ class Block:
         self.rep = bool(last and last.rep)
         self.ring = bool(last and last.op in RING_CHANGERS)
         self.iret = bool(last and last.op == "iret")
-        self.weight = len(instructions) if tags is None else sum(tag is not None for tag in tags)
+        self.weight = len(instructions) if tags is None else _weight(tags)
         self.runs, self.taken, self.again = [0, 0], [0, 0], [0, 0]
         self.slot = -1
 
@@ -73,7 +80,7 @@ class Block:
         """Guest instructions at or after position ``index``."""
         if self.tags is None:
             return len(self.instructions) - index
-        return sum(tag is not None for tag in self.tags[index:])
+        return _weight(self.tags[index:])
 
 
 class Counter:
@@ -290,8 +297,13 @@ def _sum(blocks: Iterable[Block], short: dict[tuple[int, int, int], int]) -> Sna
                     if instruction.op:
                         add(f"retired.{instruction.op}", n)
                 elif tag is not None:
-                    guest[user] += n
-                    add(f"translated.{tag.how}", n)
+                    if tag.guest is not None:
+                        guest[user] += n
+                        add(f"translated.{tag.how}", n)
+                        if tag.how == "ident" and instruction.op:
+                            add("translated.sensitive", n)
+                    for mark in tag.marks:
+                        add(f"translated.{mark}", n)
     return Snapshot(dict(sorted(events.items())), guest[1], guest[0], machine)
 
 

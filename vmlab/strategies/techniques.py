@@ -75,6 +75,11 @@ class BinaryTranslationTechnique(Technique):
         "memory": Parameter(_MEMORY, "static", ("static",)),
         "hypervisor": _HYPERVISOR,
         "emulation": Parameter("sensitive instructions inside the cache, or each by a callout", "in-cache", ("in-cache", "callout")),
+        "lookup": Parameter("targets of returns and indirect jumps looked up inside the cache, or each by a callout", "in-cache",
+                            ("in-cache", "callout")),
+        "chaining": Parameter("exits patched to lead straight to translated targets", "on", ("on", "off")),
+        "cache": Parameter("bytes of the translation cache", 1 << 20, minimum=16 << 10, maximum=1 << 20),
+        "unit": Parameter("guest instructions of a translation unit, at most", 12, minimum=1, maximum=12),
     }
 
 

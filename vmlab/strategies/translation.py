@@ -1,7 +1,7 @@
 """Binary translation: the guest's kernel runs as translated code at CPL 1, its users directly at CPL 3.
 
 CLI becomes a store to the virtual CPU's IF. What the cache cannot do by itself calls out into the VMM,
-by a jump, without any trap.
+by a jump, without any trap. :mod:`vmlab.vmm.translation` makes the code; this module runs it.
 """
 
 from __future__ import annotations
@@ -10,71 +10,26 @@ from collections.abc import Callable, Mapping
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.guests import GuestImage
-from vmlab.machine.cpu import IF, IOPL, OF, Cpu, Segment
+from vmlab.machine.cpu import OF, TF
+from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import Fault
-from vmlab.machine.pc import Machine, Stop
-from vmlab.machine.state import CS, DS
+from vmlab.machine.paging import PageFault
+from vmlab.machine.pc import Machine
+from vmlab.machine.state import CS, RSP
 from vmlab.parameters import Value
 from vmlab.strategies.base import GuestState
 from vmlab.strategies.techniques import BinaryTranslationTechnique
-from vmlab.vmm.guest_tables import GuestMmu
 from vmlab.vmm.monitor import DeprivilegingMonitor
-from vmlab.vmm.space import StaticSpace
-from vmlab.vmm.translator import GATE, PENDING, SITE, TARGET, VIRTUAL_FLAGS, Translator
-from vmlab.vmm.vcpu import KERNEL_RING, VirtualCpu
-
-#: CS while the cache runs: flat, ring 1; its selector is never shown to anybody.
-_CACHE_CS = Segment(0xFFF8 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9B00 | KERNEL_RING << 13)
-_FLAT_KERNEL_CS = Segment(0x08, 0, 0xFFFFFFFF, 0x00CF9B00)
-
-
-class TranslatedCpu(VirtualCpu):
-    """The virtual CPU of a translated kernel: RIP and CS are virtual, IF lives where translated code reaches it."""
-
-    def __init__(self, cpu: Cpu, space: StaticSpace, mmu: GuestMmu) -> None:
-        self._flags_at = space.hole_frame(VIRTUAL_FLAGS)
-        super().__init__(cpu, space, mmu, true_selectors=True)
-        self._rip = 0
-        self.kernel_cs = _FLAT_KERNEL_CS
-
-    @property
-    def flags(self) -> int:
-        """IF and IOPL. The guest's ring can write the page, so nothing else of it is believed."""
-        return self.space.ram.read32(self._flags_at) & (IF | IOPL)
-
-    @flags.setter
-    def flags(self, value: int) -> None:
-        self.space.ram.write32(self._flags_at, value & (IF | IOPL))
-
-    @property
-    def rip(self) -> int:
-        return self._rip
-
-    @rip.setter
-    def rip(self, value: int) -> None:
-        self._rip = value & 0xFFFFFFFF
-
-    def selector(self, number: int) -> int:
-        if number == CS and self.cpl == 0:
-            return self.kernel_cs.selector
-        return super().selector(number)
-
-    def segment(self, number: int) -> Segment:
-        return self.kernel_cs if number == CS and self.cpl == 0 else super().segment(number)
-
-    def set_segment(self, number: int, value: Segment) -> None:
-        if number == CS and value.selector & 3 == 0:
-            if value.base:
-                raise UnsupportedByStrategy("the translator carries flat kernels only; this guest's CS has a base")
-            self.kernel_cs = value
-            self.cpu.set_segment(CS, _CACHE_CS)
-            self.cpu.set_cpl(KERNEL_RING)
-            return
-        super().set_segment(number, value)
+from vmlab.vmm.operands import fetch
+from vmlab.vmm.translation import Options, Site, State, Translator, Unit
+from vmlab.vmm.translation.layout import GATE, PENDING, SITE, TARGET
+from vmlab.vmm.translation.pages import CodePages
+from vmlab.vmm.translation.vcpu import CACHE_CS, TranslatedCpu
+from vmlab.vmm.vcpu import KERNEL_RING
 
 
 class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
-    """A VMM after VMware's (Adams & Agesen, ASPLOS 2006), without its adaptive half."""
+    """A VMM after VMware's (Adams & Agesen, ASPLOS 2006)."""
 
     trap_tsc = False
     vcpu: TranslatedCpu
@@ -82,15 +37,21 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
         self._watched: dict[int, Callable[[int], None]] = {}
         super().__init__(machine, parameters)
-        in_cache = self.chosen["emulation"] == "in-cache"
-        self.trap_tsc = not in_cache
-        self.translator = Translator(self.space, self.counts, in_cache=in_cache, on_patch=machine.forget_code,
-                                     watched=self._watched, watch=machine.watch)
+        chosen = self.chosen
+        self.options = Options(
+            emulation=str(chosen["emulation"]), lookup=str(chosen["lookup"]), chaining=str(chosen["chaining"]),
+            cache_size=int(chosen["cache"]), unit_limit=int(chosen["unit"]),
+        )
+        self.trap_tsc = self.options.emulation != "in-cache"
+        self.translator = Translator(self.space, self.counts, self.options, on_patch=self._forget_code,
+                                     watched=self._watched.get, watch=machine.watch)
+        self.pages = CodePages(self.pager, self.translator, self.counts)
+        self.emulator.registers.on_paging = self._paging_changed
+        self.emulator.registers.on_invlpg = self._invlpg
         machine.tagger = self.translator.tag_block
         machine.gate(GATE, self._gate)
-        self._site_at = self.space.hole_frame(SITE)
-        self._target_at = self.space.hole_frame(TARGET)
-        self._pending_at = self.space.hole_frame(PENDING)
+        self._site_at, self._target_at, self._pending_at = (self.space.hole_frame(at) for at in (SITE, TARGET, PENDING))
+        self._state = State(0)
 
     def make_vcpu(self) -> TranslatedCpu:
         return TranslatedCpu(self.machine.cpu, self.space, self.mmu)
@@ -99,7 +60,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         super().load(image, command_line)
         cpu = self.machine.cpu
         cpu.load()
-        cpu.set_segment(CS, _CACHE_CS)
+        cpu.set_segment(CS, CACHE_CS)
         cpu.set_cpl(KERNEL_RING)
         self.vcpu.rip = image.entry
         self.resume()
@@ -110,110 +71,185 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self._watched[address] = callback
         self.machine.watch(address, callback)
 
-    def run(self, budget: int | None = None) -> Stop:
-        stop = super().run(budget)
-        self.translator.check_sources(self.vcpu.read_linear)
-        return stop
+    def _forget_code(self, start: int, end: int) -> None:
+        """Code in the cache changed. The machine finds it by its linear address, which ring 3 cannot reach."""
+        cpu = self.machine.cpu
+        user = cpu.cpl == 3
+        if user:
+            cpu.set_cpl(KERNEL_RING)
+        cpu.store()
+        self.machine.forget_code(start, end)
+        if user:
+            cpu.set_cpl(3)
 
-    # ---- into and out of the cache
-    def resume(self) -> None:
-        """Let the physical CPU go on where the virtual CPU is: in the cache, or directly in user code."""
+    def _paging_changed(self, flush: bool) -> None:
+        self.pager.reload(flush)
+        self.pages.look_again()
+
+    def _invlpg(self, address: int) -> None:
+        self.pager.invlpg(address)
+        self.pages.look_again()
+
+    # ---- into the cache
+    def resume(self, site: Site | None = None) -> None:
+        """Let the physical CPU go on where the virtual CPU is: in the cache, or directly in user code.
+
+        :param site: the callout that is being returned from.
+        """
         vcpu, cpu = self.vcpu, self.machine.cpu
         if vcpu.cpl == 3:
-            if self.translator.space.in_hole(cpu.rip) or cpu.rip != vcpu.rip:
+            if self.space.in_hole(cpu.rip) or cpu.rip != vcpu.rip:
                 self.counts["bt.direct.enter"] += 1
             cpu.rip = vcpu.rip
+            self.follow_tables()
+            return
+        if cpu.system_flags & TF:
+            raise UnsupportedByStrategy(f"the guest's kernel single-steps itself at {vcpu.rip:#x} (EFLAGS.TF); translated code cannot")
+        self.translator.set_mode(vcpu.kernel_cs.selector, vcpu.iopl)
+        vcpu.show_control_registers()
+        instruction = site.instruction if site is not None else None
+        if (site is not None and instruction is not None and site.after and site.unit.alive
+                and vcpu.rip == (site.guest or 0) + instruction.size):
+            cpu.rip = site.after
         else:
-            cpu.rip = self.cache_address(vcpu.rip)
+            cpu.rip = self._unit().start
+        self.follow_tables()
 
-    def cache_address(self, guest: int) -> int:
-        """Where the translation of the guest's kernel code at ``guest`` begins; translates it if need be."""
-        unit = self.translator.find(guest)
-        if unit is None:
-            if self.machine.cpu.segment(DS).base:
-                raise UnsupportedByStrategy("the translator carries flat kernels only; this guest's DS has a base")
-            unit = self.translator.translate(guest, self.vcpu.read_linear, self.vcpu.iopl)
-        return unit.start
+    def _unit(self, after: Site | None = None, *, indirect: bool = False) -> Unit:
+        """The unit of the guest's kernel code at RIP, translated if need be; a fetch that faults is the guest's own #PF."""
+        unit = self.translator.find(self.vcpu.rip)
+        while unit is None:
+            try:
+                unit = self.translator.translate(self.vcpu.rip, self.vcpu.fetch, after=after, indirect=indirect)
+            except PageFault as fault:
+                self.reflect(Fault(14, fault.error_code, fault.address))
+                after, indirect = None, False
+                unit = self.translator.find(self.vcpu.rip)
+        return unit
 
-    def _locate(self) -> bool:
-        """Set the virtual RIP from the physical one; True where the guest's state is exact there."""
-        rip = self.machine.cpu.rip
-        if self.machine.cpu.cpl == 3:
-            self.vcpu.rip = rip
-            return True
-        exact = self.translator.boundaries.get(rip)
-        self.vcpu.rip = exact if exact is not None else self.translator.owners.get(rip, rip)
-        return exact is not None
-
-    # ---- the machine calls
+    # ---- out of the cache: a callout
     def _gate(self) -> None:
-        """A callout from the cache."""
-        number = self.machine.ram.read32(self._site_at)
-        if number >= len(self.translator.sites):
-            self.refuse(f"callout {number} does not exist: the guest wrote the VMM's page")
-        site = self.translator.sites[number]
+        """Translated code left for the VMM; SITE says why."""
+        site = self.translator.sites.get(self.machine.ram.read32(self._site_at))
+        if site is None:
+            self.refuse("a callout that does not exist: the guest wrote the VMM's page")
+        site.calls += 1
         self.counts[f"bt.callout.{site.cause}"] += 1
         vcpu = self.vcpu
-        vcpu.rip = site.guest
-        instruction = site.instruction
-        if site.cause == "chain":
-            before = self.translator.flushes
-            self.cache_address(site.guest)
-            unit = self.translator.find(site.guest)
-            if unit is not None and self.translator.flushes == before:
-                self.translator.chain(site, unit)
-        elif site.cause == "indirect":
-            self.counts["bt.lookup.indirect"] += 1
-            vcpu.rip = self.machine.ram.read32(self._target_at)
+        vcpu.rip = self.machine.ram.read32(self._target_at) if site.guest is None else site.guest
+        self._state = State(vcpu.rip)
+        if site.is_exit:
+            self._follow(site)
+            return
+        if site.cause == "indirect":
+            self._look_up()
+            return
+        if site.cause == "interrupt":
             self.inject_pending()
-        elif site.cause == "interrupt":
-            self.inject_pending()
-        elif instruction is None:
+        elif site.instruction is None:
             self.reflect(Fault(6))
-        elif instruction.op == "into" and not vcpu.eflags & OF:
-            vcpu.rip += instruction.size
+        elif site.instruction.op == "into" and not vcpu.eflags & OF:
+            vcpu.rip += site.instruction.size
             self.emulator.count("into", False)
-        elif instruction.op in ("int", "int3", "into", "int1"):
-            self.software_interrupt(instruction)
-        elif self.emulator.knows(instruction.op):
-            iopl = vcpu.iopl
-            self.emulate(instruction)
-            if vcpu.iopl != iopl:
-                self.translator.flush()  # CLI, STI and POPF were translated for the old IOPL
+        elif site.instruction.op in ("int", "int3", "into", "int1"):
+            self.software_interrupt(site.instruction)
+        elif self.emulator.knows(site.instruction.op):
+            self.emulate(site.instruction)
         else:
             self.reflect(Fault(6))
-        self.resume()
+        self.resume(site)
+
+    def _follow(self, site: Site) -> None:
+        """An exit to a unit that it is not chained to."""
+        self.counts["bt.lookup.direct"] += 1
+        chaining = self.options.chaining == "on"
+        unit = self._unit(site if chaining else None)
+        if chaining and site.unit.alive and unit.guest == site.guest:
+            self.translator.chain(site, unit)
+        self.machine.cpu.rip = unit.start
+        self.follow_tables()
+
+    def _look_up(self) -> None:
+        """An indirect target that the table does not hold, or that is looked up here by choice."""
+        self.counts["bt.lookup.indirect"] += 1
+        in_cache = self.options.lookup == "in-cache"
+        unit = self._unit(indirect=in_cache)
+        if in_cache:
+            self.translator.give_entry(unit)
+        self.machine.cpu.rip = unit.start
+        self.follow_tables()
+
+    # ---- out of the cache: an exception or interrupt
+    def _where(self) -> State:
+        """The guest's state where the physical CPU is; sets the virtual RIP, changes nothing else."""
+        rip = self.machine.cpu.rip
+        if rip == GATE:
+            state: State | None = State(self.vcpu.rip)   # the VMM was running
+        else:
+            state = self.translator.states.get(rip) if self.space.in_hole(rip) else State(rip)
+        if state is None:
+            raise UnsupportedByStrategy(f"the CPU is in the translation cache at {rip:#x}, where no instruction was emitted")
+        self._state = state
+        self.vcpu.rip = self.machine.ram.read32(self._target_at) if state.rip is None else state.rip
+        return state
+
+    def _undo(self) -> None:
+        """Take back what a template did so far: from here on the physical registers are the guest's."""
+        state, cpu = self._state, self.machine.cpu
+        if state.saved or state.esp:
+            self.counts["bt.undo"] += 1
+            for register, at in state.saved:
+                cpu.set_gpr(register, self.machine.ram.read32(self.space.hole_frame(at)))
+            cpu.set_gpr(RSP, cpu.gpr(RSP) + state.esp)
+        self._state = State(self.vcpu.rip)
+        if self.space.in_hole(cpu.rip):
+            cpu.rip = GATE   # not in a template any more; :meth:`resume` says where to go on
 
     def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
-        self._locate()
+        self._where()
+        self._undo()
         super().exception(vector, error_code, software=software)
         self.resume()
 
-    def page_fault(self, error_code: int) -> None:
-        in_cache = self.translator.space.in_hole(self.machine.cpu.cr2)
-        if in_cache and error_code & 2:
-            self.refuse(f"store into the translation cache or another page of the VMM at {self.machine.cpu.cr2:#x}")
-        super().page_fault(error_code)
+    def carry_out(self, address: int) -> None:
+        """A store to translated code or a traced table, or a device's register."""
+        if self.mmu.peek(address) >> 12 in self.pager.guarded:
+            self.counts["bt.code_write"] += 1
+        instruction = self.decode_at(self.vcpu.rip) if self.vcpu.cpl == 0 else None
+        if instruction is not None and self.emulator.knows(instruction.op):
+            self.emulate(instruction)
+        else:
+            super().carry_out(address)
+
+    def decode_at(self, rip: int) -> Instruction | None:
+        """The guest's instruction; what the machine saw fault may be a template's."""
+        if self.vcpu.cpl == 3:
+            return super().decode_at(rip)
+        self.counts["vmm.decode"] += 1
+        return decode(fetch(self.vcpu, rip), 32)
 
     def interrupt(self) -> None:
-        exact = self._locate()
+        state = self._where()
         self.platform_devices.physical_interrupt()
-        if exact:
-            self.inject_pending()
-        else:
-            self._note_pending()
-            self.machine.request_attention(True)
-        if exact:
+        if state.shadow:
+            self._note_pending()     # the check behind the shadowed instruction finds it
+        elif self.inject_pending():
             self.resume()
+        self.follow_tables()
 
     def attend(self) -> bool:
-        if not self._locate():
+        if self._where().shadow:
+            self._note_pending()
+            self.machine.request_attention(False)
             return False
-        before = self.machine.cpu.rip
         if not super().attend():
             return False
         self.resume()
-        return self.machine.cpu.rip != before
+        return True
+
+    def inject(self, vector: int) -> None:
+        self._undo()
+        super().inject(vector)
 
     def inject_pending(self) -> bool:
         injected = super().inject_pending()
@@ -221,9 +257,19 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         return injected
 
     def _note_pending(self) -> None:
-        """Translated STI and POPF look here."""
+        """Translated STI, POPF and IRET look here."""
         self.machine.ram.write32(self._pending_at, int(self.platform_devices.pending))
 
     def guest_state(self) -> GuestState:
-        self.machine.cpu.load()
-        return super().guest_state()
+        """The guest's registers, also where the run was stopped in the middle of a template; it may be continued."""
+        cpu = self.machine.cpu
+        cpu.load()
+        state, before = self._where(), cpu.rip
+        self._undo()
+        found = super().guest_state()
+        if state.saved or state.esp:
+            self.resume()
+        else:
+            cpu.rip = before
+        cpu.store()
+        return found

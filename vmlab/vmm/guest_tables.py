@@ -156,6 +156,13 @@ class GuestMmu:
         found = self.check(address, write=write, user=user, fetch=fetch)
         return found.frame | address & ((1 << found.shift) - 1)
 
+    def peek(self, address: int) -> int:
+        """gva to gpa for reading, leaving no accessed bit behind; raises :class:`PageFault`."""
+        if not self.paging:
+            return address & 0xFFFFFFFF
+        found = paging.walk(self.memory, self.tables, address, 0, mark=False)
+        return found.frame | address & ((1 << found.shift) - 1)
+
     def reaches(self, address: int) -> bool:
         """Whether the guest's tables have a page directory entry for ``address``; leaves no trace in them."""
         try:

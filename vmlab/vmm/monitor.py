@@ -7,6 +7,7 @@ emulated or reflected; a virtual interrupt controller; interrupts injected when 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 from vmlab.errors import GuestRefused
 from vmlab.guests import GuestImage
@@ -209,7 +210,7 @@ class DeprivilegingMonitor(Strategy):
                             f"beyond its {GUEST_MEMORY >> 20} MiB; nothing answers there")
         self.counts["safety.refused"] += 1
 
-    def refuse(self, what: str) -> None:
+    def refuse(self, what: str) -> NoReturn:
         """End a guest that reached for what is not its own."""
         message = f"the guest at {self.vcpu.rip:#x} was refused: {what}"
         self.refused.append(message)

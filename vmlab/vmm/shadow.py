@@ -47,6 +47,7 @@ class Outcome(enum.Enum):
     HIDDEN = "the shadow was filled: let the guest try again"
     TRACE = "a store to one of the guest's page tables: carry it out"
     DEVICE = "a device's registers, not memory: carry the access out"
+    GUARDED = "a store to a frame that the VMM guards: carry it out"
 
 
 class ShadowPage:
@@ -82,6 +83,9 @@ class ShadowPager:
         self._free = list(range(POOL.stop - PAGE, POOL.start - PAGE, -PAGE))
         #: Guest-physical addresses at which a device answers: accesses to them are carried out by the VMM.
         self.is_device = is_device
+        #: Guest frames that are read-only everywhere for a reason of the VMM's own (code that it has translated).
+        self.guarded: set[int] = set()
+        self._tracks_leaves = self.tracing
         #: What the guest reached for beyond its RAM, told once a frame.
         self.on_foreign: Callable[[int], None] = lambda gpa: None
         self._foreign: set[int] = set()
@@ -244,7 +248,7 @@ class ShadowPager:
         """The CPU faulted on the shadow. Raises the guest's own :class:`~vmlab.machine.paging.PageFault` (a *true* fault)."""
         mmu = self.mmu
         if not mmu.paging:
-            return Outcome.DEVICE
+            return Outcome.GUARDED if write and address >> 12 in self.guarded else Outcome.DEVICE
         walk = mmu.check(address, write=write, user=user, fetch=fetch)
         if self._space is not None and self._space.in_hole(address):
             self._keep_hole_free(address)
@@ -255,6 +259,8 @@ class ShadowPager:
         if write and self.tracing and gfn in self._by_gfn and self._is_traced(gfn):
             self._counts["shadow.trace.write"] += 1
             return Outcome.TRACE
+        if write and gfn in self.guarded:
+            return Outcome.GUARDED
         if len(self._free) < _RESERVE and not self._make_room(self._root):
             self.drop_all()
         self._linked = False
@@ -279,7 +285,7 @@ class ShadowPager:
         """A 4 KiB shadow entry."""
         if self._memory.inside(gpa):
             entry = (self._memory.base + gpa) & _FRAME | P | A | DIRTY
-            traced = gpa >> 12 in self._by_gfn
+            traced = gpa >> 12 in self._by_gfn or gpa >> 12 in self.guarded
         else:
             entry, traced = self._nowhere | P | A | DIRTY, False
             if gpa >> 12 not in self._foreign:
@@ -360,6 +366,38 @@ class ShadowPager:
                 self._counts["vmm.shadow_update"] += 1
                 self.stale = True
 
+    # ---- frames guarded for the VMM
+    def guard(self, gfn: int) -> None:
+        """From now on a store to this frame is :attr:`Outcome.GUARDED`, through whatever mapping. Call :meth:`track` first."""
+        self.guarded.add(gfn)
+        self._write_protect(gfn)
+        self._set_direct(gfn, writable=False)
+
+    def unguard(self, gfn: int) -> None:
+        """The frame may be written again; shadow entries follow by hidden faults."""
+        self.guarded.discard(gfn)
+        self._set_direct(gfn, writable=True)
+
+    def track(self) -> None:
+        """Note where each frame is mapped, as :meth:`guard` needs it. Only before the guest runs."""
+        self._tracks_leaves = True
+
+    def _set_direct(self, gfn: int, *, writable: bool) -> None:
+        """The frame's entry in the direct map, whose large page is split when it is first needed."""
+        ram = self._ram
+        at = (ram.read64(self._direct.frame + 8 * (gfn >> 18)) & _FRAME) + 8 * (gfn >> 9 & 511)
+        entry = ram.read64(at)
+        if entry & PS:
+            table, rest = self._allocate(), entry & ~PS
+            _TABLE.pack_into(ram.bytes, table, *(rest + PAGE * i for i in range(512)))
+            entry = table | _ALL | P | A
+            ram.write64(at, entry)
+        at = (entry & _FRAME) + 8 * (gfn & 511)
+        old = ram.read64(at)
+        ram.write64(at, old | RW if writable else old & ~RW)
+        self._counts["vmm.shadow_update"] += 1
+        self.stale = True
+
     # ---- entries
     def _set_leaf(self, page: ShadowPage, index: int, entry: int) -> None:
         at = page.frame + 8 * index
@@ -371,7 +409,7 @@ class ShadowPager:
         # Any change but more rights to the same frame must reach the CPU's TLB.
         if old & P and (not entry & P or (old ^ entry) & _FRAME or old & ~entry & (RW | US) or entry & ~old & NX):
             self.stale = True
-        if self.tracing:
+        if self._tracks_leaves:
             self._note_leaf(at, old, entry)
 
     def _note_leaf(self, at: int, old: int, entry: int) -> None:
@@ -399,7 +437,7 @@ class ShadowPager:
 
     def _free_page(self, page: ShadowPage) -> None:
         if page.level == 1:
-            if self.tracing:
+            if self._tracks_leaves:
                 for index, entry in enumerate(_TABLE.unpack_from(self._ram.bytes, page.frame)):
                     if entry:
                         self._note_leaf(page.frame + 8 * index, entry, 0)

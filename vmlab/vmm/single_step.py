@@ -68,7 +68,7 @@ class SingleStep:
                 (uc_const.UC_HOOK_INSN_INVALID, INVALID_CALLBACK, self._on_invalid), (uc_const.UC_HOOK_MEM_WRITE, MEMORY_CALLBACK, self._on_write)):
             engine.hook(kind, prototype, function)
         self._known: dict[int, bytes] = {}
-        self._at, self._repeats, self._begun = 0, False, False
+        self._at, self._begun = 0, False
         self._fault: Fault | None = None
         self._failure: BaseException | None = None
         self._stores: list[tuple[int, int]] = []
@@ -76,7 +76,8 @@ class SingleStep:
 
     # ---- what the second CPU calls
     def _on_instruction(self, _uc: int, address: int, _size: int, _data: int) -> None:
-        if self._begun and not (self._repeats and address == self._at):
+        # The same instruction again: REP, or a store into its own page, which Unicorn breaks off and begins anew.
+        if self._begun and address != self._at:
             self._engine.stop()
         self._begun = True
 
@@ -118,7 +119,7 @@ class SingleStep:
         """
         before = cpu.gpr(RCX)
         self._enter(cpu)
-        self._at, self._repeats, self._begun = cpu.segment(CS).base + cpu.rip, instruction.rep, False
+        self._at, self._begun = cpu.segment(CS).base + cpu.rip, False
         self._fault = self._failure = None
         self._stores.clear()
         self._forget_old_code(self._at, instruction)

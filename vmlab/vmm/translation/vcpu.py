@@ -1,0 +1,80 @@
+"""The virtual CPU of a translated kernel: RIP and CS are virtual, and what translated code reads lies in machine memory."""
+
+from __future__ import annotations
+
+from vmlab.errors import UnsupportedByStrategy
+from vmlab.machine.cpu import IF, IOPL, Cpu, Segment
+from vmlab.machine.memory import PAGE
+from vmlab.machine.state import CS, SS
+from vmlab.vmm.guest_tables import GuestMmu
+from vmlab.vmm.space import StaticSpace
+from vmlab.vmm.translation.layout import VIRTUAL_CR, VIRTUAL_FLAGS
+from vmlab.vmm.vcpu import KERNEL_RING, VirtualCpu
+
+#: CS while the cache runs: flat, ring 1; its selector is never shown to anybody.
+CACHE_CS = Segment(0xFFF8 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9B00 | KERNEL_RING << 13)
+_FLAT_KERNEL_CS = Segment(0x08, 0, 0xFFFFFFFF, 0x00CF9B00)
+_BIG = 1 << 22
+
+
+class TranslatedCpu(VirtualCpu):
+    """IF, IOPL and copies of the control registers are in the VMM's pages; RIP is the guest's, not the cache's."""
+
+    def __init__(self, cpu: Cpu, space: StaticSpace, mmu: GuestMmu) -> None:
+        self._flags_at = space.hole_frame(VIRTUAL_FLAGS)
+        super().__init__(cpu, space, mmu, true_selectors=True)
+        self._rip = 0
+        self.kernel_cs = _FLAT_KERNEL_CS
+
+    def show_control_registers(self) -> None:
+        """Put the guest's control registers where translated code reads them."""
+        for number in (0, 2, 3, 4):
+            self.space.ram.write32(self.space.hole_frame(VIRTUAL_CR + 4 * number), self.cr(number))
+
+    @property
+    def flags(self) -> int:
+        """IF and IOPL. The guest's ring can write the page, so nothing else of it is believed."""
+        return self.space.ram.read32(self._flags_at) & (IF | IOPL)
+
+    @flags.setter
+    def flags(self, value: int) -> None:
+        self.space.ram.write32(self._flags_at, value & (IF | IOPL))
+
+    @property
+    def rip(self) -> int:
+        return self._rip
+
+    @rip.setter
+    def rip(self, value: int) -> None:
+        self._rip = value & 0xFFFFFFFF
+
+    def fetch(self, address: int, size: int) -> bytes:
+        """Guest code; raises the PageFault that fetching it at CPL 0 would, and GuestRefused in the VMM's own pages."""
+        self._refuse_hole(address, size, "fetched from")
+        code = b""
+        while len(code) < size:
+            at = (address + len(code)) & 0xFFFFFFFF
+            n = min(size - len(code), PAGE - at % PAGE)
+            code += self.mmu.memory.read(self.mmu.translate(at, fetch=True), n)
+        return code
+
+    def selector(self, number: int) -> int:
+        if number == CS and self.cpl == 0:
+            return self.kernel_cs.selector
+        return super().selector(number)
+
+    def segment(self, number: int) -> Segment:
+        return self.kernel_cs if number == CS and self.cpl == 0 else super().segment(number)
+
+    def set_segment(self, number: int, value: Segment) -> None:
+        """As the guest says; raises :class:`UnsupportedByStrategy` for kernels whose code or stack is not flat 32-bit."""
+        kernel = value.selector & 3 == 0
+        if number in (CS, SS) and kernel and (value.base or not value.flags & _BIG):
+            raise UnsupportedByStrategy(f"the translator carries flat 32-bit kernels only; this guest's {'CS' if number == CS else 'SS'} "
+                                        f"({value.selector:#x}) has base {value.base:#x}{'' if value.flags & _BIG else ' and is 16-bit'}")
+        if number == CS and kernel:
+            self.kernel_cs = value
+            self.cpu.set_segment(CS, CACHE_CS)
+            self.cpu.set_cpl(KERNEL_RING)
+            return
+        super().set_segment(number, value)
