@@ -79,8 +79,7 @@ class _Translated(_Deprivileged):
         translator = self.strategy.translator
         if not translator.space.in_hole(address):
             return "guest", address
-        found = translator.boundaries.get(address, translator.owners.get(address))
-        return ("cache", found) if found is not None else ("monitor", None)
+        return ("cache", translator.guest_address(address)) if address in translator.states else ("monitor", None)
 
 
 class _Paravirtual(Lane):

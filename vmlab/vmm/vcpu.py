@@ -227,4 +227,4 @@ class VirtualCpu:
 
 
 #: EFLAGS bits that POPF and IRET may change at virtual CPL 0, besides IF and IOPL.
-CHANGEABLE = 0xCD5 | TF | NT | AC | RF
+CHANGEABLE = 0xCD5 | TF | NT | AC | RF | 1 << 21  # and ID

@@ -20,8 +20,8 @@ from vmlab.machine.state import RCX
 from vmlab.vmm.space import StaticSpace
 from vmlab.vmm.translation.cache import Cache
 from vmlab.vmm.translation.control import control_flow
-from vmlab.vmm.translation.emitter import ENTRY_SIZE, Emitter, entry_code
-from vmlab.vmm.translation.layout import CACHE_LIMIT, GATE, MISS, PENDING, SAVED_ECX, VIRTUAL_FLAGS
+from vmlab.vmm.translation.emitter import ENTRY_SIZE, LEAVE_SIZE, Emitter, entry_code
+from vmlab.vmm.translation.layout import CACHE_LIMIT, GATE, MISS, PENDING, SAVED_ECX, TARGET, VIRTUAL_FLAGS
 from vmlab.vmm.translation.sensitive import Template, flag_tables, template
 from vmlab.vmm.translation.units import Kind, Site, State, Unit
 
@@ -93,6 +93,11 @@ class Translator:
             tags.append(self.tags.get(at))
             at += instruction.size
         return tags
+
+    def guest_address(self, cache: int) -> int:
+        """The guest's instruction pointer when the machine is about to execute what lies here in the cache."""
+        rip = self.states[cache].rip
+        return self.ram.read32(self.space.hole_frame(TARGET)) if rip is None else rip
 
     def find(self, guest: int) -> Unit | None:
         """The unit that begins at this guest address, if it is translated."""
@@ -192,6 +197,8 @@ class Translator:
         bottom = self.cache.next_unit
         if after is not None and after.unit.alive and self.cache.follows(after):
             self.cache.take_place_of(after)
+            taken = range(after.stub, after.stub + LEAVE_SIZE)
+            after.unit.addresses = [at for at in after.unit.addresses if at not in taken]
         start = self.cache.next_unit
         unit = Unit(guest, start)
         if indirect:
