@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
+from test_paravirtual_minios import run as run_minios
 
 from vmlab import guests
 from vmlab.ledger import Counts
@@ -13,6 +14,7 @@ from vmlab.machine.pc import UART_IRQ, Machine, StopReason
 from vmlab.machine.state import RAX, RSP
 from vmlab.strategies.base import Strategy
 from vmlab.strategies.hardware import HardwareAssisted
+from vmlab.strategies.native import Native
 from vmlab.strategies.paravirtual import Paravirtualization
 from vmlab.strategies.translation import BinaryTranslation
 from vmlab.strategies.trap_and_emulate import TrapAndEmulate
@@ -201,3 +203,17 @@ def test_a_detour_inside_a_handler_goes_back_to_where_the_guest_was() -> None:
         assert not machine.cpu.system_flags & IF
         assert machine.time == 2 + 5 * 4 + 1
         assert struct.pack("<I", machine.cpu.cr(3)) == bytes(4)
+
+
+@pytest.mark.parametrize("workload", ["io", "mixed"])
+@pytest.mark.parametrize(("technique", "memory"), [
+    ("trap-and-emulate", "tracing"), ("hardware-assisted", "nested"), ("hardware-assisted", "lazy"), ("paravirtualization", "direct")])
+def test_an_operating_system_over_a_hosted_vmm_ends_as_on_the_bare_machine(technique: str, memory: str, workload: str) -> None:
+    """Timer, disk and console all go by the host; what the guest does is the same."""
+    kind, chosen = TECHNIQUES[technique]
+    hosted = run_minios(kind, workload, chosen={**chosen, "memory": memory, "hypervisor": "type2"})
+    assert hosted.seen() == run_minios(Native, workload).seen()
+    # Each interrupt, and each request of the disk, is a switch there and back at the least.
+    counts = hosted.strategy.counts
+    assert counts["host.world_switch"] >= 2 * (counts["vmm.disk"] + counts["vmm.timer"])
+    assert counts["vmm.disk"] > 0
