@@ -23,6 +23,7 @@ from vmlab.machine.devices.pit import time_of
 from vmlab.machine.pc import Machine, Stop
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSP, SS
 from vmlab.machine.timeline import Timeline
+from vmlab.machine.tlb import TlbConfig
 
 #: Every way to count that this host has: the tests run on each.
 PATHS = ("portable",) if fast.why_not() else ("portable", "fast")
@@ -76,8 +77,9 @@ class Bench:
     """
 
     def __init__(self, source: str | bytes, handlers: Mapping[int, str | tuple[str, int]] | None = None, *,
-                 user: str = "", path: str = "portable", spare: int = 0, disk: bytes | None = None) -> None:
-        self.machine = machine = Machine(4 << 20, path, disk=disk)
+                 user: str = "", path: str = "portable", spare: int = 0, disk: bytes | None = None,
+                 tlb: TlbConfig | None = None) -> None:
+        self.machine = machine = Machine(4 << 20, path, disk=disk, tlb=tlb)
         ram = machine.ram
         ram.write(GDT, descriptors(spare))
         ram.write(TSS + 4, struct.pack("<II", STACK0, DATA0))
@@ -174,10 +176,10 @@ def gate64(address: int, *, ist: int = 0, dpl: int = 0, selector: int = CODE64, 
     return struct.pack("<HHBBHII", address & 0xFFFF, selector, ist, 0xE | dpl << 5 | present << 7, address >> 16 & 0xFFFF, address >> 32, 0)
 
 
-def long_bench(source: str, path: str, handlers: dict[int, tuple[str, int, int]]) -> Bench:
+def long_bench(source: str, path: str, handlers: dict[int, tuple[str, int, int]], *, tlb: TlbConfig | None = None) -> Bench:
     """``source`` in 64-bit mode at :data:`LONG`; handlers are (assembly, IST, DPL). 2 MiB pages map everything for everybody."""
     bench = Bench(f"mov eax, 0x20; mov cr4, eax; mov eax, {TABLES64:#x}; mov cr3, eax; mov ecx, 0xc0000080; rdmsr; or eax, 0x100; wrmsr;"
-                  f"mov eax, 0x80000011; mov cr0, eax; .byte 0xea; .long {LONG:#x}; .word {CODE64}", path=path, spare=0x00AF9B00_0000FFFF)
+                  f"mov eax, 0x80000011; mov cr0, eax; .byte 0xea; .long {LONG:#x}; .word {CODE64}", path=path, spare=0x00AF9B00_0000FFFF, tlb=tlb)
     ram = bench.machine.ram
     ram.write64(TABLES64, TABLES64 + 0x1007)
     ram.write64(TABLES64 + 0x1000, TABLES64 + 0x2007)

@@ -14,6 +14,7 @@ from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.machine.state import RBX, RCX
 from vmlab.machine.svm import FREE_FRAMES, HIGH, Svm
+from vmlab.machine.tlb import TlbConfig
 from vmlab.machine.vmcb import Vmcb
 
 GUEST = 16 << 20
@@ -27,8 +28,9 @@ pytestmark = pytest.mark.parametrize("path", PATHS)
 class Box:
     """A guest in guest mode, linear = guest-physical, with GDT, IDT and TSS loaded; HLT exits, and what ``exits`` names."""
 
-    def __init__(self, path: str, source: str, *exits: int, handlers: dict[int, str] | None = None, flags: int = 2) -> None:
-        self.machine = machine = Machine(40 << 20, path)
+    def __init__(self, path: str, source: str, *exits: int, handlers: dict[int, str] | None = None, flags: int = 2,
+                 tlb: TlbConfig | None = None) -> None:
+        self.machine = machine = Machine(40 << 20, path, tlb=tlb)
         self.svm = Svm(machine)
         for slot in range(1024):
             machine.ram.write32(DIRECTORY + 4 * slot, (GUEST + (slot << 22) if slot < 4 else 0xFFC00000) | 0x87)
@@ -409,9 +411,9 @@ def test_an_unknown_msr_exits_where_msrs_are_intercepted_and_faults_where_not(pa
     assert box.vmcb["rip"] == Bench.handler(13)
 
 
-def long_box(path: str, source: str, *exits: int) -> Box:
+def long_box(path: str, source: str, *exits: int, tlb: TlbConfig | None = None) -> Box:
     """A 64-bit guest: four-level tables with 2 MiB pages."""
-    box = Box(path, "nop", *exits)
+    box = Box(path, "nop", *exits, tlb=tlb)
     ram, tables = box.machine.ram, FREE_FRAMES + 0x10000
     ram.write64(tables, tables + 0x1007)
     ram.write64(tables + 0x1000, tables + 0x2007)

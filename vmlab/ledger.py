@@ -137,6 +137,14 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("interrupt.window", "interrupt windows that the VMM asked for")
     yield machine("iret.same", "IRET within a ring", "instruction")
     yield machine("iret.outer", "IRET to an outer ring", "instruction")
+    # The TLB model (machine/tlb.py), counted where a cell asks for it.
+    yield machine("tlb.miss.instruction", "instruction fetches that missed the modelled TLB")
+    yield machine("tlb.miss.data", "data accesses that missed the modelled TLB")
+    yield machine("tlb.flush.full", "flushes of the modelled TLB")
+    yield machine("tlb.flush.page", "flushes of one page of the modelled TLB")
+    yield machine("tlb.unattributed", "data accesses whose page the TLB model could not tell")
+    yield machine("walk.reference.guest", "page-table entries read by modelled walks", "reference")
+    yield machine("walk.reference.nested", "nested page-table entries read by modelled walks", "reference")
     yield machine("io.device", "accesses to device registers")
     yield machine("idle", "times the guest waited in HLT")
     # Hardware assistance.

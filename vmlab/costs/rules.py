@@ -130,6 +130,9 @@ def _rules() -> dict[str, Rule]:
     # Translated code runs deprivileged; user code is entered through an IRET of the monitor's.
     rules["bt.direct.enter"] = _rule("traps", "path.direct", "insn.iret")
     rules["vmm.decode"] = _rule("VMM emulation", "path.decode")
+    # A TLB miss costs the entries that its walk reads; a flush costs the misses that follow it, and its instruction.
+    for name in ("guest", "nested"):
+        rules[f"walk.reference.{name}"] = _rule("guest instructions", "walk.reference")
     rules["vmm.guest_walk"] = _rule("VMM emulation", "path.guest_walk")
     rules["vmm.shadow_update"] = _rule("VMM emulation", "path.shadow_update")
     rules["emulate.string"] = _rule("VMM emulation", "class.string")
@@ -152,7 +155,10 @@ def _not_priced() -> dict[str, str]:
     parts = "priced by the trap or exit that it came by, vmm.guest_walk, vmm.shadow_update and what was emulated"
     reasons |= {f"shadow.{kind}": parts for kind in ("fault.hidden", "fault.dirty", "fault.true", "trace.write", "untrace")}
     reasons |= {f"crossing.{name}": "says what an entry was for; priced as trap.* or interrupt.delivered" for name in SERVICES}
+    reasons |= {f"tlb.{name}": "costs the walks that follow, priced as walk.reference.*" for name in (
+        "miss.instruction", "miss.data", "flush.full", "flush.page")}
     return reasons | {
+        "tlb.unattributed": "says how complete the TLB model's input was",
         "interrupt.injected": "the VMM's work is priced as vmm.inject or event.upcall",
         "vmm.emulate": "the sum of emulate.*, which is priced by instruction",
         "io.device": "priced with the IN or OUT that reached the port, or as vmm.device where a VMM models the device",

@@ -16,6 +16,7 @@ from typing import Any
 from vmlab import guests, strategies
 from vmlab.errors import GuestError, UnsupportedByStrategy, VmlabError
 from vmlab.ledger import Snapshot
+from vmlab.machine import tlb
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.parameters import Value
 from vmlab.strategies.base import Strategy
@@ -38,7 +39,7 @@ class Run:
         self.guest = str(parameters.get("guest", "nano"))
         self.image = guests.load(self.guest)
         self.workload = str(parameters.get("workload", ""))
-        self.machine = Machine(path=path, disk=guests.disk(parameters))
+        self.machine = Machine(path=path, disk=guests.disk(parameters), tlb=tlb.configured(parameters))
         self.strategy: Strategy = self.kind(self.machine, parameters)
         self.marks: dict[str, Snapshot] = {}
         line = guests.command_line(parameters) if guests.workloads(self.guest) else str(parameters.get("append", ""))

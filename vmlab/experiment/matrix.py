@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from vmlab.errors import ConfigError
 from vmlab.experiment.lab import Lab
 from vmlab.experiment.yamlfile import Document, Where
+from vmlab.machine.tlb import PARAMETERS as MODEL_PARAMETERS
 from vmlab.parameters import Parameter, Value, nearest
 
 MAX_CELLS = 5_000
 BASELINE = "native"
 
-#: Keys that every cell may have, whatever guest and technique declare: which guest runs what, and for how long.
-GUEST_KEYS = ("guest", "workload", "budget")
+#: Keys that every cell may have, whatever guest and technique declare: which guest runs what, for how long, and what is
+#: modelled of the machine.
+GUEST_KEYS = ("guest", "workload", "budget", *MODEL_PARAMETERS)
 DEFAULT_GUEST = "nano"
 
 Assignment = dict[str, Value]
@@ -156,6 +158,7 @@ class Expander:
             declared |= workloads[workload]
         if "budget" in assignment:
             declared["budget"] = BUDGET
+        declared |= {key: parameter for key, parameter in MODEL_PARAMETERS.items() if key in assignment}
 
         def values(of: Mapping[str, Parameter], under: str) -> Assignment:
             found: Assignment = {}

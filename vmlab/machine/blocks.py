@@ -13,7 +13,7 @@ from vmlab.machine import state as hidden
 from vmlab.machine.counter import Block
 from vmlab.machine.decode import Instruction, decode_block
 from vmlab.machine.engine import CODE_CALLBACK, EDGE_CALLBACK
-from vmlab.machine.instructions import Instructions, carried_out
+from vmlab.machine.instructions import Instructions, carried_out, flushes
 from vmlab.machine.memory import PAGE
 from vmlab.machine.state import HF_CS32, HF_CS64
 
@@ -100,7 +100,8 @@ class Blocks:
 
     def _wants_hook(self, address: int, instruction: Instruction) -> bool:
         return (carried_out(instruction) or instruction.op in self._machine.trapping or instruction.search
-                or address in self._watched or address in self._gates)
+                or address in self._watched or address in self._gates
+                or (self._machine.accesses is not None and flushes(instruction)))
 
     def _hook(self, address: int, instruction: Instruction | None) -> None:
         handle = self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._on_instruction, address, address)

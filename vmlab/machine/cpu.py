@@ -186,13 +186,16 @@ class Cpu:
         register = {0: x86.UC_X86_REG_CR0, 3: x86.UC_X86_REG_CR3, 4: x86.UC_X86_REG_CR4}[number]
         self.store()
         self.engine.write_register(register, value)
+        self.engine.on_flush()
         self.load()
 
-    def set_crs(self, cr0: int, cr3: int, cr4: int) -> None:
-        """CR4, CR3 and CR0 in one go, as a world switch loads them."""
+    def set_crs(self, cr0: int, cr3: int, cr4: int, *, told: bool = True) -> None:
+        """CR4, CR3 and CR0 in one go, as a world switch loads them. ``told``: the TLB model hears of it as a flush."""
         self.store()
         for register, value in ((x86.UC_X86_REG_CR4, cr4), (x86.UC_X86_REG_CR3, cr3), (x86.UC_X86_REG_CR0, cr0)):
             self.engine.write_register(register, value)
+        if told:
+            self.engine.on_flush()
         self.load()
 
     def debug_register(self, number: int) -> int:

@@ -43,6 +43,10 @@ def library() -> ctypes.CDLL:
     return found
 
 
+def _nobody() -> None:
+    """Nobody counts flushes."""
+
+
 class Engine:
     """One Unicorn engine, always opened in 64-bit mode.
 
@@ -60,6 +64,8 @@ class Engine:
         self.uc.ctl_set_exits([])
         self.handle = ctypes.c_void_p(self.uc._uch.value)
         self._kept: list[Any] = []
+        #: Told of every flush that is asked for, by whomever (see accesses.py).
+        self.on_flush: Callable[[], None] = _nobody
         self._value = _U64()
         self._value_at = ctypes.byref(self._value)
 
@@ -85,6 +91,7 @@ class Engine:
     def flush_tlb(self) -> None:
         """Forget every cached translation of a virtual address."""
         uclib.uc_ctl(self.handle, _TLB_FLUSH)
+        self.on_flush()
 
     def remove_blocks(self, start: int, end: int) -> None:
         """Forget translated code in the virtual addresses ``start <= address < end``."""

@@ -39,6 +39,14 @@ def carried_out(instruction: Instruction) -> bool:
         instruction.op in ("mov_to_cr", "mov_from_cr") and any(operand.reg == _CR8 for operand in instruction.cs.operands))
 
 
+_PAGING_REGISTERS = {x86_capstone.X86_REG_CR0: 0, x86_capstone.X86_REG_CR3: 3, x86_capstone.X86_REG_CR4: 4}
+
+
+def flushes(instruction: Instruction) -> bool:
+    """Whether this instruction flushes a TLB, or a page of it."""
+    return instruction.op == "invlpg" or (instruction.op == "mov_to_cr" and instruction.cs.operands[0].reg in _PAGING_REGISTERS)
+
+
 class Instructions:
     """Each method of the table carries out one instruction; the window is loaded and RIP is at it."""
 
@@ -61,6 +69,8 @@ class Instructions:
         cpu.rip = address - cpu.segment(hidden.CS).base
         if op in self._machine.trapping and cpu.cpl > 0:
             self._fault(address, GENERAL_PROTECTION, 0)
+        elif flushes(instruction):
+            self._note_flush(instruction)
         elif op in self._by_op:
             try:
                 self._by_op[op](address, instruction)
@@ -74,6 +84,15 @@ class Instructions:
         self._cpu.load()
         if self._cpu.gpr(RCX) & ((1 << (8 * instruction.cs.addr_size)) - 1):
             self._machine.events["machine.string"] += 1
+
+    def _note_flush(self, instruction: Instruction) -> None:
+        """For the TLB model: Unicorn carries the instruction out, unless its ring or an intercept forbids it."""
+        machine, operand = self._machine, instruction.cs.operands[0]
+        if machine.accesses is None or self._cpu.cpl:
+            return
+        number = 0 if instruction.op == "invlpg" else _PAGING_REGISTERS[operand.reg]
+        if not machine.in_guest or machine.guest_mode is None or machine.guest_mode.lets_flush(str(instruction.op), number):
+            machine.accesses.about_to_flush(instruction)
 
     # ---- how an instruction ends
     def _memory_fault(self, address: int, fault: PageFault | NestedFault) -> None:

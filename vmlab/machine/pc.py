@@ -15,6 +15,7 @@ from unicorn import x86_const as x86
 from vmlab.errors import ConfigError, GuestError, UnsupportedHost
 from vmlab.ledger import Counts, Snapshot
 from vmlab.machine import state as hidden
+from vmlab.machine.accesses import Accesses
 from vmlab.machine.blocks import Blocks
 from vmlab.machine.counter import Counter, Tags, block_hook
 from vmlab.machine.cpu import Cpu
@@ -34,6 +35,7 @@ from vmlab.machine.instructions import CR4_TSD, Instructions, port_operands
 from vmlab.machine.memory import MemoryDevice, Ram
 from vmlab.machine.protocols import GuestMode, InterruptSource, Monitor, Stop, StopReason
 from vmlab.machine.timeline import Timeline
+from vmlab.machine.tlb import TlbConfig
 
 PIT_PORT, SYSTEM_PORT, UART_PORT, DEBUG_EXIT_PORT = 0x40, 0x61, 0x3F8, 0xF4
 PIT_IRQ, UART_IRQ, DISK_IRQ = 0, 4, 11
@@ -49,9 +51,11 @@ class Machine:
 
     :param path: how its CPU is reached: "portable", "fast" or "auto".
     :param disk: the content of its disk, in whole sectors of 512 bytes; None: it has none.
+    :param tlb: what to model of translation lookaside buffers and page walks; None: nothing, at no cost.
     """
 
-    def __init__(self, ram_size: int = 64 << 20, path: str | None = None, *, disk: bytes | None = None) -> None:
+    def __init__(self, ram_size: int = 64 << 20, path: str | None = None, *, disk: bytes | None = None,
+                 tlb: TlbConfig | None = None) -> None:
         wanted = path or os.environ.get("VMLAB_MACHINE", "auto")
         if wanted not in ("portable", "fast", "auto"):
             raise ConfigError(f"VMLAB_MACHINE: {wanted!r} is not one of portable, fast, auto")
@@ -99,6 +103,7 @@ class Machine:
         self.pit = Pit(self.timeline, self._line(PIT_IRQ))         # 8254
         self.disk = None if disk is None else self._disk(disk)     # DMA block device
         self.counter = self._wire_counter(wanted, live)            # retired instructions, exactly
+        self.accesses = None if tlb is None else Accesses(self, tlb)  # the TLB model, fed by what the CPU does
         self._attach()
         self._set_limit()
 
@@ -348,6 +353,11 @@ class Machine:
     def request_attention(self, on: bool) -> None:
         """A monitor wants to be asked (``on_attention``) before the next block runs."""
         self.interrupts.request(on)
+
+    def flush_guest(self) -> None:
+        """A VMM asks for the guest's translations to be flushed at the next VMRUN (TLB_CONTROL; APM Vol. 2 §15.16.2)."""
+        if self.accesses is not None:
+            self.accesses.guest_changed = True
 
     @property
     def on_attention(self) -> Callable[[], bool]:

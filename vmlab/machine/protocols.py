@@ -51,6 +51,9 @@ class GuestMode(Protocol):
     def memory_fault(self, fault: PageFault | NestedFault) -> bool:
         """The machine faulted on memory in an instruction that it carries out: True when it made an exit."""
 
+    def lets_flush(self, op: str, number: int) -> bool:
+        """Whether MOV to control register ``number``, or INVLPG, runs in the guest without an exit."""
+
     def lets_interrupts_in(self) -> bool:
         """Whether the CPU recognises a physical interrupt now, in guest mode or out of it."""
 

@@ -159,6 +159,8 @@ class Svm:
         self._want_attention()
         self.in_guest = True
         machine.cpu.nested_root = vmcb["nested_cr3"] if vmcb["nested_control"] & 1 else 0
+        if machine.accesses is not None:
+            machine.accesses.world_switch(machine.cpu.nested_root or vmcb["cr3"])
         return self._call(_VMRUN, address)
 
     def _want_attention(self) -> None:
@@ -209,7 +211,9 @@ class Svm:
         cpu.hflags2 &= ~(HF2_GIF | HF2_HIF | HF2_VINTR | HF2_NPT)
         cr4, cr3, cr0, _, _, rflags, rip = host.switched_registers()
         cpu.set_efer(host["efer"])
-        cpu.set_crs(cr0, cr3, cr4)  # which flushes the TLB
+        cpu.set_crs(cr0, cr3, cr4, told=False)  # which flushes Unicorn's TLB; a real one may keep what is tagged
+        if self.machine.accesses is not None:
+            self.machine.accesses.world_switch()
         for number, segment in zip(_SWITCHED, host.switched_segments(), strict=True):
             cpu.set_segment(number, segment)
         for name, table in _TABLES:
@@ -287,6 +291,12 @@ class Svm:
     def virtual_tpr(self, value: int | None) -> None:
         assert value is not None
         self._vmcb["interrupt_control"] = self._vmcb["interrupt_control"] & ~v.V_TPR | value
+
+    def lets_flush(self, op: str, number: int) -> bool:
+        """Whether the guest's MOV to CR ``number``, or INVLPG, is carried out by the CPU itself."""
+        if op == "invlpg":
+            return not self._intercepted(v.EXIT_INVLPG)
+        return not self._vmcb["intercept_cr_write"] >> number & 1
 
     def lets_interrupts_in(self) -> bool:
         """Whether the CPU recognises a physical interrupt now (APM Vol. 2 §15.17, §15.21.1)."""

@@ -74,7 +74,8 @@ class Shadowed:
     def follow(self) -> None:
         if self._pager.stale:
             self._pager.stale = False
-            self._vmm.cpu.load_paging(self._pager.root)   # VMRUN flushes the TLB by itself: there is one ASID
+            self._vmm.cpu.load_paging(self._pager.root)
+            self._vmm.emulator.machine.flush_guest()
 
     def forget(self) -> None:
         self._pager.drop_all()
