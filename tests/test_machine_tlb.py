@@ -183,8 +183,10 @@ def test_cells_ask_for_it_by_parameters() -> None:
 
 
 @pytest.mark.parametrize(("technique", "more"), [
-    ("native", {}), ("hardware-assisted", {"memory": "nested"}), ("hardware-assisted", {"memory": "tracing"}),
-    ("trap-and-emulate", {"memory": "tracing", "sensitive": "trap"}), ("paravirtualization", {"memory": "direct"})])
+    ("native", {}), ("hardware-assisted", {"memory": "nested"}),
+    pytest.param("hardware-assisted", {"memory": "tracing"}, marks=pytest.mark.slow),
+    pytest.param("trap-and-emulate", {"memory": "tracing", "sensitive": "trap"}, marks=pytest.mark.slow),
+    pytest.param("paravirtualization", {"memory": "direct"}, marks=pytest.mark.slow)])
 def test_the_model_changes_no_other_count_and_attributes_everything(technique: str, more: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     cell = {"guest": "minios", "workload": "chase", "iterations": 2, "pages": 32, **more}
     plain = run_cell(technique, cell)["events"]
