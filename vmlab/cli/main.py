@@ -39,6 +39,7 @@ VERBS = {
     "report": "a run's page and charts made anew from its results",
     "plot": "one chart of a run for a paper or a slide: pdf, svg, png or csv",
     "trace": "a run event by event: what the guest did, what followed, state and cycles",
+    "translate": "guest code beside its binary translation, unit by unit, with counts and cycles",
     "step": "one CLI, five ways: a page to step through what every technique does",
     "explain": "a term, event, cost or claim in two sentences, with its source",
     "exits": "why the CPU left the guest in a run, by reason; also as perf kvm stat prints it",

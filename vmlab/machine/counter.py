@@ -211,6 +211,24 @@ class Counter:
         counted.events.update((kind, n) for kind, n in zip(("iret.same", "iret.outer"), self.irets, strict=True) if n)
         return counted
 
+    def runs_by_code(self) -> dict[tuple[int, str, int], tuple[int, int]]:
+        """By address, mnemonic and size: how often the instruction retired, and jumped (as the last of its block), in any ring."""
+        found: dict[tuple[int, str, int], tuple[int, int]] = {}
+        lost: dict[int, dict[int, int]] = {}
+        for (block_key, index, _), n in self._short.items():
+            cuts = lost.setdefault(block_key, {})
+            cuts[index] = cuts.get(index, 0) + n
+        for block in self._all_blocks():
+            times, at, last = sum(block.runs), block.pc, len(block.instructions) - 1
+            for i, instruction in enumerate(block.instructions):
+                times -= lost.get(block.key, {}).get(i, 0)
+                key = (at, instruction.cs.mnemonic, instruction.size)
+                n, taken = found.get(key, (0, 0))
+                repeats = sum(block.again) if i == last and block.rep else 0
+                found[key] = (n + times - repeats, taken + (sum(block.taken) if i == last else 0))
+                at += instruction.size
+        return found
+
     def _all_blocks(self) -> Iterable[Block]:
         yield from self._retired
         yield from self.blocks.values()

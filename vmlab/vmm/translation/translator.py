@@ -7,7 +7,7 @@ Nothing here executes: :mod:`vmlab.strategies.translation` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vmlab.errors import GuestRefused
@@ -66,6 +66,9 @@ class Translator:
         self.sites: dict[int, Site] = {}
         self._next_site = 1
         self.generation = 0
+        #: Asked when the cache is emptied, for listings: how often each of its addresses had run by then.
+        self.runs_by_code: Callable[[], Mapping[tuple[int, str, int], tuple[int, int]]] = dict
+        self.emptied_at: Mapping[tuple[int, str, int], tuple[int, int]] = {}
         #: Told of what happens to translations (for `vmlab translate --steps`): (what, unit, site).
         self.listener: Callable[[str, Unit, Site | None], None] = lambda what, unit, site: None
         #: Told of units made and thrown away (the keeper of code pages).
@@ -141,6 +144,7 @@ class Translator:
             self.listener(why, unit, None)
             self.on_drop(unit)
         self.units.clear()
+        self.emptied_at = self.runs_by_code()
         self.cache.clear()
         self._begin_generation()
 

@@ -1,0 +1,215 @@
+"""``vmlab translate``: guest code beside its translation, unit by unit, after a run; or the translation itself, step by step."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vmlab.cli.output import print_json
+
+if TYPE_CHECKING:
+    from vmlab.guests import GuestImage
+    from vmlab.parameters import Value
+    from vmlab.strategies.translation import BinaryTranslation
+
+EXAMPLE = """\
+examples:
+  vmlab translate nano --workload pushf_popf --iterations 20 --limit 5
+  vmlab translate nano --workload cli_sti --symbol uart_write --profile prescott-2005
+  vmlab translate --asm "cli; mov eax, 1; sti; ret"          (needs an assembler: pip install keystone-engine)
+  vmlab translate --bytes "fa b8 01 00 00 00 fb c3" --steps
+
+Units that ran most come first. Kinds: identical (copied), in-cache (works on the virtual CPU), callout (into the monitor),
+control flow. Cycles are per execution of the unit, beside those of the same guest code on the bare machine.
+"""
+
+#: Where code from --asm or --bytes lies, and who calls it.
+_ENTRY, _CODE, _STACK = 0x100000, 0x100100, 0x90000
+_COLOURS = {"identical": "37", "in-cache": "32", "callout": "31", "control flow": "36", "simulated": "35"}
+_MARKS = {"identical": " ", "in-cache": "*", "callout": "!", "control flow": ">", "simulated": "~"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.epilog = EXAMPLE
+    parser.add_argument("guest", nargs="?", default="nano", help="a built-in guest, or an image file (default: nano)")
+    parser.add_argument("--workload", help="what the guest does before its translations are shown")
+    parser.add_argument("--iterations", help="how often the workload's loop runs (default: 20)")
+    parser.add_argument("--density", help="the workload's own instructions per 1000 others")
+    parser.add_argument("--set", dest="sets", metavar="KEY=VALUE", action="append", default=[], help="another parameter; may be repeated")
+    parser.add_argument("--symbol", metavar="NAME", help="only units that begin in this function")
+    code = parser.add_mutually_exclusive_group()
+    code.add_argument("--asm", metavar="TEXT", help="translate and run these instructions instead of a guest")
+    code.add_argument("--bytes", metavar="HEX", help="the same, as machine code")
+    parser.add_argument("--profile", metavar="NAME", default="prescott-2005", help="price on this profile (default: prescott-2005)")
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="units or steps shown at most (default: 20)")
+    parser.add_argument("--steps", action="store_true", help="what happened to the translations, in order")
+    parser.add_argument("--json", action="store_true", help="units (or steps) as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the guest under translation and print. Exit status 2 for a name or code that does not exist."""
+    from vmlab import costs
+    from vmlab.errors import ConfigError, GuestError
+    from vmlab.parameters import nearest
+    from vmlab.vmm.translation.listing import listing
+
+    if arguments.profile not in costs.names():
+        raise ConfigError(f"--profile: {arguments.profile!r} is not a profile{nearest(arguments.profile, costs.names())}")
+    strategy, image, budget = _prepared(arguments)
+    if arguments.symbol is not None and arguments.symbol not in image.symbols:
+        raise ConfigError(f"--symbol: {arguments.symbol!r} is not in {image.name}{nearest(arguments.symbol, image.symbols)}")
+    steps: list[dict[str, Any]] = []
+    strategy.translator.runs_by_code = strategy.machine.counter.runs_by_code
+    strategy.translator.listener = lambda what, unit, site: steps.append({
+        "at": strategy.machine.time, "what": what, "guest": unit.guest, "cache": unit.start, "end": unit.end,
+        "from": None if site is None else site.unit.guest, "by": None if site is None else site.form,
+    })
+    ended = "it ended by itself"
+    try:
+        strategy.run(budget)
+    except GuestError as error:
+        ended = str(error)
+    if arguments.steps:
+        shown = [step for step in steps if _belongs(step["guest"], arguments.symbol, image.symbols)][:arguments.limit]
+        if arguments.json:
+            print_json({"schema_version": 1, "steps": shown})
+        else:
+            print("\n".join(_step(step, image.symbols) for step in shown))
+            print(f"{len(steps)} steps in all; {ended}.")
+        return 0
+    units = [u for u in listing(strategy.translator, strategy.machine.counter) if _belongs(u["guest"], arguments.symbol, image.symbols)]
+    profile = costs.load(arguments.profile)
+    for unit in units:
+        unit["symbol"] = _symbol(image.symbols, unit["guest"])
+        n = max(unit["executed"], 1)
+        for name, key in (("cycles", "events"), ("native_cycles", "native")):
+            price = costs.price(unit[key], profile, "x86").as_dict()
+            unit[name] = float(price["total"]) / n if "total" in price else None  # type: ignore[arg-type]
+    units.sort(key=lambda u: (-u["executed"], u["guest"]))
+    if arguments.json:
+        print_json({"schema_version": 1, "profile": arguments.profile, "units": units[:arguments.limit]})
+        return 0
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print("\n\n".join(_unit(unit, colour) for unit in units[:arguments.limit]))
+    made = len(units)
+    print(f"\n{made} units, {sum(u['bytes_in'] for u in units)} bytes of guest code became {sum(u['bytes_out'] for u in units)}; "
+          f"{min(made, arguments.limit)} shown, priced on {profile.name}; the guest: {ended}.")
+    return 0
+
+
+def _prepared(arguments: argparse.Namespace) -> tuple[BinaryTranslation, GuestImage, int]:
+    """The guest loaded under translation, and its budget."""
+    from vmlab.errors import ConfigError
+    from vmlab.experiment import schema, single
+    from vmlab.experiment.cell import DEFAULT_BUDGET, Run
+    from vmlab.experiment.lab import Lab
+    from vmlab.machine.pc import Machine
+    from vmlab.strategies.translation import BinaryTranslation
+
+    parameters: dict[str, Value] = {}
+    for text in arguments.sets:
+        key, values = schema.parse_set(text)
+        if len(values) != 1:
+            raise ConfigError(f"--set {text}: one value for one parameter")
+        parameters[key] = values[0]
+    if arguments.asm is not None or arguments.bytes is not None:
+        image = _image(_assembled(arguments.asm) if arguments.asm is not None else _hex(arguments.bytes))
+        for key in parameters:
+            if key not in BinaryTranslation.parameters:
+                raise ConfigError(f"--set {key}: code of your own takes the technique's parameters only")
+        strategy = BinaryTranslation(Machine(), parameters)
+        strategy.load(image, "")
+        return strategy, image, 100_000
+    for key, given in (("iterations", arguments.iterations or "20"), ("density", arguments.density)):
+        if given is not None and not (key == "iterations" and arguments.iterations is None and arguments.workload is None):
+            parameters[key] = schema.word_or_number(given)
+    cell = single.expand("binary-translation", arguments.workload, arguments.guest, parameters, Lab())[0]
+    made = Run("binary-translation", cell.parameters)
+    assert isinstance(made.strategy, BinaryTranslation)
+    return made.strategy, made.image, DEFAULT_BUDGET
+
+
+def _assembled(source: str) -> bytes:
+    from vmlab.errors import ConfigError
+
+    try:
+        import keystone  # type: ignore[import-untyped]
+    except ImportError:
+        raise ConfigError("--asm needs an assembler: pip install keystone-engine; or give machine code with --bytes") from None
+    try:
+        code, _ = keystone.Ks(keystone.KS_ARCH_X86, keystone.KS_MODE_32).asm(source, _CODE)
+    except keystone.KsError as error:
+        raise ConfigError(f"--asm: {error}") from None
+    if not code:
+        raise ConfigError("--asm: no instruction in it")
+    return bytes(code)
+
+
+def _hex(words: str) -> bytes:
+    from vmlab.errors import ConfigError
+
+    try:
+        raw = bytes.fromhex(words)
+    except ValueError as error:
+        raise ConfigError(f"--bytes: {error}") from None
+    if not raw:
+        raise ConfigError("--bytes: no byte in it")
+    return raw
+
+
+def _image(code: bytes) -> GuestImage:
+    """A guest that calls the code once, and ends."""
+    import hashlib
+
+    from vmlab.guests.image import GuestImage, Segment
+
+    caller = (b"\xbc" + _STACK.to_bytes(4, "little") + b"\xe8" + (_CODE - _ENTRY - 10).to_bytes(4, "little")
+              + bytes.fromhex("fa 31c0 66baf400 ef f4"))      # mov esp; call code; cli; xor eax, eax; mov dx, 0xf4; out dx, eax; hlt
+    segments = (Segment(_ENTRY, caller, len(caller)), Segment(_CODE, code, len(code)))
+    return GuestImage("your code", segments, _ENTRY, None, {"caller": _ENTRY, "code": _CODE}, hashlib.sha256(code).hexdigest())
+
+
+def _symbol(symbols: Mapping[str, int], address: int) -> str:
+    below = [(value, name) for name, value in symbols.items() if value <= address]
+    if not below:
+        return f"{address:#x}"
+    value, name = max(below)
+    return name if value == address else f"{name}+{address - value:#x}"
+
+
+def _belongs(address: int, symbol: str | None, symbols: Mapping[str, int]) -> bool:
+    return symbol is None or _symbol(symbols, address).partition("+")[0] == symbol
+
+
+def _cycles(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
+
+
+def _unit(unit: Mapping[str, Any], colour: bool) -> str:
+    head = (f"{unit['symbol']} at {unit['guest']:#x} -> {unit['start']:#x}: executed {unit['executed']:,} times; cycles a time: "
+            f"{_cycles(unit['native_cycles'])} natively, {_cycles(unit['cycles'])} here")
+    lines = [head]
+    for piece in unit["pieces"]:
+        code = [c["text"] for c in piece["code"]] or [""]
+        for i, translated in enumerate(code):
+            guest = f"{piece['guest']:#9x}  {piece['text']:<38.38}" if i == 0 else " " * 49
+            line = f"{guest} {_MARKS[piece['kind']]} {translated}"
+            lines.append(f"\x1b[{_COLOURS[piece['kind']]}m{line}\x1b[0m" if colour else line)
+    for leaving in unit["exits"]:
+        lines.append(f"{'':49}   exit to {leaving['to']:#x}, {'chained' if leaving['chained'] else 'asks the monitor'}")
+    return "\n".join(lines)
+
+
+def _step(step: Mapping[str, Any], symbols: Mapping[str, int]) -> str:
+    where = f"{_symbol(symbols, step['guest'])} ({step['guest']:#x})"
+    at = f"{step['at']:>10,}"
+    if step["what"] == "translated":
+        return f"{at}  {where} was unmapped; translated to {step['cache']:#x}..{step['end']:#x}, and runs for the first time"
+    if step["what"] == "chained":
+        how = "falls through" if step["by"] == "inline" else "jumps"
+        return f"{at}  the exit of {_symbol(symbols, step['from'])} now {how} to {where} without the monitor"
+    return f"{at}  {where} was {step['what']}"
