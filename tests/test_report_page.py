@@ -193,3 +193,19 @@ def test_the_cost_that_decides_flips_the_verdict(browser: Browser, url: str) -> 
         assert page.run(f"{row}.querySelector('.was').textContent") == "was: " + before[2:]
         page.run("document.getElementById('reset').click()")
         assert page.run(f"{row}.querySelector('.said').textContent") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(file.stem for file in (Path(__file__).parents[1] / "configs").glob("*.yaml")))
+def test_every_shipped_experiments_report_is_whole(browser: Browser, tmp_path: Path, name: str) -> None:
+    from vmlab.cli.main import main
+
+    assert main(["experiment", name, "--quick", "--out", str(tmp_path / "run")]) in (0, 1)
+    file = tmp_path / "run" / "report.html"
+    assert file.stat().st_size < 3_000_000
+    for width in (380, 900, 1600):
+        page = browser.open(file.as_uri(), width=width, ready=READY)
+        page.run("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
+        time.sleep(0.2)
+        assert page.complaints() == []
+        assert page.run("document.documentElement.scrollWidth") <= width

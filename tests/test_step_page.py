@@ -149,3 +149,24 @@ def test_without_scripts_the_table_has_everything(recorded: dict[str, Any]) -> N
     text = steps.page(recorded["popf"])
     assert text.count("<tr>") == len(recorded["popf"]["groups"]) + 1
     assert "virtual IF 0" in text and not re.findall(r"(?:src|href)=[\"'](?!#)", text)
+
+
+def test_a_page_opens_with_a_cpu_that_could_have_run_every_lane(recorded: dict[str, Any]) -> None:
+    assert steps._first_cpu(recorded["cli"]) == "prescott-2005"
+    nested = json.loads(json.dumps(recorded["cli"]))
+    nested["lanes"][4]["platform"] = "svm-npt"
+    assert costs.supports(costs.load(steps._first_cpu(nested)), "svm-npt")
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in QUICK])
+def test_the_other_scenarios_are_recorded_and_whole(browser: Browser, tmp_path: Any, name: str) -> None:
+    data = verb.recorded(name)
+    assert len([lane for lane in data["lanes"] if not lane["reason"]]) >= 5, [lane["reason"] for lane in data["lanes"]]
+    assert len(data["groups"]) > 10
+    verb.write(tmp_path / "page.html", data)
+    for width in (380, 1600):
+        page = browser.open((tmp_path / "page.html").as_uri(), width=width, ready=READY)
+        assert page.complaints() == []
+        assert page.run("document.documentElement.scrollWidth") <= width

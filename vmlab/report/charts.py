@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vmlab.report import findings, nanobench
 from vmlab.report.canvas import Sheet, fits
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+Stroke = Literal["-", "--", ":"]
 
 WHISKERS = "Dots are nominal costs, whiskers the 5th and 95th percentile of 1000 sampled costs."
 #: Bars whose totals differ by more than this share no panel: the shorter could not be read.
@@ -260,15 +262,20 @@ def _ratio_axis(axes: Axes, which: str, limits: tuple[float, float], labelled: b
     (axes.axvline if which == "x" else axes.axhline)(1.0, color=INK, linewidth=1.3, zorder=1)
 
 
-def _hollow(variant: Variant, view: View, workloads: list[str]) -> bool:
-    """The second variant of a technique is drawn hollow and dashed, in the technique's colour."""
+#: Fill (None: the technique's colour) and line of a technique's first, second and every further variant.
+_VARIANTS: tuple[tuple[str | None, Stroke], ...] = ((None, "-"), ("white", "--"), ("#C8C8C8", ":"))
+
+
+def _variant(variant: Variant, view: View, workloads: list[str]) -> tuple[str, Stroke]:
+    """Fill and line: a technique's variants share colour and marker, and differ in these."""
     siblings = [v for v in view.rows(workloads) if v[0] == variant[0]]
-    return variant in siblings and siblings.index(variant) > 0
+    fill, line = _VARIANTS[min(siblings.index(variant) if variant in siblings else 0, len(_VARIANTS) - 1)]
+    return fill or look(variant[0]).colour, line
 
 
 def _dot(variant: Variant, view: View, workload: str) -> dict[str, Any]:
     style = look(variant[0])
-    fill = "white" if _hollow(variant, view, [workload]) else style.colour
+    fill = _variant(variant, view, [workload])[0]
     return {"marker": style.marker, "color": style.colour, "markerfacecolor": fill, "markeredgecolor": style.colour,
             "markersize": 7, "markeredgewidth": 1.5, "capsize": 3, "elinewidth": 1.4, "linestyle": "none", "zorder": 3}
 
@@ -280,7 +287,7 @@ def _line(
         return
     values = [value for value, _, _ in ratios]
     errors = [[value - low for value, low, _ in ratios], [high - value for value, _, high in ratios]]
-    style = _dot(variant, view, workload) | {"linestyle": "--" if _hollow(variant, view, [workload]) else "-", "linewidth": 1.6}
+    style = _dot(variant, view, workload) | {"linestyle": _variant(variant, view, [workload])[1], "linewidth": 1.6}
     axes.errorbar(xs, values, yerr=errors, **style)
 
 
@@ -289,10 +296,11 @@ def _handles(view: View, workloads: list[str], variants: list[Variant]) -> list[
 
     made = []
     for variant in variants:
-        style, hollow = look(variant[0]), _hollow(variant, view, workloads)
+        style = look(variant[0])
+        fill, line = _variant(variant, view, workloads)
         made.append(Line2D(
             [], [], color=style.colour, marker=style.marker, markersize=7, markeredgewidth=1.5, linewidth=1.6,
-            label=name(variant), markerfacecolor="white" if hollow else style.colour, linestyle="--" if hollow else "-",
+            label=name(variant), markerfacecolor=fill, linestyle=line,
         ))
     return made
 

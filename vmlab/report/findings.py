@@ -211,14 +211,16 @@ def _change(view: View) -> str:
     line = view.intel
     if len(line) < 2:
         return "The run was priced on fewer than two CPU generations of one maker, so it says nothing about progress."
-    title = generations_title(view)
+    title = generations_title(view).removeprefix(f"{view.headline}: ")
+    if title.startswith("From "):
+        title = f"from {title.removeprefix('From ')}"
     old, new = slowdowns(view, view.headline, line[0]), slowdowns(view, view.headline, line[-1])
     hardware = next((v for v in old if v[0] == "hardware-assisted" and v in new), None)
     told = ""
     if hardware:
         then, now = times(old[hardware]), times(new[hardware])
         told = f"; {name(hardware)} " + (f"stayed at {now}" if then == now else f"went from {then} to {now}")
-    return f"Across {len(line)} CPU generations, {title.removeprefix(f'{view.headline}: ')}{told}."
+    return f"Across {len(line)} CPU generations, {title}{told}."
 
 
 def _verdicts(view: View) -> str:

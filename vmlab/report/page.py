@@ -142,7 +142,7 @@ def _workloads(view: View) -> list[dict[str, Any]]:
         variants = []
         for variant in view.variants(workload):
             same = [v for v in siblings if v[0] == variant[0]]
-            variants.append({"technique": variant[0], "label": findings.name(variant), "hollow": variant in same and same.index(variant) > 0,
+            variants.append({"technique": variant[0], "label": findings.name(variant), "hollow": same.index(variant) if variant in same else 0,
                              "cells": [number[id(cell)] for cell in view.column(workload, variant)]})
         made.append({"name": workload, "label": view.what(workload), "densities": view.densities(workload), "variants": variants})
     return made

@@ -69,12 +69,22 @@ def page(recorded: Mapping[str, Any]) -> str:
     model = live.model(kinds, costs.names())
     data = model | {
         "lanes": [lane | {"name": lane_name(lane), "colour": look(lane["technique"]).colour} for lane in recorded["lanes"]],
-        "groups": recorded["groups"], "order": costs.names(), "words": {kind: EVENTS[kind].words for kind in kinds if kind in EVENTS},
+        "groups": recorded["groups"], "order": costs.names(), "cpu": _first_cpu(recorded),
+        "words": {kind: EVENTS[kind].words for kind in kinds if kind in EVENTS},
     }
     style, script = (live.ASSETS / "step.css").read_text(encoding="utf-8"), live.script(*SCRIPTS)
     return _PAGE.substitute(
         title=escape(recorded["title"]), look=mark(recorded["look"]), policy=live.policy(style, script), style=style, script=script,
         guest_code=link("guest", "The guest's code"), table=_table(recorded), glossary=_glossary(), data=live.embed(data))
+
+
+def _first_cpu(recorded: Mapping[str, Any]) -> str:
+    """The CPU that the page opens with: the oldest one with hardware assistance that could have run most of the lanes."""
+    platforms = [lane["platform"] for lane in recorded["lanes"] if not lane["reason"]]
+    profiles = sorted((costs.load(name) for name in costs.names()), key=lambda p: (p.year, p.vendor != "Intel", p.name))
+    able = {p.name: sum(costs.supports(p, platform) for platform in platforms) for p in profiles}
+    assisted = [p.name for p in profiles if costs.supports(p, "svm")]
+    return max(assisted or list(able), key=lambda name: able[name])
 
 
 def lane_name(lane: Mapping[str, Any]) -> str:

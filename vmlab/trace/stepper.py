@@ -18,6 +18,9 @@ MOST_GROUPS = 90
 #: Lines of executed code shown for one group and lane; of more the eventful ones are kept.
 MOST_LINES = 14
 
+#: A lane is recorded for at most this many times the ruler's instructions.
+_LONGER = 4
+
 Check = Callable[[str, str, str, Mapping[str, Value]], Mapping[str, Value]]
 
 
@@ -40,8 +43,10 @@ def record_lanes(scenario: Scenario, check: Check) -> list[Recorded]:
     for choice in scenario.lanes:
         try:
             parameters = check(choice.technique, scenario.guest, scenario.workload, {**scenario.parameters, **choice.parameters})
-            trace = record(choice.technique, parameters, first=scenario.first, last=scenario.first + 20 * scenario.steps,
-                           limit=30 * scenario.steps, interrupt=interrupt or _first_trigger(scenario))
+            # A lane may need several instructions of its kernel for one of the bare machine's, and a translator several steps for each.
+            longer = 1 if choice.technique == "native" else _LONGER
+            trace = record(choice.technique, parameters, first=scenario.first, last=scenario.first + longer * scenario.steps,
+                           limit=2 * longer * scenario.steps + 200, interrupt=interrupt or _first_trigger(scenario))
         except VmlabError as error:
             made.append(Recorded(choice, None, str(error)))
             continue

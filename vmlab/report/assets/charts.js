@@ -31,9 +31,10 @@ const MARKERS = {
   P: "M-2,-5.6h4v3.6h3.6v4h-3.6v3.6h-4v-3.6h-3.6v-4h3.6z", X: "M-5,-5L5,5M5,-5L-5,5",
 };
 
+// `hollow` is a variant's number among those of its technique: solid, hollow, then grey.
 function marker(look, hollow, x, y) {
   return svg("path", {
-    d: MARKERS[look.marker] || MARKERS.X, transform: `translate(${x},${y})`, fill: hollow ? "#fff" : look.colour, stroke: look.colour, "stroke-width": 1.6,
+    d: MARKERS[look.marker] || MARKERS.X, transform: `translate(${x},${y})`, fill: [look.colour, "#fff", "#c8c8c8"][Math.min(hollow, 2)], stroke: look.colour, "stroke-width": 1.6,
   });
 }
 
@@ -138,7 +139,7 @@ function ladderPanel(title, categories, joined, series, width, all) {
     const at = ([category, value]) => [axis.place(value), top + step * (category + 0.5) + shift];
     const line = one.points.filter(([category]) => joined[category]).map(at);
     if (line.length > 1) root.append(svg("polyline", {
-      points: line.map((p) => p.join(",")).join(" "), fill: "none", stroke: one.look.colour, "stroke-width": 1.5, ...(one.hollow ? {"stroke-dasharray": "5 3"} : {}),
+      points: line.map((p) => p.join(",")).join(" "), fill: "none", stroke: one.look.colour, "stroke-width": 1.5, ...(one.hollow ? {"stroke-dasharray": one.hollow > 1 ? "2 3" : "5 3"} : {}),
     }));
     for (const point of one.points) {
       const [x, y] = at(point), [category, value, low, high] = point;
@@ -168,7 +169,7 @@ function linePanel(title, across, series, width, all) {
   series.forEach((one, s) => {
     const shift = 4 * (s - (series.length - 1) / 2), places = one.points.map((p) => [x(p[0]) + shift, axis.place(p[1])]);
     if (places.length > 1) root.append(svg("polyline", {
-      points: places.map((p) => p.join(",")).join(" "), fill: "none", stroke: one.look.colour, "stroke-width": 1.5, ...(one.hollow ? {"stroke-dasharray": "5 3"} : {}),
+      points: places.map((p) => p.join(",")).join(" "), fill: "none", stroke: one.look.colour, "stroke-width": 1.5, ...(one.hollow ? {"stroke-dasharray": one.hollow > 1 ? "2 3" : "5 3"} : {}),
     }));
     one.points.forEach(([value, ratio, low, high], i) => root.append(svg("g", {}, svg("title", {}, `${one.label} at ${value}: ${times(ratio)} (${times(low)} to ${times(high)})`),
       svg("line", {x1: places[i][0], x2: places[i][0], y1: axis.place(low), y2: axis.place(high), stroke: one.look.colour, "stroke-width": 1.2}), marker(one.look, one.hollow, ...places[i]))));

@@ -3,7 +3,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
-const state = {step: 0, lane: 0, cpu: data.order.includes("prescott-2005") ? "prescott-2005" : data.order[0]};
+const state = {step: 0, lane: 0, cpu: data.cpu};
 const last = data.groups.length - 1;
 const lanes = data.lanes;
 const plain = state.cpu;
