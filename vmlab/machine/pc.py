@@ -22,7 +22,7 @@ from vmlab.machine.cpu import Cpu
 from vmlab.machine.cpuid import cpuid
 from vmlab.machine.decode import Instruction
 from vmlab.machine.devices import lapic
-from vmlab.machine.devices.bus import PortBus
+from vmlab.machine.devices.bus import Counted, PortBus
 from vmlab.machine.devices.debug_exit import DebugExit
 from vmlab.machine.devices.disk import FIRST_PORT, PORT_COUNT, SECTOR, Disk
 from vmlab.machine.devices.pic import PicPair
@@ -32,7 +32,7 @@ from vmlab.machine.dma import Dma
 from vmlab.machine.engine import CODE_CALLBACK, Engine
 from vmlab.machine.exceptions import Exceptions, Interrupts
 from vmlab.machine.instructions import CR4_TSD, Instructions, port_operands
-from vmlab.machine.memory import MemoryDevice, Ram
+from vmlab.machine.memory import Ram
 from vmlab.machine.protocols import GuestMode, InterruptSource, Monitor, Stop, StopReason
 from vmlab.machine.timeline import Timeline
 from vmlab.machine.tlb import TlbConfig
@@ -146,7 +146,7 @@ class Machine:
 
     def _attach(self) -> None:
         """The devices at their ports and addresses."""
-        self.ram.attach(_Counted(self.lapic, self.events), lapic.BASE, lapic.SIZE, self.fail)
+        self.ram.attach(Counted(self.lapic, self.events), lapic.BASE, lapic.SIZE, self.fail)
         self.ram.seal()
         ports = self.ports
         self.pic.attach(ports)
@@ -411,21 +411,6 @@ class Machine:
         for kind, n in self.events.items():
             events[kind] = events.get(kind, 0) + n
         return Snapshot(events, counted.user, counted.kernel, counted.machine)
-
-
-class _Counted:
-    """A device in memory, its accesses counted as a port's are."""
-
-    def __init__(self, device: MemoryDevice, events: Counts) -> None:
-        self._device, self._events = device, events
-
-    def read(self, offset: int, size: int) -> int:
-        self._events["io.device"] += 1
-        return self._device.read(offset, size)
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        self._events["io.device"] += 1
-        self._device.write(offset, size, value)
 
 
 __all__ = ["CR4_TSD", "UART_IRQ", "UART_PORT", "Machine", "Monitor", "Stop", "StopReason", "cpuid", "port_operands"]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from vmlab.ledger import Counts
+from vmlab.machine.memory import MemoryDevice
+
 
 class PortDevice(Protocol):
     """A device at I/O ports. ``offset`` counts from the first port it was attached at; ``size`` is 1, 2 or 4 bytes."""
@@ -58,3 +61,18 @@ class Notifying:
     def write(self, offset: int, size: int, value: int) -> None:
         self._device.write(offset, size, value)
         self._changed()
+
+
+class Counted:
+    """A device in memory, its accesses counted as a port's are."""
+
+    def __init__(self, device: MemoryDevice, events: Counts) -> None:
+        self._device, self._events = device, events
+
+    def read(self, offset: int, size: int) -> int:
+        self._events["io.device"] += 1
+        return self._device.read(offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._events["io.device"] += 1
+        self._device.write(offset, size, value)
