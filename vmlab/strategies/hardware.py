@@ -201,9 +201,9 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         except Fault as fault:
             self.inject(fault)
 
-    def note_foreign(self, gpa: int) -> None:
-        """The guest mapped a frame that is not its own: it sees an empty bus."""
-        self.refused.append(f"the guest at {self.cpu.rip:#x} mapped guest-physical {gpa:#x}, "
+    def note_foreign(self, gpa: int, verb: str = "mapped") -> None:
+        """The guest reached for a frame that is not its own: it sees an empty bus."""
+        self.refused.append(f"the guest at {self.cpu.rip:#x} {verb} guest-physical {gpa:#x}, "
                             f"beyond its {GUEST_MEMORY >> 20} MiB; nothing answers there")
         self.counts["safety.refused"] += 1
 

@@ -52,11 +52,14 @@ class TrapAndEmulateTechnique(Technique):
         "sensitive": Parameter("do sensitive instructions trap (a hypothetical x86) or not (classical x86)", "silent", ("silent", "trap")),
     }
 
-    #: Workloads of the built-in guest whose outcome classical x86 changes, and by which instruction.
-    SILENT_DAMAGE: ClassVar[Mapping[str, str]] = {
-        "pushf_popf": "PUSHF shows the real IF and POPF silently leaves it alone",
-        "interrupt": "IRET from the handler silently drops IF, so interrupts stay off",
-        "mixed": "POPF and IRET silently drop IF",
+    #: By guest: workloads whose outcome classical x86 changes, and by which instruction.
+    SILENT_DAMAGE: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "nano": {
+            "pushf_popf": "PUSHF shows the real IF and POPF silently leaves it alone",
+            "interrupt": "IRET from the handler silently drops IF, so interrupts stay off",
+            "mixed": "POPF and IRET silently drop IF",
+        },
+        "minios": {"idle": "IRET to a program silently drops IF, so no tick comes while it runs"},
     }
 
     @classmethod
@@ -65,7 +68,7 @@ class TrapAndEmulateTechnique(Technique):
             return "nobody keeps the shadow page tables in step, so the guest's changes of its own are not seen"
         if parameters.get("sensitive", "silent") == "trap":
             return None
-        return cls.SILENT_DAMAGE.get(workload)
+        return cls.SILENT_DAMAGE.get(str(parameters.get("guest", "nano")), {}).get(workload)
 
 
 class BinaryTranslationTechnique(Technique):

@@ -37,7 +37,7 @@ class AssistedVmm(Protocol):
 
     def emulate_next(self) -> None: ...
 
-    def note_foreign(self, gpa: int) -> None: ...
+    def note_foreign(self, gpa: int, verb: str = "mapped") -> None: ...
 
 
 class AssistedMemory(Protocol):
@@ -60,7 +60,7 @@ class Shadowed:
 
     def __init__(self, vmm: AssistedVmm, pager: ShadowPager) -> None:
         self._vmm, self._pager = vmm, pager
-        pager.on_foreign = vmm.note_foreign
+        pager.on_foreign = vmm.mmu.memory.on_foreign = vmm.note_foreign
         vmm.emulator.registers.on_paging = pager.reload
         vmm.emulator.registers.on_invlpg = pager.invlpg
         self.exits: dict[int, Callable[[], None]] = {v.EXIT_EXCEPTION + PAGE_FAULT: self._page_fault, v.EXIT_INVLPG: vmm.emulate_next}
@@ -105,7 +105,7 @@ class Nested:
     def __init__(self, vmm: AssistedVmm, page: str, is_device: Callable[[int], bool]) -> None:
         self._vmm = vmm
         self.pager = NestedPager(vmm.mmu.memory, vmm.emulator.counts, LARGE if page == "2m" else 4096, is_device)
-        self.pager.on_foreign = vmm.note_foreign
+        self.pager.on_foreign = vmm.mmu.memory.on_foreign = vmm.note_foreign
         vmm.emulator.registers.on_paging = lambda flush: vmm.cpu.follow_registers()
         self.exits: dict[int, Callable[[], None]] = {v.EXIT_NPF: self._nested_fault}
 

@@ -70,11 +70,14 @@ class DiskDriver:
 class GuestBuffers:
     """The guest's memory as its disk sees it: guest-physical, whole, and in one piece of machine memory."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, foreign: Callable[[int], None]) -> None:
+        self._size, self._foreign = size, foreign
 
     def contains(self, address: int, size: int) -> bool:
-        return address + size <= self._size
+        if address + size <= self._size:
+            return True
+        self._foreign(address)
+        return False
 
     def read(self, address: int, size: int) -> bytes:
         raise AssertionError("the physical disk moves the data")
@@ -87,17 +90,18 @@ class VirtualDisk(d.Registers):
     """The registers that a guest programs; each request becomes one of the physical disk's.
 
     :param memory_size: bytes of guest-physical memory from 0.
+    :param foreign: told of a buffer beyond that memory; the request is refused.
     :param translate: hpa of a guest-physical buffer, and how to give it back; None refuses it as a bad address.
     :param later: calls back after so many nanoseconds, for a request that is refused, as the physical disk takes its time
         for one; by default at once.
     """
 
-    def __init__(self, driver: DiskDriver, line: Callable[[bool], None], memory_size: int,
+    def __init__(self, driver: DiskDriver, line: Callable[[bool], None], memory_size: int, foreign: Callable[[int], None],
                  translate: Callable[[int, int, bool], tuple[int, Callable[[], None]] | None],
                  later: Callable[[int, Callable[[], None]], None] = lambda delay, callback: callback()) -> None:
         super().__init__(line, driver.sectors or 0)
         self._driver, self._translate, self._later = driver, translate, later
-        self._memory = GuestBuffers(memory_size)
+        self._memory = GuestBuffers(memory_size, foreign)
 
     def command(self, command: int) -> None:
         error = self.refusal(command, self._memory)

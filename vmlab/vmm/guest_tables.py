@@ -35,6 +35,15 @@ class GuestMemory:
         #: Accesses beyond RAM: (gpa, bytes) and (gpa, bytes, value).
         self.read_device: Callable[[int, int], int] = lambda gpa, size: (1 << (8 * size)) - 1
         self.write_device: Callable[[int, int, int], None] = lambda gpa, size, value: None
+        #: Told once of each frame beyond RAM that the guest made somebody reach for, and how: (gpa, verb).
+        self.on_foreign: Callable[[int, str], None] = lambda gpa, verb: None
+        self._foreign: set[tuple[int, str]] = set()
+
+    def foreign(self, gpa: int, verb: str) -> None:
+        """Somebody was made to reach beyond RAM at ``gpa``; ``verb`` completes "the guest …"."""
+        if (gpa >> 12, verb) not in self._foreign:
+            self._foreign.add((gpa >> 12, verb))
+            self.on_foreign(gpa, verb)
 
     def inside(self, gpa: int) -> bool:
         """Whether RAM answers at ``gpa``."""
@@ -57,10 +66,16 @@ class GuestMemory:
 
     # ---- what the walker needs; its accessed and dirty bits are no news to anybody
     def read32(self, gpa: int) -> int:
-        return self.ram.read32(self.base + gpa) if gpa + 4 <= self.size else 0xFFFFFFFF
+        if gpa + 4 <= self.size:
+            return self.ram.read32(self.base + gpa)
+        self.foreign(gpa, "put page tables at")
+        return 0xFFFFFFFF
 
     def read64(self, gpa: int) -> int:
-        return self.ram.read64(self.base + gpa) if gpa + 8 <= self.size else 0xFFFFFFFFFFFFFFFF
+        if gpa + 8 <= self.size:
+            return self.ram.read64(self.base + gpa)
+        self.foreign(gpa, "put page tables at")
+        return 0xFFFFFFFFFFFFFFFF
 
     def write32(self, gpa: int, value: int) -> None:
         if gpa + 4 <= self.size:

@@ -55,7 +55,7 @@ class DeprivilegingMonitor(Strategy):
                                                 self.mmu.memory)
         self.pager = ShadowPager(self.mmu, self.counts, scheme=str(self.chosen.get("memory", "static")), space=self.space,
                                  is_device=self.platform_devices.is_device)
-        self.pager.on_foreign = self.note_foreign
+        self.pager.on_foreign = self.mmu.memory.on_foreign = self.note_foreign
         self.vcpu = self.make_vcpu()
         self.emulator = Emulator(machine, self.vcpu, self.platform_devices, self.counts)
         self.emulator.on_halt = self._halt
@@ -204,9 +204,9 @@ class DeprivilegingMonitor(Strategy):
             self.vcpu.shadow_at = None
         self.inject_pending()
 
-    def note_foreign(self, gpa: int) -> None:
-        """The guest mapped a frame that is not its own: it sees an empty bus."""
-        self.refused.append(f"the guest at {self.vcpu.rip:#x} mapped guest-physical {gpa:#x}, "
+    def note_foreign(self, gpa: int, verb: str = "mapped") -> None:
+        """The guest reached for a frame that is not its own: it sees an empty bus."""
+        self.refused.append(f"the guest at {self.vcpu.rip:#x} {verb} guest-physical {gpa:#x}, "
                             f"beyond its {GUEST_MEMORY >> 20} MiB; nothing answers there")
         self.counts["safety.refused"] += 1
 

@@ -56,7 +56,7 @@ class VirtualPlatform:
         self.lapic = lapic.Lapic(self.timeline, self.pic, lambda: None)     # local APIC
         self.pit = Pit(self.timeline, self._line(PIT_IRQ))                  # 8254
         self.disk = None if self._driver.sectors is None else VirtualDisk(  # DMA block device
-            self._driver, self._line(DISK_IRQ), memory.size, self._buffer, self._later)
+            self._driver, self._line(DISK_IRQ), memory.size, lambda gpa: memory.foreign(gpa, "gave its disk"), self._buffer, self._later)
         self._own = PortBus()
         self.pic.attach(self._own)
         self._own.attach(self.pit, PIT_PORT, 4)

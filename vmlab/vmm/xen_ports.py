@@ -27,7 +27,7 @@ class GuestPorts:
     def __init__(self, bus: PhysicalBus, domain: Domain, driver: DiskDriver, events: EventChannels, counts: Counts,
                  refuse: Callable[[str], None]) -> None:
         self._bus, self._domain, self._events, self._counts, self._refuse = bus, domain, events, counts, refuse
-        self._disk = None if driver.sectors is None else VirtualDisk(driver, self._line, domain.memory, self._buffer)
+        self._disk = None if driver.sectors is None else VirtualDisk(driver, self._line, domain.memory, self._foreign, self._buffer)
 
     def port_io(self, write: int, port: int, size: int, value: int, *_: int) -> int:
         """The lab's own: IN or OUT of 1, 2 or 4 bytes."""
@@ -55,6 +55,9 @@ class GuestPorts:
     def _line(self, level: bool) -> None:
         if level:
             self._events.raise_irq(DISK_IRQ)
+
+    def _foreign(self, address: int) -> None:
+        self._refuse(f"the guest gave its disk guest-physical {address:#x}, beyond its memory")
 
     def _buffer(self, address: int, size: int, written: bool) -> tuple[int, Callable[[], None]] | None:
         """The machine address of a buffer; pages that the disk will write stay writable memory until it has."""
