@@ -18,6 +18,7 @@ from vmlab.machine.pc import Machine
 from vmlab.strategies.base import Strategy
 from vmlab.strategies.hardware import HardwareAssisted
 from vmlab.strategies.native import Native
+from vmlab.strategies.translation import BinaryTranslation
 from vmlab.strategies.trap_and_emulate import TrapAndEmulate
 
 ALL = P | RW | US
@@ -30,7 +31,7 @@ END = "xor eax, eax;" + DEBUG_EXIT
 #: Every way to run a paging 32-bit guest faithfully, by name.
 SCHEMES: dict[str, tuple[type[Strategy], dict[str, str]]] = {
     f"{kind.name}/{memory}": (kind, {"memory": memory, **({"sensitive": "trap"} if kind is TrapAndEmulate else {})})
-    for kind, memories in ((TrapAndEmulate, ("tracing", "lazy")), (HardwareAssisted, ("tracing", "lazy", "nested")))
+    for kind, memories in ((TrapAndEmulate, ("tracing", "lazy")), (BinaryTranslation, ("tracing", "lazy")), (HardwareAssisted, ("tracing", "lazy", "nested")))
     for memory in memories
 }
 

@@ -16,7 +16,8 @@ from vmlab.experiment.cell import run_cell
 Cell = dict[str, Any]
 #: (technique, memory) that carry a paged guest faithfully; hardware assistance carries 64-bit guests too.
 _ASSISTED = [("hardware-assisted", "tracing"), ("hardware-assisted", "lazy"), ("hardware-assisted", "nested")]
-SCHEMES = {"minios": [("trap-and-emulate", "tracing"), ("trap-and-emulate", "lazy"), *_ASSISTED], "minios64": _ASSISTED}
+_DEPRIVILEGED = [(technique, memory) for technique in ("trap-and-emulate", "binary-translation") for memory in ("tracing", "lazy")]
+SCHEMES = {"minios": [*_DEPRIVILEGED, *_ASSISTED], "minios64": _ASSISTED}
 #: Instructions depend on when interrupts arrive, and that on what the VMM does: only the outcome must be equal.
 WITH_DEVICES = frozenset({"build", "mixed", "io", "idle"})
 QUICK = ("ptemod", "protfault", "ctxsw")

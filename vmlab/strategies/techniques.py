@@ -75,7 +75,7 @@ class BinaryTranslationTechnique(Technique):
     name = "binary-translation"
     summary = "guest kernel translated into a cache, CLI becomes a store; user code runs directly"
     parameters: ClassVar[Mapping[str, Parameter]] = {
-        "memory": Parameter(_MEMORY, "static", ("static",)),
+        "memory": Parameter(_SHADOWED, "static", ("static", "tracing", "lazy")),
         "hypervisor": _HYPERVISOR,
         "emulation": Parameter("sensitive instructions inside the cache, or each by a callout", "in-cache", ("in-cache", "callout")),
         "lookup": Parameter("targets of returns and indirect jumps looked up inside the cache, or each by a callout", "in-cache",

@@ -52,6 +52,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         machine.gate(GATE, self._gate)
         self._site_at, self._target_at, self._pending_at = (self.space.hole_frame(at) for at in (SITE, TARGET, PENDING))
         self._state = State(0)
+        self._new_space = False      # the guest has just changed its address space
 
     def make_vcpu(self) -> TranslatedCpu:
         return TranslatedCpu(self.machine.cpu, self.space, self.mmu)
@@ -85,6 +86,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def _paging_changed(self, flush: bool) -> None:
         self.pager.reload(flush)
         self.pages.look_again()
+        self._new_space = True
 
     def _invlpg(self, address: int) -> None:
         self.pager.invlpg(address)
@@ -105,6 +107,12 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             return
         if cpu.system_flags & TF:
             raise UnsupportedByStrategy(f"the guest's kernel single-steps itself at {vcpu.rip:#x} (EFLAGS.TF); translated code cannot")
+        if self._new_space:
+            self._new_space = False
+            try:
+                self.mmu.translate(vcpu.rip, fetch=True)   # as fetching the next instruction does: A bits, or a page fault
+            except PageFault as fault:
+                self.reflect(Fault(14, fault.error_code, fault.address))
         self.translator.set_mode(vcpu.kernel_cs.selector, vcpu.iopl)
         vcpu.show_control_registers()
         instruction = site.instruction if site is not None else None
