@@ -31,7 +31,8 @@ END = "xor eax, eax;" + DEBUG_EXIT
 #: Every way to run a paging 32-bit guest faithfully, by name.
 SCHEMES: dict[str, tuple[type[Strategy], dict[str, str]]] = {
     f"{kind.name}/{memory}": (kind, {"memory": memory, **({"sensitive": "trap"} if kind is TrapAndEmulate else {})})
-    for kind, memories in ((TrapAndEmulate, ("tracing", "lazy")), (BinaryTranslation, ("tracing", "lazy")), (HardwareAssisted, ("tracing", "lazy", "nested")))
+    for kind, memories in ((TrapAndEmulate, ("tracing", "lazy")), (BinaryTranslation, ("tracing", "lazy")),
+                           (HardwareAssisted, ("tracing", "lazy", "nested")))
     for memory in memories
 }
 
