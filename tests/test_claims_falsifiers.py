@@ -98,6 +98,7 @@ FALSIFIERS: list[tuple[str, dict[str, dict[str, Any]], dict[str, dict[str, float
     ("pv-no-traps", {"paravirtual": TRAP | {"emulate.cli": 1, "trap.ud": 1, "emulate.prefix": 1}}, {}),
     ("one-kernel-both", {"native": {"retired.kernel": 8, "retired.cli": 1, "retired.sti": 1}}, {}),
     ("microkernel", {"services": TRAP | {"emulate.out": 1, "trap.int": 2, "hypercall.port_io": 2}}, {}),
+    ("microkernel", {"calls": {"crossing.system_call": 1}}, {}),
     ("microkernel", {}, {"prescott-2005": {"int.delivery": 20_000}}),
     ("type2-correct-without-bt", {"silent": {"outcome": "right"}}, {}),
     ("type2-correct-without-bt", {}, {"prescott-2005": {
