@@ -11,6 +11,7 @@ from vmlab.guests import GuestImage
 from vmlab.machine.pc import Stop, StopReason
 from vmlab.strategies.base import Strategy
 from vmlab.strategies.hardware import HardwareAssisted
+from vmlab.strategies.native import Native
 from vmlab.strategies.trap_and_emulate import TrapAndEmulate
 
 DONE = Stop(StopReason.EXIT, 0)
@@ -214,3 +215,25 @@ def paging_kernel_identity(where: Layout, source: str) -> GuestImage:
     for i in range(1, 4):
         directory[8 * i:8 * i + 8] = (i << 21 | PS | ALL).to_bytes(8, "little")
     return paging_kernel(where, source, data={0x41000: bytes(directory)})
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("how", ["cr3", "invlpg"])
+def test_code_of_two_address_spaces_at_one_address_is_counted_apart(how: str, path: str) -> None:
+    """Two pages of code, equal in length, take turns at the window's first address; Unicorn keeps both translations."""
+    where = layout("pae")
+    other = {0x60000: (0x61000 | 1).to_bytes(8, "little"), 0x61000: (0x42000 | ALL).to_bytes(8, "little") + (0x62000 | ALL).to_bytes(8, "little"),
+             0x62000: (0x102000 | ALL).to_bytes(8, "little")}
+    data = {**other, 0x43000: (0x101000 | ALL).to_bytes(8, "little"), 0x101000: asm("cpuid; ret"), 0x102000: asm("nop; nop; ret")}
+    to = {"cr3": ("mov eax, 0x60000; mov cr3, eax;", "mov eax, 0x40000; mov cr3, eax;"),
+          "invlpg": (put(where, 0, 0x102000 | ALL) + f"invlpg [{where.base:#x}];", put(where, 0, 0x101000 | ALL) + f"invlpg [{where.base:#x}];")}[how]
+    source = f"mov esi, 10; again: xor eax, eax; call {where.base:#x}; {to[0]} call {where.base:#x}; {to[1]} dec esi; jnz again;" + END
+    image = paging_kernel(where, source, data=data)
+    seen = set()
+    for kind, parameters in ((Native, {}), *SCHEMES.values()):
+        guest = boot(kind, image, parameters, path)
+        assert guest.run(10_000) == DONE
+        snapshot = guest.snapshot()
+        cpuid = snapshot.events.get("retired.cpuid", 0) + snapshot.events.get("emulate.cpuid", 0)
+        seen.add((cpuid, snapshot.kernel))
+    assert len(seen) == 1 and seen.pop()[0] == 10

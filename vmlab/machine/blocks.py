@@ -29,6 +29,8 @@ class Blocks:
         self._watched: dict[int, Callable[[int], None]] = {}
         self._gates: dict[int, Callable[[], None]] = {}
         self._hooked: dict[int, tuple[int, Instruction | None]] = {}
+        #: Keys of blocks that are different code in different address spaces. Unicorn keeps the translations of all.
+        self._ambiguous: set[int] = set()
         machine.engine.hook(uc_const.UC_HOOK_EDGE_GENERATED, EDGE_CALLBACK, self._on_new_code)
 
     def watch(self, address: int, callback: Callable[[int], None]) -> None:
@@ -101,7 +103,7 @@ class Blocks:
     def _wants_hook(self, address: int, instruction: Instruction) -> bool:
         return (carried_out(instruction) or instruction.op in self._machine.trapping or instruction.search
                 or address in self._watched or address in self._gates
-                or (self._machine.accesses is not None and flushes(instruction)))
+                or (bool(self._ambiguous or self._machine.accesses is not None) and flushes(instruction)))
 
     def _hook(self, address: int, instruction: Instruction | None) -> None:
         handle = self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._on_instruction, address, address)
@@ -137,7 +139,20 @@ class Blocks:
         raw = b"".join(instruction.raw for instruction in block.instructions)
         self._machine.cpu.load()
         if self._machine.cpu.read_linear(block.pc, len(raw)) != raw:
+            key = block.key
             self.forget(block.pc, block.end)
+            if not self._ambiguous:     # from now on the moments at which it may be other code are looked at
+                for other in [b for b in self._machine.counter.blocks.values() if any(map(flushes, b.instructions))]:
+                    self.forget(other.pc, other.end)
+            self._ambiguous.add(key)
+
+    def space_changed(self) -> None:
+        """Other pages may be mapped from the next block on: what is known of ambiguous blocks is void."""
+        counter = self._machine.counter
+        for key in self._ambiguous:
+            block = counter.blocks.get(key)
+            if block is not None:
+                counter.close(block)
 
     def forget(self, start: int, end: int) -> None:
         """Code in ``start <= address < end`` was changed by the host or the guest: decode it anew."""
@@ -167,6 +182,8 @@ class Blocks:
                 gate()
                 machine.make_rip_count()
             elif instruction is not None and instruction.op is not None:
+                if flushes(instruction):
+                    self.space_changed()
                 self._instructions.carry_out(address, instruction)
             elif instruction is not None and instruction.search:
                 self._instructions.search_element(instruction)

@@ -148,6 +148,7 @@ class Svm:
             machine.cpu.rip = _VMRUN
             self._record_exit(vmcb, v.EXIT_INVALID, 0, 0)
             return Stop(StopReason.REQUESTED)
+        machine.blocks.space_changed()
         machine.tsc_offset = vmcb["tsc_offset"]
         control = vmcb["interrupt_control"]
         # Unicorn cannot take V_IRQ back from its CPU at #VMEXIT, so it never sees it: _attend() does it.

@@ -115,6 +115,7 @@ class DeprivilegingMonitor(Strategy):
         if not self.pager.stale:
             return
         self.pager.stale = False
+        self.machine.blocks.space_changed()
         if self.machine.cpu.cr(3) != self.pager.root:
             self.machine.cpu.set_cr(3, self.pager.root)     # which flushes the TLB
         else:
