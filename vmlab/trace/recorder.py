@@ -17,6 +17,7 @@ from vmlab.experiment.cell import Run
 from vmlab.ledger import Snapshot
 from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.engine import CODE_CALLBACK
+from vmlab.machine.paging import PageFault
 from vmlab.machine.state import HF_CS32, HF_CS64
 from vmlab.parameters import Value
 from vmlab.trace.lanes import Lane, lane_of
@@ -227,7 +228,7 @@ class Recorder:
         bits = 64 if cpu.hflags & HF_CS64 else 32 if cpu.hflags & HF_CS32 else 16
         instruction = decode(self._fetch(address), bits)
         where, guest = self._lane.place(address)
-        stands_for = instruction if guest == address else self._guest_code(guest) if guest is not None else None
+        stands_for = instruction if guest == address else self._guest_code(guest, address) if guest is not None else None
         return Step(
             number, address, where, _text(instruction, address), instruction.raw.hex() if instruction else "", guest,
             _text(stands_for, guest or 0) if guest is not None else "", self._symbols.name(guest if guest is not None else address), moment)
@@ -238,14 +239,20 @@ class Recorder:
         for size in (15, min(15, 0x1000 - address % 0x1000)):
             try:
                 data: bytes = cpu.read_linear(address, size)
-            except GuestError:
+            except (GuestError, PageFault):
                 continue
             return data
         return b""
 
-    def _guest_code(self, guest: int) -> Instruction | None:
+    def _guest_code(self, guest: int, address: int) -> Instruction | None:
         """The guest's instruction that translated code stands for (translated kernels are 32-bit)."""
-        return decode(self._fetch(guest), 32)
+        found = decode(self._fetch(guest), 32)
+        block = self._machine.counter.current
+        if found is None and block is not None and block.tags is not None:
+            # Not mapped where the CPU is now (a shadow that is not filled): what the translator read when it made this block.
+            here = block.offsets.get(address - block.pc, 0)
+            found = next((tag.guest for tag in block.tags[here:] if tag is not None), None)
+        return found
 
 
 def _text(instruction: Instruction | None, address: int) -> str:
