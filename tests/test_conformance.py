@@ -22,12 +22,12 @@ def run(technique: str, workload: str, **more: str) -> Cell:
 
 
 def variants(technique: str) -> list[dict[str, str]]:
-    """Every choice of the technique's parameters that has more than one, memory aside: nano is unpaged."""
-    found: list[dict[str, str]] = [{}]
-    for name, parameter in strategies.load(technique).parameters.items():
-        if parameter.choices and len(parameter.choices) > 1 and name not in ("memory", "nested_page"):
-            found = [{**variant, name: choice} for variant in found for choice in parameter.choices]
-    return found
+    """The defaults, and every other choice of a parameter, one at a time; memory aside: nano is unpaged."""
+    parameters = strategies.load(technique).parameters
+    return [{}] + [
+        {name: choice} for name, parameter in parameters.items() if name not in ("memory", "nested_page")
+        for choice in parameter.choices or () if choice != parameter.default
+    ]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)

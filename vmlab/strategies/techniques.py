@@ -80,6 +80,7 @@ class BinaryTranslationTechnique(Technique):
         "emulation": Parameter("sensitive instructions inside the cache, or each by a callout", "in-cache", ("in-cache", "callout")),
         "lookup": Parameter("targets of returns and indirect jumps looked up inside the cache, or each by a callout", "in-cache",
                             ("in-cache", "callout")),
+        "adaptation": Parameter("instructions that keep faulting on memory that the VMM watches become callouts", "on", ("on", "off")),
         "chaining": Parameter("exits patched to lead straight to translated targets", "on", ("on", "off")),
         "cache": Parameter("bytes of the translation cache", 1 << 20, minimum=16 << 10, maximum=1 << 20),
         "unit": Parameter("guest instructions of a translation unit, at most", 12, minimum=1, maximum=12),

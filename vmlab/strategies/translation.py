@@ -7,6 +7,10 @@ by a jump, without any trap. :mod:`vmlab.vmm.translation` makes the code; this m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
+
+import capstone
+from capstone import x86_const as cs_x86
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.guests import GuestImage
@@ -20,12 +24,23 @@ from vmlab.parameters import Value
 from vmlab.strategies.base import GuestState
 from vmlab.strategies.techniques import BinaryTranslationTechnique
 from vmlab.vmm.monitor import DeprivilegingMonitor
-from vmlab.vmm.operands import fetch
+from vmlab.vmm.operands import effective_address, fetch
 from vmlab.vmm.translation import Options, Site, State, Translator, Unit
 from vmlab.vmm.translation.layout import GATE, PENDING, SITE, TARGET
 from vmlab.vmm.translation.pages import CodePages
 from vmlab.vmm.translation.vcpu import CACHE_CS, TranslatedCpu
 from vmlab.vmm.vcpu import KERNEL_RING
+
+#: Faults on watched memory after which a store is guilty.
+GUILTY_AFTER = 8
+
+
+def _stored_to(instruction: Instruction) -> Any:
+    """The explicit memory operand that the instruction writes, if it has one."""
+    for operand in instruction.cs.operands:
+        if operand.type == cs_x86.X86_OP_MEM and operand.access & capstone.CS_AC_WRITE and not instruction.string:
+            return operand
+    return None
 
 
 class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
@@ -40,6 +55,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         chosen = self.chosen
         self.options = Options(
             emulation=str(chosen["emulation"]), lookup=str(chosen["lookup"]), chaining=str(chosen["chaining"]),
+            adaptation=str(chosen["adaptation"]),
             cache_size=int(chosen["cache"]), unit_limit=int(chosen["unit"]),
         )
         self.trap_tsc = self.options.emulation != "in-cache"
@@ -52,6 +68,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         machine.gate(GATE, self._gate)
         self._site_at, self._target_at, self._pending_at = (self.space.hole_frame(at) for at in (SITE, TARGET, PENDING))
         self._state = State(0)
+        self._faults: dict[int, int] = {}      # by kernel instruction: faults on memory that the VMM watches
         self._new_space = False      # the guest has just changed its address space
 
     def make_vcpu(self) -> TranslatedCpu:
@@ -156,6 +173,8 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             self.inject_pending()
         elif site.instruction is None:
             self.reflect(Fault(6))
+        elif site.cause == "adapted":
+            self._simulate(site.instruction)
         elif site.instruction.op == "into" and not vcpu.eflags & OF:
             vcpu.rip += site.instruction.size
             self.emulator.count("into", False)
@@ -224,10 +243,33 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         if self.mmu.peek(address) >> 12 in self.pager.guarded:
             self.counts["bt.code_write"] += 1
         instruction = self.decode_at(self.vcpu.rip) if self.vcpu.cpl == 0 else None
+        if instruction is not None:
+            self._suspect(self.vcpu.rip, instruction)
         if instruction is not None and self.emulator.knows(instruction.op):
             self.emulate(instruction)
         else:
             super().carry_out(address)
+
+    def _suspect(self, at: int, instruction: Instruction) -> None:
+        """Innocent until proven guilty: an ordinary store that faulted often enough becomes a callout."""
+        if self.options.adaptation != "on" or instruction.op is not None or _stored_to(instruction) is None:
+            return
+        self._faults[at] = self._faults.get(at, 0) + 1
+        if self._faults[at] == GUILTY_AFTER:
+            self.translator.adapt(at)
+
+    def _simulate(self, instruction: Instruction) -> None:
+        """A guilty store, without the trap; where it goes is looked at anew each time."""
+        vcpu = self.vcpu
+        at = vcpu.rip
+        try:
+            self.stores.carry_out(vcpu, instruction, effective_address(vcpu, instruction, _stored_to(instruction)))
+        except Fault as fault:
+            self.reflect(fault)
+            return
+        if vcpu.shadow_at == at:
+            vcpu.shadow_at = None
+        self.inject_pending()
 
     def decode_at(self, rip: int) -> Instruction | None:
         """The guest's instruction; what the machine saw fault may be a template's."""

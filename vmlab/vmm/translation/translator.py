@@ -43,6 +43,7 @@ class Options:
     emulation: str = "in-cache"     # sensitive instructions: in-cache | callout
     lookup: str = "in-cache"        # indirect targets: in-cache | callout
     chaining: str = "on"            # exits patched to lead to their targets: on | off
+    adaptation: str = "on"          # instructions that keep faulting on watched memory become callouts: on | off
     cache_size: int = CACHE_LIMIT   # bytes
     unit_limit: int = UNIT_LIMIT    # guest instructions
 
@@ -60,6 +61,8 @@ class Translator:
         self.cache = Cache(space, options.cache_size, on_patch)
         self.selector, self.iopl = 0x08, 0
         self.units: dict[int, Unit] = {}
+        #: Guest instructions that kept faulting on memory which the VMM watches: the VMM carries them out, without a trap.
+        self.guilty: set[int] = set()
         #: cache address of a machine instruction → the guest's state before it
         self.states: dict[int, State] = {}
         self.tags: dict[int, Tag] = {}
@@ -155,6 +158,16 @@ class Translator:
         self.drop(unit)
         self.listener("invalidated", unit, None)
         self.on_drop(unit)
+
+    def adapt(self, guest: int) -> None:
+        """This instruction is guilty (Adams & Agesen §4): translate what holds it anew, with a callout in its place."""
+        self.guilty.add(guest)
+        self.counts["bt.adapt"] += 1
+        for unit in [u for u in self.units.values() if any(piece.guest == guest for piece in u.pieces)]:
+            del self.units[unit.guest]
+            self.drop(unit)
+            self.listener("adapted", unit, None)
+            self.on_drop(unit)
 
     def drop(self, unit: Unit) -> None:
         """Take the unit out of all tables, and its place in the chains."""
@@ -296,6 +309,12 @@ class Translator:
             control_flow(em, at, ins)
             em.piece(ins, Kind.CONTROL)
             return True
+        elif at in self.guilty:
+            site = em.callout("adapted", at, ins)
+            em.piece(ins, Kind.SIMULATE)
+            site.after = em.here
+            em.check_next = False
+            return False
         else:
             em.emit(ins.raw, Tag(ins, "ident"))
             em.piece(ins, Kind.IDENT)
