@@ -19,6 +19,10 @@ The native run of the same work is made along with it, for slowdown and fidelity
 """
 
 
+#: What has an argument of its own, and which.
+_OF_THEIR_OWN = {"technique": "with --technique", "workload": "as the first argument", "guest": "with --guest"}
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.epilog = EXAMPLE
@@ -49,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
             parameters[key] = schema.word_or_number(text)
     for text in arguments.sets:
         key, values = schema.parse_set(text)
-        if len(values) != 1 or key in ("technique", "workload", "guest"):
+        if key in _OF_THEIR_OWN:
+            raise ConfigError(f"--set {text}: the {key} is given {_OF_THEIR_OWN[key]}, not with --set")
+        if len(values) != 1:
             raise ConfigError(f"--set {text}: one value for one parameter; 'vmlab experiment' sweeps")
         parameters[key] = values[0]
     lab = Lab([arguments.strategy] if arguments.strategy else [])
