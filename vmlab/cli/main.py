@@ -43,6 +43,7 @@ VERBS = {
     "step": "one CLI, five ways: a page to step through what every technique does",
     "explain": "a term, event, cost or claim in two sentences, with its source",
     "exits": "why the CPU left the guest in a run, by reason; also as perf kvm stat prints it",
+    "new": "a file to start from: a strategy of your own",
     "list": "techniques, guests, workloads, profiles, claims, experiments, events",
     "validate": "check experiment files without running them",
     "doctor": "check that this machine can run the lab",
