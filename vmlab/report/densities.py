@@ -30,7 +30,7 @@ def densities(view: View) -> list[Density]:
     """Of every workload whose guest counts its work."""
     made = []
     for workload in view.workloads:
-        native = next((c for c in view.cells if c["technique"] == "native" and c["parameters"].get("workload") == workload), None)
+        native = next((c for c in view.cells if c["technique"] == "native" and view.work(c) == workload), None)
         if native is None or not operations(native) or not all(key in native["work"] for key in COUNTED):
             continue
         guest, each = native["instructions"]["guest"], operations(native)

@@ -231,7 +231,7 @@ def _verdicts(view: View) -> str:
     wrong = [c for c in view.cells if c["technique"] != "native" and (c.get("fidelity") or {}).get("matches_native") is False]
     judged = [c for c in view.cells if c["technique"] != "native"]
     same = len(judged) - len(wrong)
-    where = sorted({f"{name(view.variant(c))} on {c['parameters'].get('workload')}" for c in wrong})
+    where = sorted({f"{name(view.variant(c))} on {view.work(c)}" for c in wrong})
     fidelity = f"{same} of {len(judged)} virtualized cells end exactly as the bare machine does"
     if where:
         fidelity += f" (not: {', '.join(where[:3])}{' and others' if len(where) > 3 else ''})"

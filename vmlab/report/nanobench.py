@@ -20,6 +20,8 @@ from vmlab.errors import ConfigError
 from vmlab.report.view import Cell, View
 
 DATA = Path(__file__).with_name("nanobench.yaml")
+#: The guest of rows that name none.
+GUEST = "minios"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Figure:
     ``ours`` is None where the run has no such cell or the CPU could not have run it, ``published`` where the paper has none.
     """
 
+    guest: str
     workload: str
     words: str
     system: str
@@ -39,6 +42,11 @@ class Figure:
     published: float | None
     calibrated: bool
     note: str
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """Which row of the table this is in: guest and workload."""
+        return self.guest, self.workload
 
     @property
     def ratio(self) -> float | None:
@@ -82,21 +90,22 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     made = []
     for paper in papers():
         figures = [figure for row in paper["rows"] for figure in _row(paper, row, cells)]
-        ran = {figure.workload for figure in figures if figure.ours is not None}
+        ran = {figure.row for figure in figures if figure.ours is not None}
         if ran:
             made.append(Table(paper["title"], paper["cpu"], paper["profile"], tuple(paper["cells"]),
-                              tuple(figure for figure in figures if figure.workload in ran)))
+                              tuple(figure for figure in figures if figure.row in ran)))
     return made
 
 
 def _row(paper: Mapping[str, Any], row: Mapping[str, Any], cells: list[Cell]) -> list[Figure]:
     profile = costs.load(paper["profile"])
+    work = {"guest": row.get("guest", GUEST), "workload": row["workload"]}
     made = []
     for system, wanted in paper["cells"].items():
         published = row[system] * paper["cycles"] if system in row else None
         ours: tuple[float | None, float | None, float | None] = (None, None, None)
         calibrated = False
-        cell = next((c for c in cells if c["parameters"].get("workload") == row["workload"] and _is(c, wanted)), None)
+        cell = next((c for c in cells if _is(c, work | wanted)), None)
         quantity = operation(cell, int(row.get("per", 1))) if cell else None
         if cell is not None and quantity is not None and costs.supports(profile, str(cell["platform"])):
             try:
@@ -106,7 +115,8 @@ def _row(paper: Mapping[str, Any], row: Mapping[str, Any], cells: list[Cell]) ->
             else:
                 ours = value, min(low, value), max(high, value)
                 calibrated = any(_set_by(figure, paper, row, system) for figure in quantity.figures(profile).values())
-        made.append(Figure(row["workload"], row["words"], system, wanted["technique"], *ours, published, calibrated, row.get("note", "")))
+        made.append(Figure(
+            work["guest"], work["workload"], row["words"], system, wanted["technique"], *ours, published, calibrated, row.get("note", "")))
     return made
 
 
@@ -136,11 +146,11 @@ def text(results: Mapping[str, Any]) -> str:
         lines += [f"Nanobenchmarks, cycles an operation on {table.profile}, beside {table.title} ({table.cpu})",
                   "(loop - empty loop) / iterations; published in brackets, ratio ours/published; * a cost was set by this figure", ""]
         rows = [["operation", *table.systems]]
-        by_workload: dict[str, list[Figure]] = {}
+        by_row: dict[tuple[str, str], list[Figure]] = {}
         for figure in table.figures:
-            by_workload.setdefault(figure.workload, []).append(figure)
+            by_row.setdefault(figure.row, []).append(figure)
         notes = []
-        for figures in by_workload.values():
+        for figures in by_row.values():
             mark = ""
             if figures[0].note:
                 notes.append(f"{figures[0].words}: {figures[0].note}")
@@ -156,7 +166,7 @@ def _field(figure: Figure) -> str:
     published = f"({_number(figure.published)})" if figure.published is not None else ""
     if figure.ours is None:
         return f"- {published}".rstrip()
-    ratio = f" {figure.ratio:.2g}x" if figure.ratio is not None else ""
+    ratio = f" {float(f'{figure.ratio:.2g}'):,g}x" if figure.ratio is not None else ""
     return f"{_number(figure.ours)}{'*' if figure.calibrated else ''} {published}{ratio}".rstrip()
 
 
@@ -177,13 +187,13 @@ def draw_nanobenchmarks(view: View) -> Any:
     caption = ("Cycles of one operation: the loop less the same loop around nothing, by iterations. Filled: ours, nominal costs, whiskers the 5th "
                "and 95th percentile of sampled costs. Hollow: published. A star marks figures that set one of the costs: they agree with themselves.")
     handles = _handles(found)
-    heights = [0.3 * len({f.workload for f in table.figures}) + 0.2 for table in found]
+    heights = [0.3 * len({f.row for f in table.figures}) + 0.2 for table in found]
     sheet = Sheet(finding(found), caption, heights, left=1.75, right=0.3, gap=0.75, legend_rows=-(-len(handles) // fits(3, 2.4)))
     for (axes,), table in zip(sheet.axes, found, strict=True):
-        workloads = list(dict.fromkeys(figure.workload for figure in table.figures))
+        rows = list(dict.fromkeys(figure.row for figure in table.figures))
         axes.set_xscale("log")
-        axes.set_ylim(len(workloads) - 0.4, -0.6)
-        axes.set_yticks(range(len(workloads)), [next(f.words for f in table.figures if f.workload == w) for w in workloads])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_yticks(range(len(rows)), [next(f.words for f in table.figures if f.row == row) for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(LogLocator(numticks=5 * fits(2)))
@@ -192,7 +202,7 @@ def draw_nanobenchmarks(view: View) -> Any:
         axes.set_title(f"{table.title}; ours on {table.profile}, cycles", loc="left", fontsize=10)
         for figure in table.figures:
             style = look(figure.technique)
-            y = workloads.index(figure.workload) + 0.22 * (table.systems.index(figure.system) - (len(table.systems) - 1) / 2)
+            y = rows.index(figure.row) + 0.22 * (table.systems.index(figure.system) - (len(table.systems) - 1) / 2)
             if figure.ours is not None and figure.ours > 0 and figure.low is not None and figure.high is not None:
                 low = max(figure.low, figure.ours / 1000)  # a difference's low end may reach 0, which a log axis has not
                 axes.errorbar([figure.ours], [y], xerr=[[figure.ours - low], [figure.high - figure.ours]], marker=style.marker,
@@ -202,7 +212,7 @@ def draw_nanobenchmarks(view: View) -> Any:
             if figure.published:
                 axes.plot([figure.published], [y], marker=style.marker, markersize=8, markerfacecolor="none",
                           markeredgecolor=style.colour, markeredgewidth=1.3, linestyle="none", zorder=2)
-        for y in range(len(workloads)):
+        for y in range(len(rows)):
             axes.axhline(y + 0.5, color=RULE, linewidth=0.5, zorder=0)
     sheet.legend(handles, columns=fits(3, 2.4))
     return sheet.figure

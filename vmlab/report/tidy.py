@@ -57,7 +57,7 @@ def exits(view: View) -> list[Row]:
 
 def _head(view: View, cell: Cell) -> Row:
     parameters = cell["parameters"]
-    return {"workload": parameters.get("workload"), "technique": cell["technique"], "variant": name(view.variant(cell)),
+    return {"workload": view.work(cell), "technique": cell["technique"], "variant": name(view.variant(cell)),
             **{key: value for key, value in parameters.items() if key not in ("workload", "guest")}}
 
 

@@ -44,6 +44,7 @@ class View:
         self.all: list[Cell] = list(results.get("cells") or [])
         self.cells = [cell for cell in self.all if cell.get("status") == "ok"]
         self._spread = _spread(self.cells)
+        self._guest = next((cell["parameters"].get("guest") for cell in self.cells), None)
         self.generations = sorted(
             (_generation(name) for name in {name for cell in self.cells for name in cell.get("cycles") or {}}),
             key=lambda g: (g.year, g.vendor != "Intel", g.name),
@@ -61,10 +62,15 @@ class View:
         """The generations whose cost profile is here, so that the run can be priced anew."""
         return [g for g in self.generations if g.priced_here]
 
+    def work(self, cell: Cell) -> str:
+        """What the cell's guest did: its workload; on another guest than the run's first, with that guest's name."""
+        workload, guest = str(cell["parameters"].get("workload")), cell["parameters"].get("guest")
+        return workload if guest == self._guest else f"{workload} on {guest}"
+
     @property
     def workloads(self) -> list[str]:
-        """Workloads in the order of the cells, the headline first."""
-        seen = list(dict.fromkeys(str(cell["parameters"].get("workload")) for cell in self.cells))
+        """Workloads (:meth:`work`) in the order of the cells, the headline first."""
+        seen = list(dict.fromkeys(map(self.work, self.cells)))
         return sorted(seen, key=lambda name: -len(self.densities(name)))
 
     @property
@@ -76,7 +82,7 @@ class View:
         """The densities of that workload, ascending."""
         return sorted({
             float(cell["parameters"]["density"]) for cell in self.cells
-            if cell["parameters"].get("workload") == workload and "density" in cell["parameters"]
+            if self.work(cell) == workload and "density" in cell["parameters"]
         })
 
     def what(self, workload: str) -> str:
@@ -97,7 +103,7 @@ class View:
         """
         found: dict[tuple[str, str], list[Cell]] = {}
         for cell in self.cells:
-            if cell["parameters"].get("workload") == workload:
+            if self.work(cell) == workload:
                 found.setdefault(self.variant(cell), []).append(cell)
         ledgers: dict[str, list[Any]] = {}
         for (technique, _), cells in found.items():
@@ -114,7 +120,7 @@ class View:
 
     def column(self, workload: str, variant: tuple[str, str]) -> list[Cell]:
         """The cells of one variant on one workload, by ascending density."""
-        of = [c for c in self.cells if c["parameters"].get("workload") == workload and c["technique"] == variant[0]]
+        of = [c for c in self.cells if self.work(c) == workload and c["technique"] == variant[0]]
         found = [cell for cell in of if self.variant(cell) == variant]
         if of and not found:  # variants that are one: any of them will do
             found = [cell for cell in of if self.variant(cell) == self.variant(of[0])]
