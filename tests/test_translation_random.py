@@ -171,7 +171,7 @@ OPTIONS = st.fixed_dictionaries({}, optional={
 })
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(KERNELS, OPTIONS)
 def test_random_kernels_end_as_on_the_bare_machine(slots: list[tuple[int, int]], options: dict[str, Any]) -> None:
     check(slots, **options)

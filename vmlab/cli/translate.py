@@ -19,7 +19,7 @@ EXAMPLE = """\
 examples:
   vmlab translate nano --workload pushf_popf --iterations 20 --limit 5
   vmlab translate nano --workload cli_sti --symbol uart_write --profile prescott-2005
-  vmlab translate --asm "cli; mov eax, 1; sti; ret"          (needs an assembler: pip install keystone-engine)
+  vmlab translate --asm "cli; mov eax, 1; sti; ret"          (needs the extra: pip install 'vmlab[asm]')
   vmlab translate --bytes "fa b8 01 00 00 00 fb c3" --steps
 
 Units that ran most come first. Kinds: identical (copied), in-cache (works on the virtual CPU), callout (into the monitor),
@@ -139,7 +139,7 @@ def _assembled(source: str) -> bytes:
     try:
         import keystone  # type: ignore[import-untyped]
     except ImportError:
-        raise ConfigError("--asm needs an assembler: pip install keystone-engine; or give machine code with --bytes") from None
+        raise ConfigError("--asm needs an assembler: pip install 'vmlab[asm]' (keystone-engine); or give machine code with --bytes") from None
     try:
         code, _ = keystone.Ks(keystone.KS_ARCH_X86, keystone.KS_MODE_32).asm(source, _CODE)
     except keystone.KsError as error:
