@@ -141,3 +141,27 @@ def test_translate_plays_its_steps_and_looks_at_guests(capsys: pytest.CaptureFix
 def test_bad_input_is_one_line(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["translate", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_warm_up_counts_what_had_been_done_by_each_power_of_two() -> None:
+    from vmlab.cli.translate import warm_up
+
+    steps = [{"at": at, "what": what} for at, what in ((0, "translated"), (2, "translated"), (2, "chained"), (3, "evicted"), (5, "translated"))]
+    assert [tuple(row.values()) for row in warm_up(steps, 6)] == [(1, 1, 0), (2, 2, 1), (4, 2, 1), (6, 3, 1)]
+
+
+def test_warm_up_of_a_guest_ends_with_the_ledgers_own_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """And the guest runs no longer than unobserved."""
+    import itertools
+    import json
+
+    from vmlab.cli.main import main
+    from vmlab.experiment.cell import Run
+
+    assert main(["translate", "nano", "--workload", "cli_sti", "--iterations", "20", "--warm-up", "--json"]) == 0
+    curve = json.loads(capsys.readouterr().out)["warm_up"]
+    run = Run("binary-translation", {"guest": "nano", "workload": "cli_sti", "iterations": 20})
+    run.go()
+    counts = run.strategy.snapshot().events
+    assert curve[-1] == {"instructions": run.machine.time, "translated": counts["bt.translate.unit"], "chained": counts["bt.chain"]}
+    assert all(a["translated"] <= b["translated"] for a, b in itertools.pairwise(curve))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmlab.cli.output import print_json
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vmlab.guests import GuestImage
     from vmlab.parameters import Value
     from vmlab.strategies.translation import BinaryTranslation
+    from vmlab.vmm.translation import Site, Unit
 
 EXAMPLE = """\
 examples:
@@ -46,7 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     code.add_argument("--bytes", metavar="HEX", help="the same, as machine code")
     parser.add_argument("--profile", metavar="NAME", default="prescott-2005", help="price on this profile (default: prescott-2005)")
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="units or steps shown at most (default: 20)")
-    parser.add_argument("--steps", action="store_true", help="what happened to the translations, in order")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--steps", action="store_true", help="what happened to the translations, in order")
+    shown.add_argument("--warm-up", action="store_true", help="units translated and chained by each power of two of guest instructions")
     parser.add_argument("--json", action="store_true", help="units (or steps) as JSON")
 
 
@@ -64,15 +67,30 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--symbol: {arguments.symbol!r} is not in {image.name}{nearest(arguments.symbol, image.symbols)}")
     steps: list[dict[str, Any]] = []
     strategy.translator.runs_by_code = strategy.machine.counter.runs_by_code
-    strategy.translator.listener = lambda what, unit, site: steps.append({
-        "at": strategy.machine.time, "what": what, "guest": unit.guest, "cache": unit.start, "end": unit.end,
-        "from": None if site is None else site.unit.guest, "by": None if site is None else site.form,
-    })
+
+    def listener(what: str, unit: Unit, site: Site | None) -> None:
+        steps.append({
+            "at": strategy.machine.time, "what": what, "guest": unit.guest, "cache": unit.start, "end": unit.end,
+            "from": None if site is None else site.unit.guest, "by": None if site is None else site.form,
+        })
+
+    for made_before in strategy.translator.units.values():   # made when the guest was loaded
+        listener("translated", made_before, None)
+    strategy.translator.listener = listener
     ended = "it ended by itself"
     try:
         strategy.run(budget)
     except GuestError as error:
         ended = str(error)
+    if arguments.warm_up:
+        curve = warm_up(steps, strategy.machine.time)
+        if arguments.json:
+            print_json({"schema_version": 1, "warm_up": curve})
+        else:
+            print(f"{'by':>14} {'translated':>11} {'chained':>9}")
+            print("\n".join(f"{row['instructions']:>14,} {row['translated']:>11,} {row['chained']:>9,}" for row in curve))
+            print(f"Virtual time in guest instructions, idle time included; {ended}.")
+        return 0
     if arguments.steps:
         shown = [step for step in steps if _belongs(step["guest"], arguments.symbol, image.symbols)][:arguments.limit]
         if arguments.json:
@@ -99,6 +117,16 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\n{made} units, {sum(u['bytes_in'] for u in units)} bytes of guest code became {sum(u['bytes_out'] for u in units)}; "
           f"{min(made, arguments.limit)} shown, priced on {profile.name}; the guest: {ended}.")
     return 0
+
+
+def warm_up(steps: Sequence[Mapping[str, Any]], end: int) -> list[dict[str, int]]:
+    """What the translator had done by each power of two of virtual time (guest instructions, and idle time), and by ``end``.
+
+    Made from the translator's own steps, so that the guest runs as it would unobserved. Anything twice translated counts twice.
+    """
+    times = [1 << n for n in range(end.bit_length()) if 1 << n < end] + [end]
+    return [{"instructions": by, **{what: sum(step["what"] == what and step["at"] <= by for step in steps)
+                                    for what in ("translated", "chained")}} for by in times]
 
 
 def _prepared(arguments: argparse.Namespace) -> tuple[BinaryTranslation, GuestImage, int]:
