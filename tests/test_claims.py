@@ -169,6 +169,10 @@ def test_computing_runs_directly_and_costs_nothing_and_both_can_be_falsified(run
         if cell["technique"] == "paravirtualization" else cell for cell in steady
     ]
     assert judge("direct-execution", emulating)["verdict"] == "fails"
+    # What is said is never rounded up to the whole.
+    for emulated, words in ((0.0, "all of"), (2e-6, "at least 99.9998 %"), (0.00056, "at least 99.94 %")):
+        cells = [cell | {"efficiency": {"retired": 1 - emulated, "translated": 0.0, "emulated": emulated}} for cell in steady]
+        assert judge("direct-execution", cells)["reason"].startswith(f"{words} the guest's instructions" if not emulated else words)
     assert judge("direct-execution", run)["verdict"] == "fails", "a fifth of the time goes into translating"
 
 

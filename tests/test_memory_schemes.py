@@ -21,6 +21,8 @@ SCHEMES = {"minios": [*_DEPRIVILEGED, *_ASSISTED], "minios64": _ASSISTED}
 #: Instructions depend on when interrupts arrive, and that on what the VMM does: only the outcome must be equal.
 WITH_DEVICES = frozenset({"build", "mixed", "io", "idle"})
 QUICK = ("ptemod", "protfault", "ctxsw")
+#: Besides, by default, of the 32-bit guest.
+USUAL = ("syscall", "forkwait", "pagefault", "random")
 
 
 @functools.cache
@@ -47,6 +49,17 @@ _CASES = [(guest, technique, memory) for guest, schemes in SCHEMES.items() for t
 @pytest.mark.parametrize(("guest", "technique", "memory"), _CASES)
 def test_the_guest_does_what_it_does_on_the_bare_machine(guest: str, technique: str, memory: str, workload: str) -> None:
     check(guest, workload, technique, memory)
+
+
+@pytest.mark.parametrize("workload", USUAL)
+@pytest.mark.parametrize(("technique", "memory"), [*SCHEMES["minios"], ("paravirtualization", "direct")])
+def test_usual_operations_do_what_they_do_on_the_bare_machine(technique: str, memory: str, workload: str) -> None:
+    if technique != "paravirtualization":
+        check("minios", workload, technique, memory)
+        return
+    native, cell = run("minios", workload, "native"), run("minios", workload, technique, memory)
+    assert cell["status"] == native["status"] == "ok", cell["error"]
+    assert cell["fidelity"]["outcome"] == native["fidelity"]["outcome"]  # a ported kernel runs other instructions
 
 
 @pytest.mark.slow

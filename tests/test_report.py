@@ -172,6 +172,11 @@ def test_only_the_charts_asked_for_are_written(results: dict[str, Any], tmp_path
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["density.png", "density.svg"]
 
 
+def test_the_first_chart_named_is_the_headline(results: dict[str, Any], tmp_path: Path) -> None:
+    page = report.write(tmp_path, results, {"charts": ["causes", "slowdown"]})[-1].read_text(encoding="utf-8")
+    assert page.index('id="chart-causes"') < page.index('id="claims"') < page.index('id="chart-slowdown"')
+
+
 def test_charts_are_the_same_bytes_again(results: dict[str, Any], written: Path) -> None:
     _, forms = report.draw(results, ["causes"])["causes"]
     assert forms["svg"] == (written / "plots" / "causes.svg").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import ROUND_FLOOR, Decimal
 from typing import Any
 
 from vmlab import costs
@@ -95,8 +96,9 @@ def runs_directly(evidence: Evidence, arguments: Arguments) -> Finding:
         raise Missing(f"no finished cell on {arguments['workload']}")
     if worst:
         return Finding("fails", worst[0], figures=shares)
-    least = min(float(share["retired"]) + float(share["translated"]) for share in shares.values())
-    said = f"at least {100 * least:.2f} % of the guest's instructions ran on the CPU, the rest emulated"
+    most = max(float(share["emulated"]) for share in shares.values())
+    said = (f"at least {_percent_left(most)} % of the guest's instructions ran on the CPU, the rest emulated" if most
+            else "all of the guest's instructions ran on the CPU")
     by_profile: dict[str, Verdict] = {}
     margins: dict[str, Margins] = {}
     for profile in evidence.profiles:
@@ -108,6 +110,12 @@ def runs_directly(evidence: Evidence, arguments: Arguments) -> Finding:
         shares.setdefault("dearest over native", {})[profile] = round(dearest, 4)
     said += "; dearest of them " + ", ".join(f"{shares['dearest over native'][name]:.3f} times native on {name}" for name in arguments["scope"])
     return Finding(in_scope(by_profile, arguments["scope"]), said, by_profile, shares, margins)
+
+
+def _percent_left(share: float) -> str:
+    """What a share above 0 leaves of the whole, in percent, rounded down, with as many places (two or more) as tell it from the whole."""
+    taken = 100 * Decimal(repr(share))
+    return f"{(100 - taken).quantize(Decimal(1).scaleb(-max(2, -taken.adjusted())), rounding=ROUND_FLOOR):f}"
 
 
 def trapping_would_not_do(evidence: Evidence, arguments: Arguments) -> Finding:

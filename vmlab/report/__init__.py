@@ -30,7 +30,7 @@ def chart_names() -> list[str]:
 def draw(results: Mapping[str, Any], names: list[str] | None = None) -> dict[str, tuple[str, dict[str, bytes]]]:
     """Chart name -> (its title, its bytes as ``png`` and ``svg``).
 
-    :param names: the charts wanted; None or empty for all. A chart that the run has no data for is left out.
+    :param names: the charts wanted, in this order; None or empty for all. A chart that the run has no data for is left out.
     """
     from vmlab.report.canvas import our_settings, render
     from vmlab.report.charts import CHARTS, TITLES, drawable
@@ -38,8 +38,9 @@ def draw(results: Mapping[str, Any], names: list[str] | None = None) -> dict[str
     view = View(results)
     made = {}
     with our_settings():
-        for name in drawable(view):
-            if not names or name in names:
+        possible = drawable(view)
+        for name in names or possible:
+            if name in possible:
                 made[name] = (TITLES[name](view), render(CHARTS[name](view)))
     return made
 

@@ -95,15 +95,18 @@ $safety
 
 
 def page(results: Mapping[str, Any], config: Mapping[str, Any], charts: Sequence[Drawn], manifest: Mapping[str, Any]) -> str:
-    """The page as text. The first chart is the headline."""
+    """The page as text. The first chart is the headline, and what it found the first sentence."""
     view = View(results)
     title = str(config.get("title") or results.get("experiment") or "vmlab")
     style, script = (live.ASSETS / "page.css").read_text(encoding="utf-8"), live.script(*SCRIPTS)
+    sentences = findings.summary(results)
+    if charts and charts[0].name == "nanobenchmarks":  # the others' findings are the summary's own
+        sentences[0] = f"{charts[0].title}."
     headline, *others = [_chart(chart) for chart in charts] or ["<p>This run has nothing to draw.</p>"]
     return _PAGE.substitute(
         title=escape(title), question=escape(str(config.get("question") or "")),
         style=style, script=script, policy=live.policy(style, script),
-        sentences="\n".join(f"<li>{glossary.mark(sentence)}</li>" for sentence in findings.summary(results)),
+        sentences="\n".join(f"<li>{glossary.mark(sentence)}</li>" for sentence in sentences),
         headline=headline,
         charts="\n".join(f'<details class="print"><summary>{_summary(chart)}</summary>{made}</details>'
                          for chart, made in zip(charts[1:], others, strict=True)),
