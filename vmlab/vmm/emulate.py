@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmlab.errors import UnsupportedByStrategy
 from vmlab.ledger import Counts
-from vmlab.machine.cpu import DF, IF, IOPL, SYSENTER_CS, ZF, Segment
+from vmlab.machine.cpu import DF, IF, IOPL, SYSENTER_CS, Segment
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import Fault, read_descriptor
 from vmlab.machine.msr import TSC_AUX
@@ -19,7 +18,8 @@ from vmlab.machine.paging import PageFault
 from vmlab.machine.pc import Machine, cpuid, port_operands
 from vmlab.machine.state import CS, DS, ES, FS, GS, RAX, RBX, RCX, RDI, RDX, RSI, RSP, SS
 from vmlab.machine.syscalls import syscall, sysenter
-from vmlab.vmm.operands import REGISTERS, SEGMENTS, effective_address, read_operand, write_operand
+from vmlab.vmm.descriptors import DescriptorEmulator
+from vmlab.vmm.operands import REGISTERS, SEGMENTS, effective_address, operand_size, read_operand, write_operand
 from vmlab.vmm.platform import VirtualPlatform
 from vmlab.vmm.registers import RegisterEmulator
 from vmlab.vmm.vcpu import CHANGEABLE, VirtualCpu
@@ -39,13 +39,11 @@ class Emulator:
         self._by_op: dict[str, Callable[[Instruction], None]] = {
             "cli": self._cli, "sti": self._sti, "hlt": self._hlt, "in": self._in, "out": self._out, "ins": self._ins, "outs": self._outs,
             "pushf": self._pushf, "popf": self._popf, "iret": self._iret, "cpuid": self._cpuid, "rdtsc": self._rdtsc, "rdtscp": self._rdtsc,
-            "lgdt": self._lgdt, "lidt": self._lidt, "lldt": self._lldt, "ltr": self._ltr,
-            "sgdt": self._sgdt, "sidt": self._sidt, "sldt": self._sldt, "str": self._str,
             "invd": self._nothing, "wbinvd": self._nothing, "sysenter": self._sysenter, "sysexit": self._sysexit, "syscall": self._syscall,
-            "lar": self._lar, "lsl": self._lsl, "verr": self._verr, "verw": self._verw,
             "mov_from_seg": self._mov_from_seg, "push_seg": self._push_seg, "mov_to_seg": self._mov_to_seg, "pop_seg": self._pop_seg,
             "jmp_far": self._jmp_far, "call_far": self._call_far, "ret_far": self._ret_far, "load_far": self._load_far,
             **self.registers.by_op,
+            **DescriptorEmulator(vcpu, counts, self._privileged).by_op,
         }
 
     def knows(self, op: str | None) -> bool:
@@ -132,10 +130,10 @@ class Emulator:
         self.vcpu.set_gpr(RSP, self.vcpu.gpr(RSP) + size, 4 if wide else 2)
 
     def _pushf(self, instruction: Instruction) -> None:
-        self.push(self.vcpu.eflags & 0xFCFFFF, _operand_size(instruction))
+        self.push(self.vcpu.eflags & 0xFCFFFF, operand_size(instruction))
 
     def _popf(self, instruction: Instruction) -> None:
-        size = _operand_size(instruction)
+        size = operand_size(instruction)
         value = self._peek(0, size)
         self._drop(size)
         self._set_flags(value, size, self.vcpu.cpl)
@@ -156,7 +154,7 @@ class Emulator:
     def _iret(self, instruction: Instruction) -> None:
         """IRET within the kernel, or out to user mode (SDM Vol. 2, IRET, PROTECTED-MODE-RETURN)."""
         vcpu = self.vcpu
-        size = _operand_size(instruction)
+        size = operand_size(instruction)
         cpl = vcpu.cpl
         rip, selector, flags = self._peek(0, size), self._peek(size, size) & 0xFFFF, self._peek(2 * size, size)
         code = self._return_segment(selector, cpl)
@@ -305,118 +303,20 @@ class Emulator:
         vcpu.set_cpl(3)
         vcpu.set_gpr(RSP, stack)
 
-    # ---- descriptor tables
-    def _table_operand(self, instruction: Instruction) -> tuple[int, int]:
-        address = effective_address(self.vcpu, instruction, instruction.cs.operands[0])
-        raw = self.vcpu.read_linear(address, 6, user=self.vcpu.cpl == 3)
-        limit, base = int.from_bytes(raw[:2], "little"), int.from_bytes(raw[2:], "little")
-        return base & (0xFFFFFF if _operand_size(instruction) == 2 else 0xFFFFFFFF), limit
-
-    def _lgdt(self, instruction: Instruction) -> None:
-        self._privileged()
-        base, limit = self._table_operand(instruction)
-        self.counts["vmm.shadow_descriptor"] += self.vcpu.load_gdt(base, limit)
-
-    def _lidt(self, instruction: Instruction) -> None:
-        self._privileged()
-        base, limit = self._table_operand(instruction)
-        self.vcpu.idt = Segment(0, base, limit, 0)
-
-    def _store_table(self, instruction: Instruction, table: Segment) -> None:
-        address = effective_address(self.vcpu, instruction, instruction.cs.operands[0])
-        self.vcpu.write_linear(address, table.limit.to_bytes(2, "little") + table.base.to_bytes(4, "little"), user=self.vcpu.cpl == 3)
-
-    def _sgdt(self, instruction: Instruction) -> None:
-        self._store_table(instruction, self.vcpu.gdt)
-
-    def _sidt(self, instruction: Instruction) -> None:
-        self._store_table(instruction, self.vcpu.idt)
-
-    def _sldt(self, instruction: Instruction) -> None:
-        write_operand(self.vcpu, instruction, instruction.cs.operands[0], self.vcpu.ldt.selector, 2)
-
-    def _str(self, instruction: Instruction) -> None:
-        write_operand(self.vcpu, instruction, instruction.cs.operands[0], self.vcpu.tr.selector, 2)
-
-    def _lldt(self, instruction: Instruction) -> None:
-        self._privileged()
-        selector = read_operand(self.vcpu, instruction, instruction.cs.operands[0], 2)
-        if selector & 4:
-            raise Fault(GP, selector & 0xFFFC)
-        if selector & 0xFFFC:
-            table = read_descriptor(self.vcpu, selector)
-            if (table.flags >> 8) & 0x1F != 2:
-                raise Fault(GP, selector & 0xFFFC)
-            if not table.flags & (1 << 15):
-                raise Fault(11, selector & 0xFFFC)
-            raise UnsupportedByStrategy("a local descriptor table is not shadowed by this VMM; the guest loaded one with LLDT")
-        self.vcpu.ldt = Segment(selector, 0, 0, 0)
-
-    def _ltr(self, instruction: Instruction) -> None:
-        self._privileged()
-        selector = read_operand(self.vcpu, instruction, instruction.cs.operands[0], 2)
-        if not selector & 0xFFFC or selector & 4:
-            raise Fault(GP, selector & 0xFFFC)
-        task = read_descriptor(self.vcpu, selector)
-        if (task.flags >> 8) & 0x1F not in (0x1, 0x9):
-            raise Fault(GP, selector & 0xFFFC)
-        if not task.flags & (1 << 15):
-            raise Fault(11, selector & 0xFFFC)
-        self.vcpu.tr = Segment(selector, task.base, task.limit, task.flags | 0x200)
-        busy = self.vcpu.gdt.base + (selector & 0xFFF8) + 4
-        self.vcpu.write_linear(busy, (task.flags | 0x200).to_bytes(4, "little"))
-
-    # ---- looking at descriptors
-    def _look(self, instruction: Instruction) -> tuple[int, Segment | None]:
-        source = instruction.cs.operands[-1]
-        selector = read_operand(self.vcpu, instruction, source, 2) & 0xFFFF
-        found = self.vcpu.guest_descriptor(selector)
-        if found is not None:
-            conforming = found.flags & 0x1C00 == 0x1C00
-            if not conforming and (found.dpl < self.vcpu.cpl or found.dpl < selector & 3):
-                found = None
-        return selector, found
-
-    def _zero_flag(self, on: bool) -> None:
-        flags = self.vcpu.eflags
-        self.vcpu.eflags = flags | ZF if on else flags & ~ZF
-
-    def _lar(self, instruction: Instruction) -> None:
-        _, found = self._look(instruction)
-        ok = found is not None and (bool(found.flags & (1 << 12)) or (found.flags >> 8) & 0xF in (1, 2, 3, 4, 5, 9, 0xB, 0xC))
-        if ok and found is not None:
-            write_operand(self.vcpu, instruction, instruction.cs.operands[0], found.flags & 0x00F0FF00)
-        self._zero_flag(ok)
-
-    def _lsl(self, instruction: Instruction) -> None:
-        _, found = self._look(instruction)
-        ok = found is not None and (bool(found.flags & (1 << 12)) or (found.flags >> 8) & 0xF in (1, 2, 3, 9, 0xB))
-        if ok and found is not None:
-            write_operand(self.vcpu, instruction, instruction.cs.operands[0], found.limit)
-        self._zero_flag(ok)
-
-    def _verr(self, instruction: Instruction) -> None:
-        _, found = self._look(instruction)
-        self._zero_flag(found is not None and bool(found.flags & (1 << 12)) and (not found.flags & (1 << 11) or bool(found.flags & (1 << 9))))
-
-    def _verw(self, instruction: Instruction) -> None:
-        _, found = self._look(instruction)
-        self._zero_flag(found is not None and bool(found.flags & (1 << 12)) and not found.flags & (1 << 11) and bool(found.flags & (1 << 9)))
-
     # ---- segment registers
     def _mov_from_seg(self, instruction: Instruction) -> None:
         target, source = instruction.cs.operands
         write_operand(self.vcpu, instruction, target, self.vcpu.selector(SEGMENTS[source.reg]), 2)
 
     def _push_seg(self, instruction: Instruction) -> None:
-        self.push(self.vcpu.selector(SEGMENTS[instruction.cs.operands[0].reg]), _operand_size(instruction))
+        self.push(self.vcpu.selector(SEGMENTS[instruction.cs.operands[0].reg]), operand_size(instruction))
 
     def _mov_to_seg(self, instruction: Instruction) -> None:
         target, source = instruction.cs.operands
         self.load_segment(SEGMENTS[target.reg], read_operand(self.vcpu, instruction, source, 2) & 0xFFFF)
 
     def _pop_seg(self, instruction: Instruction) -> None:
-        size = _operand_size(instruction)
+        size = operand_size(instruction)
         self.load_segment(SEGMENTS[instruction.cs.operands[0].reg], self._peek(0, size) & 0xFFFF)
         self._drop(size)
 
@@ -454,7 +354,7 @@ class Emulator:
         operands = instruction.cs.operands
         if len(operands) == 2:
             return int(operands[1].imm) & 0xFFFFFFFF, int(operands[0].imm) & 0xFFFF
-        size = _operand_size(instruction)
+        size = operand_size(instruction)
         address = effective_address(self.vcpu, instruction, operands[0])
         raw = self.vcpu.read_linear(address, size + 2, user=self.vcpu.cpl == 3)
         return int.from_bytes(raw[:size], "little"), int.from_bytes(raw[size:], "little")
@@ -475,7 +375,7 @@ class Emulator:
 
     def _call_far(self, instruction: Instruction) -> None:
         rip, selector = self._far_target(instruction)
-        size = _operand_size(instruction)
+        size = operand_size(instruction)
         code = self._transfer_segment(selector)
         self.push(self.vcpu.selector(CS), size)
         self.push(self._next, size)
@@ -484,7 +384,7 @@ class Emulator:
 
     def _ret_far(self, instruction: Instruction) -> None:
         vcpu = self.vcpu
-        size = _operand_size(instruction)
+        size = operand_size(instruction)
         rip, selector = self._peek(0, size), self._peek(size, size) & 0xFFFF
         release = int(instruction.cs.operands[0].imm) if instruction.cs.operands else 0
         code = self._return_segment(selector, vcpu.cpl)
@@ -500,8 +400,3 @@ class Emulator:
             self._drop(2 * size + release)
             vcpu.set_segment(CS, Segment(selector, code.base, code.limit, code.flags | 0x100))
         self._next = rip
-
-
-def _operand_size(instruction: Instruction) -> int:
-    """4, or 2 with the operand-size prefix."""
-    return 2 if 0x66 in bytes(instruction.cs.prefix) else 4

@@ -111,3 +111,8 @@ def write_operand(cpu: Registers, instruction: Instruction, operand: Any, value:
     size = memory_size or operand.size
     data = (value & ((1 << (8 * size)) - 1)).to_bytes(size, "little")
     cpu.write_linear(effective_address(cpu, instruction, operand), data, user=cpu.cpl == 3)
+
+
+def operand_size(instruction: Instruction) -> int:
+    """Bytes: 4, or 2 with the operand-size prefix."""
+    return 2 if 0x66 in bytes(instruction.cs.prefix) else 4
