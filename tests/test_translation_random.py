@@ -51,7 +51,8 @@ def memory(r: random.Random, _: int) -> str:
     reg = r.choice(REGISTERS)
     return r.choice((f"mov {_memory(r)}, {reg}", f"mov {reg}, {_memory(r)}", f"adc {_memory(r)}, {reg}", f"xadd {_memory(r)}, {reg}",
                      f"push {reg}; pop {r.choice(REGISTERS)}", f"lock cmpxchg {_memory(r)}, {reg}", "pushad; popad",
-                     f"push dword ptr {_memory(r)}; pop dword ptr {_memory(r)}", "enter 8, 0; leave", f"bts dword ptr {_memory(r)}, 5"))
+                     f"push dword ptr {_memory(r)}; pop dword ptr {_memory(r)}", "enter 8, 0; leave",
+                     f"bts dword ptr {_memory(r)}, 5; inc {reg}"))  # BTS leaves OF undefined (SDM Vol. 2), INC defines it
 
 
 def strings(r: random.Random, _: int) -> str:
