@@ -29,8 +29,8 @@ control flow. Cycles are per execution of the unit, beside those of the same gue
 
 #: Where code from --asm or --bytes lies, and who calls it.
 _ENTRY, _CODE, _STACK = 0x100000, 0x100100, 0x90000
-_COLOURS = {"identical": "37", "in-cache": "32", "callout": "31", "control flow": "36", "simulated": "35"}
-_MARKS = {"identical": " ", "in-cache": "*", "callout": "!", "control flow": ">", "simulated": "~"}
+_COLOURS = {"identical": "37", "in-cache": "32", "callout": "31", "control flow": "36", "simulated": "35", "relocated": "34"}
+_MARKS = {"identical": " ", "in-cache": "*", "callout": "!", "control flow": ">", "simulated": "~", "relocated": "+"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

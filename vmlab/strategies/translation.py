@@ -25,7 +25,7 @@ from vmlab.strategies.base import GuestState
 from vmlab.strategies.techniques import BinaryTranslationTechnique
 from vmlab.vmm.monitor import DeprivilegingMonitor
 from vmlab.vmm.operands import effective_address, fetch
-from vmlab.vmm.translation import Options, Site, State, Translator, Unit
+from vmlab.vmm.translation import Mode, Options, Site, State, Translator, Unit
 from vmlab.vmm.translation.layout import GATE, PENDING, SITE, TARGET
 from vmlab.vmm.translation.pages import CodePages
 from vmlab.vmm.translation.vcpu import CACHE_CS, TranslatedCpu
@@ -66,7 +66,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.emulator.registers.on_invlpg = self._invlpg
         machine.tagger = self.translator.tag_block
         machine.gate(GATE, self._gate)
-        self._site_at, self._target_at, self._pending_at = (self.space.hole_frame(at) for at in (SITE, TARGET, PENDING))
+        self._site_at, self._pending_at = (self.space.hole_frame(at) for at in (SITE, PENDING))
         self._state = State(0)
         self._faults: dict[int, int] = {}      # by kernel instruction: faults on memory that the VMM watches
         self._new_space = False      # the guest has just changed its address space
@@ -130,7 +130,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
                 self.mmu.translate(vcpu.rip, fetch=True)   # as fetching the next instruction does: A bits, or a page fault
             except PageFault as fault:
                 self.reflect(Fault(14, fault.error_code, fault.address))
-        self.translator.set_mode(vcpu.kernel_cs.selector, vcpu.iopl)
+        self.translator.set_mode(Mode(32, vcpu.kernel_cs.selector, vcpu.iopl))
         vcpu.show_control_registers()
         instruction = site.instruction if site is not None else None
         if (site is not None and instruction is not None and site.after and site.unit.alive
@@ -161,7 +161,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         site.calls += 1
         self.counts[f"bt.callout.{site.cause}"] += 1
         vcpu = self.vcpu
-        vcpu.rip = self.machine.ram.read32(self._target_at) if site.guest is None else site.guest
+        vcpu.rip = self.translator.read_word(TARGET) if site.guest is None else site.guest
         self._state = State(vcpu.rip)
         if site.is_exit:
             self._follow(site)
@@ -217,7 +217,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         if state is None:
             raise UnsupportedByStrategy(f"the CPU is in the translation cache at {rip:#x}, where no instruction was emitted")
         self._state = state
-        self.vcpu.rip = self.machine.ram.read32(self._target_at) if state.rip is None else state.rip
+        self.vcpu.rip = self.translator.read_word(TARGET) if state.rip is None else state.rip
         return state
 
     def _undo(self) -> None:
@@ -226,8 +226,8 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         if state.saved or state.esp:
             self.counts["bt.undo"] += 1
             for register, at in state.saved:
-                cpu.set_gpr(register, self.machine.ram.read32(self.space.hole_frame(at)))
-            cpu.set_gpr(RSP, cpu.gpr(RSP) + state.esp)
+                cpu.set_gpr(register, self.translator.read_word(at), 8)
+            cpu.set_gpr(RSP, cpu.gpr(RSP) + state.esp, self.translator.forms.word)
         self._state = State(self.vcpu.rip)
         if self.space.in_hole(cpu.rip):
             cpu.rip = GATE   # not in a template any more; :meth:`resume` says where to go on

@@ -7,13 +7,12 @@ entry misses again. Its room is free only after the next flush.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 from vmlab.machine.state import RCX
 from vmlab.vmm.space import StaticSpace
-from vmlab.vmm.translation.emitter import LEAVE_SIZE, jump, leave, load, relative
-from vmlab.vmm.translation.layout import CACHE, FIRST_UNIT, MISS, SAVED_ECX, TABLE, TABLE_ENTRIES
+from vmlab.vmm.translation.forms import LEAVE_SIZE, NARROW, Forms, jump, relative
+from vmlab.vmm.translation.layout import CACHE, FIRST_UNIT, MISS, TABLE, TABLE_ENTRIES, saved
 from vmlab.vmm.translation.units import Site, Unit
 
 #: The longest unit with its stubs is far below this.
@@ -26,19 +25,26 @@ class Cache:
 
     def __init__(self, space: StaticSpace, size: int, on_patch: Callable[[int, int], None]) -> None:
         self.space, self.size, self._on_patch = space, size, on_patch
-        space.map_hole(CACHE, size)
-        space.map_hole(TABLE, 4 * TABLE_ENTRIES)
-        self._bottom, self._top = FIRST_UNIT, CACHE + size
+        self.forms = NARROW
+        space.map_hole(CACHE, size, user=True)
+        space.map_hole(TABLE, 8 * TABLE_ENTRIES, user=True)
+        self._begin()
+
+    def _begin(self) -> None:
+        forms = self.forms
+        self._first, self.end = forms.linear(FIRST_UNIT), forms.linear(CACHE) + self.size
+        self._bottom, self._top = self._first, self.end
         self._clear_table()
 
-    @property
-    def end(self) -> int:
-        return CACHE + self.size
+    def use(self, forms: Forms) -> None:
+        """Code of another size follows; what is here must have been cleared."""
+        self.forms = forms
+        self._begin()
 
     @property
     def used(self) -> int:
         """Bytes taken by units and stubs."""
-        return self._bottom - FIRST_UNIT + self.end - self._top
+        return self._bottom - self._first + self.end - self._top
 
     # ---- memory
     def put(self, linear: int, data: bytes) -> None:
@@ -81,25 +87,28 @@ class Cache:
 
     def clear(self) -> None:
         """Forget all translated code."""
-        self._bottom, self._top = FIRST_UNIT, self.end
-        self._on_patch(CACHE, self.end)
-        self._clear_table()
+        self._on_patch(self.forms.linear(CACHE), self.end)
+        self._begin()
 
     # ---- the look-up table
     def _clear_table(self) -> None:
-        restore = load(RCX, SAVED_ECX)
-        self.put(MISS, restore + leave(MISS + len(restore), 0))
-        self.put(TABLE, struct.pack("<I", MISS) * TABLE_ENTRIES)
+        forms, miss = self.forms, self.forms.linear(MISS)
+        restore = forms.load(RCX, saved(RCX))
+        self.put(MISS, restore + forms.leave(miss + len(restore), 0))
+        self.put(TABLE, forms.pack(miss) * TABLE_ENTRIES)
+
+    def _entry_of(self, unit: Unit) -> int:
+        return TABLE + self.forms.word * (unit.guest & 0xFFFF)
 
     def enter(self, unit: Unit) -> None:
         """Let look-ups of this unit's guest address find it; another unit with the same low 16 bits loses its place."""
-        self.put(TABLE + 4 * (unit.guest & 0xFFFF), struct.pack("<I", unit.entry))
+        self.put(self._entry_of(unit), self.forms.pack(unit.entry))
 
     def remove(self, unit: Unit) -> None:
         """Let look-ups of this unit's guest address miss."""
-        at = TABLE + 4 * (unit.guest & 0xFFFF)
-        if unit.entry and self.space.ram.read32(self.space.hole_frame(at)) == unit.entry:
-            self.put(at, struct.pack("<I", MISS))
+        forms, at = self.forms, self._entry_of(unit)
+        if unit.entry and self.space.ram.read(self.space.hole_frame(at), forms.word) == forms.pack(unit.entry):
+            self.put(at, forms.pack(forms.linear(MISS)))
 
     # ---- chains
     def follows(self, site: Site) -> bool:
@@ -111,7 +120,7 @@ class Cache:
         """The next unit begins where this exit's stub was, and needs no jump to be reached."""
         self._bottom = site.stub
         site.spare = self.stub_space()
-        self.put(site.spare, leave(site.spare, site.number))
+        self.put(site.spare, self.forms.leave(site.spare, site.number))
         self._on_patch(site.stub, site.stub + LEAVE_SIZE)
 
     def chain(self, site: Site, unit: Unit) -> None:
@@ -133,6 +142,6 @@ class Cache:
         if site.spare:
             self.patch(site.stub, jump(site.stub, site.spare))
         elif site.form == "inline":
-            self.patch(site.stub, leave(site.stub, site.number))
+            self.patch(site.stub, self.forms.leave(site.stub, site.number))
         else:
             self.patch(site.patch, relative(site.patch, 4, site.stub))

@@ -12,8 +12,10 @@ from vmlab.errors import UnsupportedByStrategy
 from vmlab.machine.counter import Tag
 from vmlab.machine.decode import Instruction
 from vmlab.machine.state import RCX
-from vmlab.vmm.translation.emitter import Emitter, store
+from vmlab.vmm.translation.emitter import Emitter
+from vmlab.vmm.translation.forms import fits
 from vmlab.vmm.translation.layout import TARGET
+from vmlab.vmm.translation.relative import load_target
 from vmlab.vmm.translation.sensitive import has_size_prefix
 
 
@@ -22,13 +24,13 @@ def control_flow(em: Emitter, at: int, ins: Instruction) -> None:
     if has_size_prefix(ins):
         raise UnsupportedByStrategy(f"the guest's jump, call or return at {at:#x} has 16-bit operands ({ins.text}), which the "
                                     "translator does not carry")
-    following = (at + ins.size) & 0xFFFFFFFF
+    following = (at + ins.size) & em.forms.mask
     mnemonic = ins.cs.mnemonic.split()[-1]
     done = Tag(ins, "incache")
     if ins.kind == "branch":
-        _direct(em, (at + int(ins.cs.operands[0].imm)) & 0xFFFFFFFF, following, done, call=mnemonic == "call")
+        _direct(em, (at + int(ins.cs.operands[0].imm)) & em.forms.mask, following, done, call=mnemonic == "call")
     elif ins.kind == "jcc":
-        _conditional(em, (at + int(ins.cs.operands[0].imm)) & 0xFFFFFFFF, following, ins, done)
+        _conditional(em, (at + int(ins.cs.operands[0].imm)) & em.forms.mask, following, ins, done)
     else:
         _indirect(em, following, ins, mnemonic, done)
 
@@ -36,7 +38,7 @@ def control_flow(em: Emitter, at: int, ins: Instruction) -> None:
 def _direct(em: Emitter, target: int, following: int, done: Tag, *, call: bool) -> None:
     check = em.check_next
     if call:
-        em.emit(b"\x68" + struct.pack("<I", following), done)
+        _push(em, following, done)
         em.commit(target)
         if check:
             em.saved_check()
@@ -74,22 +76,36 @@ def _conditional(em: Emitter, target: int, following: int, ins: Instruction, don
             em.code[before - 1] = len(em.code) - before
 
 
+def _push(em: Emitter, following: int, done: Tag) -> None:
+    """Push the guest's return address: PUSH sign-extends 32 bits, and where those are not enough the upper half follows."""
+    low = b"\x68" + struct.pack("<I", following & 0xFFFFFFFF)
+    if em.forms.bits == 32 or fits(following):
+        em.emit(low, done)
+        return
+    em.emit(low)
+    em.moved_stack(8)
+    em.emit(b"\xc7\x44\x24\x04" + struct.pack("<I", following >> 32), done)     # mov dword [rsp + 4], upper half
+
+
 def _indirect(em: Emitter, following: int, ins: Instruction, mnemonic: str, done: Tag) -> None:
-    check = em.check_next
+    check, forms = em.check_next, em.forms
     em.save(RCX)
     if mnemonic == "ret":
         release = int(ins.cs.operands[0].imm) if ins.cs.operands else 0
-        em.emit(b"\x36\x8f\x05" + struct.pack("<I", TARGET), None if release else done)      # pop dword ss:[TARGET]
+        em.emit(forms.pop(TARGET), None if release else done)
         if release:
-            em.moved_stack(-4)
-            em.emit(b"\x8d\xa4\x24" + struct.pack("<I", release), done)                      # lea esp, [esp + release]
+            em.moved_stack(-forms.word)
+            em.emit(forms.move_stack(release), done)
     else:
-        modrm_at = ins.raw.index(0xFF)   # behind the prefixes, none of which is FF
-        prefixes, modrm, rest = ins.raw[:modrm_at], ins.raw[modrm_at + 1], ins.raw[modrm_at + 2:]
-        em.emit(prefixes + bytes([0x8B, modrm & 0xC7 | RCX << 3]) + rest)                    # mov ecx, <the operand>
-        em.emit(store(TARGET, RCX), None if mnemonic == "call" else done)
+        if forms.bits == 64:
+            load_target(em, ins, following)
+        else:
+            opcode_at = ins.raw.index(0xFF)   # behind the prefixes, none of which is FF
+            prefixes, modrm, rest = ins.raw[:opcode_at], ins.raw[opcode_at + 1], ins.raw[opcode_at + 2:]
+            em.emit(prefixes + bytes([0x8B, modrm & 0xC7 | RCX << 3]) + rest)                # mov ecx, <the operand>
+        em.emit(forms.store(TARGET, RCX), None if mnemonic == "call" else done)
         if mnemonic == "call":
-            em.emit(b"\x68" + struct.pack("<I", following), done)
+            _push(em, following, done)
     em.commit(None)
     if check:
         em.check_pending()

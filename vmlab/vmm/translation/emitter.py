@@ -8,77 +8,26 @@ state that can be undone.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmlab.machine.counter import Tag
 from vmlab.machine.decode import Instruction
-from vmlab.machine.state import RAX, RCX
-from vmlab.vmm.translation.layout import GATE, MISS, PENDING, SAVED_EAX, SAVED_ECX, SITE, TABLE, TARGET
+from vmlab.machine.state import RAX, RCX, RSP
+from vmlab.vmm.translation.forms import LEAVE_JUMP, LEAVE_SIZE, Forms, fits, jump, relative
+from vmlab.vmm.translation.layout import MISS, PENDING, TARGET, saved
 from vmlab.vmm.translation.units import Kind, Piece, Site, State, Unit
 
 if TYPE_CHECKING:
     from vmlab.vmm.translation.translator import Translator
 
-_SLOTS = {RAX: SAVED_EAX, RCX: SAVED_ECX}
-_SS = b"\x36"
-#: ``mov dword ss:[SITE], number; jmp GATE``: how a unit leaves.
-LEAVE_SIZE = 16
-
-
-def relative(at: int, size: int, target: int) -> bytes:
-    """The rel32 of a branch of ``size`` bytes at ``at`` that leads to ``target``."""
-    return struct.pack("<I", (target - (at + size)) & 0xFFFFFFFF)
-
-
-def jump(at: int, target: int) -> bytes:
-    """``jmp target``."""
-    return b"\xe9" + relative(at, 5, target)
-
-
-def leave(at: int, number: int) -> bytes:
-    """Into the VMM: note the site, go through the gate."""
-    return store_word(SITE, number) + jump(at + 11, GATE)
-
-
-def store_word(address: int, value: int) -> bytes:
-    """``mov dword ss:[address], value``."""
-    return _SS + b"\xc7\x05" + struct.pack("<II", address, value & 0xFFFFFFFF)
-
-
-def store_byte(address: int, value: int) -> bytes:
-    """``mov byte ss:[address], value``."""
-    return _SS + b"\xc6\x05" + struct.pack("<IB", address, value)
-
-
-def store(address: int, register: int) -> bytes:
-    """``mov ss:[address], register`` (32 bits)."""
-    return _SS + bytes([0x89, register << 3 | 5]) + struct.pack("<I", address)
-
-
-def load(register: int, address: int) -> bytes:
-    """``mov register, ss:[address]`` (32 bits)."""
-    return _SS + bytes([0x8B, register << 3 | 5]) + struct.pack("<I", address)
-
-
-def load_by_byte(table: int) -> bytes:
-    """``movzx ecx, byte ss:[ecx + table]``."""
-    return _SS + b"\x0f\xb6\x89" + struct.pack("<I", table)
-
-
-def stack_byte(offset: int) -> bytes:
-    """``movzx ecx, byte [esp + offset]``."""
-    return b"\x0f\xb6\x4c\x24" + bytes([offset])
-
-
 class Emitter:
     """Writes one unit; :meth:`finish` puts it into the cache."""
 
-    def __init__(self, translator: Translator, unit: Unit, selector: int, iopl: int) -> None:
+    def __init__(self, translator: Translator, unit: Unit) -> None:
         self.t, self.unit = translator, unit
-        self.selector, self.iopl = selector, iopl
+        self.forms, self.mode = translator.forms, translator.mode
         self.code = bytearray()
         self.state = State(unit.guest)
         #: Emit the pending-interrupt check after the next guest instruction: STI came before.
@@ -123,21 +72,26 @@ class Emitter:
 
     def save(self, register: int, tag: Tag | None = None) -> None:
         """Put a guest register away."""
-        self.emit(store(_SLOTS[register], register), tag)
-        self.state = replace(self.state, saved=(*self.state.saved, (register, _SLOTS[register])))
+        self.emit(self.forms.store(saved(register), register), tag)
+        self.state = replace(self.state, saved=(*self.state.saved, (register, saved(register))))
 
     def restore(self, register: int, tag: Tag | None = None) -> None:
         """Bring a guest register back."""
-        self.emit(load(register, _SLOTS[register]), tag)
+        self.emit(self.forms.load(register, saved(register)), tag)
         self.state = replace(self.state, saved=tuple(s for s in self.state.saved if s[0] != register))
 
     def moved_stack(self, undo: int) -> None:
         """The template moved ESP; ``undo`` more must be added to it to have the guest's again."""
         self.state = replace(self.state, esp=self.state.esp + undo)
 
+    def moved_to_saved_stack(self) -> None:
+        """ESP holds something else now; what it was before, with all that is to be undone, lies in its slot."""
+        self.state = replace(self.state, saved=(*self.state.saved, (RSP, saved(RSP))))
+
     def commit(self, following: int | None) -> None:
         """The guest's instruction is complete: from here on the state is the one after it (None: at the indirect target)."""
-        self.state = replace(self.state, rip=following, esp=0, shadow=False)
+        kept = tuple(s for s in self.state.saved if s[0] != RSP)
+        self.state = replace(self.state, rip=following, saved=kept, esp=0, shadow=False)
 
     # ---- leaving the cache
     def site(self, cause: str, guest: int | None, instruction: Instruction | None = None, form: str = "") -> Site:
@@ -151,9 +105,9 @@ class Emitter:
 
     def _leave(self, site: Site) -> None:
         site.stub = self.here
-        raw = leave(self.here, site.number)
-        self.emit(raw[:11])
-        self.emit(raw[11:])
+        raw = self.forms.leave(self.here, site.number)
+        self.emit(raw[:LEAVE_JUMP])
+        self.emit(raw[LEAVE_JUMP:])
 
     def callout_if_not(self, skip: bytes, site: Site) -> None:
         """``skip`` (a JECXZ without its displacement) jumps over a callout that lies apart; ECX is brought back on the way."""
@@ -188,17 +142,17 @@ class Emitter:
             raw = b""
             if restore_ecx:
                 self._states[at] = state
-                raw = load(RCX, SAVED_ECX)
+                raw = self.forms.load(RCX, saved(RCX))
             exact = replace(state, saved=tuple(s for s in state.saved if s[0] != RCX)) if restore_ecx else state
-            self._states[at + len(raw)] = self._states[at + len(raw) + 11] = exact
-            self._stubs.append((at, raw + leave(at + len(raw), site.number)))
+            self._states[at + len(raw)] = self._states[at + len(raw) + LEAVE_JUMP] = exact
+            self._stubs.append((at, raw + self.forms.leave(at + len(raw), site.number)))
             site.stub = at
 
         self._far.append((len(self.code) - 4, write))
 
     def check_pending(self) -> None:
         """Interrupts may just have been enabled: into the VMM if one waits. ECX must be saved; no flag is touched."""
-        self.emit(load(RCX, PENDING))
+        self.emit(self.forms.load_low(RCX, PENDING))
         self.callout_if_not(b"\xe3", self.site("interrupt", self.state.rip))
 
     def saved_check(self) -> None:
@@ -213,8 +167,8 @@ class Emitter:
             self.restore(RCX)
             self._leave(self.site("indirect", None))
             return
-        self.emit(_SS + b"\x0f\xb7\x0d" + struct.pack("<I", TARGET))                # movzx ecx, word ss:[TARGET]
-        self.emit(_SS + b"\xff\x24\x8d" + struct.pack("<I", TABLE), None, "lookup")  # jmp ss:[TABLE + 4*ecx]
+        self.emit(self.forms.low_half_of_target())
+        self.emit(self.forms.jump_by_table(), None, "lookup")
 
     # ---- the end
     def finish(self) -> None:
@@ -235,23 +189,37 @@ class Emitter:
         self.t.tags.update(self._tags)
 
 
-def entry_code(at: int, guest: int, body: int) -> list[tuple[bytes, State]]:
+def entry_size(forms: Forms, guest: int) -> int:
+    """Bytes of :func:`entry_code` without its last jump."""
+    return sum(len(raw) for raw, _ in _entry(forms, 0, guest))
+
+
+def _entry(forms: Forms, at: int, guest: int) -> list[tuple[bytes, State]]:
+    to_target, arrived = State(None, ((RCX, saved(RCX)),)), State(guest, ((RCX, saved(RCX)),))
+    code = [(forms.load(RCX, TARGET), to_target)]
+    if forms.bits == 32 or fits(-guest):
+        code.append((forms.subtract(guest), to_target))
+    else:
+        both = State(None, ((RCX, saved(RCX)), (RAX, saved(RAX))))
+        code += [
+            (forms.store(saved(RAX), RAX), to_target),
+            (b"\x48\xb8" + forms.pack(-guest), both),                                # mov rax, -guest
+            (b"\x48\x8d\x0c\x01", both),                                            # lea rcx, [rcx + rax]
+            (forms.load(RAX, saved(RAX)), both),
+        ]
+    code.append((b"\xe3\x05", to_target))                                           # jecxz over the miss
+    code.append((jump(at + sum(len(raw) for raw, _ in code), forms.linear(MISS)), to_target))
+    code.append((forms.load(RCX, saved(RCX)), arrived))
+    return code
+
+
+def entry_code(forms: Forms, at: int, guest: int, body: int) -> list[tuple[bytes, State]]:
     """Where the look-up table leads: is the target really ``guest``? Then bring ECX back and go on at ``body``.
 
     (Machine instruction, state before it.) The last one is a jump unless ``body`` follows at once.
     """
-    to_target, arrived = State(None, ((RCX, SAVED_ECX),)), State(guest, ((RCX, SAVED_ECX),))
-    code = [
-        (load(RCX, TARGET), to_target),
-        (b"\x8d\x89" + struct.pack("<I", -guest & 0xFFFFFFFF), to_target),           # lea ecx, [ecx - guest]
-        (b"\xe3\x05", to_target),                                                    # jecxz over the miss
-        (jump(at + 15, MISS), to_target),
-        (load(RCX, SAVED_ECX), arrived),
-    ]
-    if body != at + 27:
-        code.append((jump(at + 27, body), State(guest)))
+    code = _entry(forms, at, guest)
+    end = at + sum(len(raw) for raw, _ in code)
+    if body != end:
+        code.append((jump(end, body), State(guest)))
     return code
-
-
-#: Bytes of :func:`entry_code` without its jump.
-ENTRY_SIZE = 27

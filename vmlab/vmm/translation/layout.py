@@ -1,8 +1,8 @@
-"""Where translated code and its data lie: linear addresses in the VMM's hole.
+"""Where translated code and its data lie: addresses in the VMM's hole, as 32-bit code has them.
 
-One page is writable by the guest's ring, because translated code runs there and must write; nothing in it is
-trusted. All else is read-only to the guest. Translated code reaches these through SS, the one segment register that a
-kernel cannot leave null.
+In 64-bit mode the hole is at the end of the 64-bit space: the same addresses, sign-extended
+(:func:`~vmlab.vmm.space.hole_address`). One page is writable by the guest's ring, because translated code runs there and
+must write; nothing in it is trusted. All else is read-only to the guest. Words have 8 bytes, of which 32-bit code uses 4.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from vmlab.vmm.space import HOLE
 VIRTUAL_FLAGS = HOLE + 0x11000      # IF and IOPL of the virtual CPU
 SITE = VIRTUAL_FLAGS + 4            # number of the callout under way
 TARGET = VIRTUAL_FLAGS + 8          # where an indirect jump or return wants to go
-NEW_FLAGS = VIRTUAL_FLAGS + 12      # virtual flags that an IRET is about to set
-SAVED_EAX, SAVED_ECX = VIRTUAL_FLAGS + 16, VIRTUAL_FLAGS + 20
+NEW_FLAGS = VIRTUAL_FLAGS + 16      # virtual flags that an IRET is about to set
+NEW_STACK = VIRTUAL_FLAGS + 24      # and the stack pointer (64-bit mode, where every IRET loads it)
+SAVED = VIRTUAL_FLAGS + 32          # registers that a template has put away, by number (0-7)
 
 # ---- the read-only page
 PENDING = HOLE + 0x12000            # not zero: an interrupt waits for the virtual IF
 VIRTUAL_CR = PENDING + 16           # CR0, CR1 (none), CR2, CR3, CR4 as the guest believes them
+NEGATIVE_STACK = PENDING + 0x80     # minus the selector in SS (64-bit mode)
 #: By bits 8–15 of a flags image: 0 where POPF may set it without the VMM (TF and NT clear, IOPL as it is).
 FLAGS_REFUSED = PENDING + 0x100
 #: By the same bits: what the second byte of :data:`VIRTUAL_FLAGS` becomes.
@@ -32,3 +34,8 @@ TABLE, TABLE_ENTRIES = HOLE + 0x40000, 1 << 16
 CACHE, CACHE_LIMIT = HOLE + 0x100000, 1 << 20
 #: At the cache's bottom: where look-ups miss.
 MISS, FIRST_UNIT = CACHE, CACHE + 0x20
+
+
+def saved(register: int) -> int:
+    """Where a template puts this register away."""
+    return SAVED + 8 * register

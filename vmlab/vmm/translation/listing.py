@@ -7,7 +7,8 @@ from typing import Any
 
 from vmlab.machine.counter import Counter
 from vmlab.machine.decode import Instruction, decode
-from vmlab.vmm.translation.emitter import ENTRY_SIZE, LEAVE_SIZE
+from vmlab.vmm.translation.emitter import entry_size
+from vmlab.vmm.translation.forms import LEAVE_SIZE
 from vmlab.vmm.translation.translator import Translator
 from vmlab.vmm.translation.units import Piece, Unit
 
@@ -32,7 +33,7 @@ def _unit(translator: Translator, unit: Unit, runs: Runs) -> dict[str, Any]:
     pieces: list[dict[str, Any]] = []
     executed_unit = 0
     if unit.entry:
-        _count(events, _code(translator, unit.entry, unit.entry + ENTRY_SIZE), runs)
+        _count(events, _code(translator, unit.entry, unit.entry + entry_size(translator.forms, unit.guest)), runs)
     # Where the next unit took the place of this one's last stub, this one's code ends.
     ends = min([site.stub for site in unit.sites if site.form == "inline" and site.target and site.target.start == site.stub], default=unit.end)
     for piece in unit.pieces:
@@ -43,9 +44,10 @@ def _unit(translator: Translator, unit: Unit, runs: Runs) -> dict[str, Any]:
         if piece.instruction is not None:
             _add(native, piece.instruction, executed, _runs(runs, *code[0])[1] if code else 0)
         pieces.append({
-            "guest": piece.guest, "bytes": piece.instruction.raw.hex() if piece.instruction else "", "text": text(piece),
+            "guest": piece.guest, "bytes": piece.instruction.raw.hex() if piece.instruction else "",
+            "text": text(piece, translator.forms.mask),
             "kind": piece.kind.value, "executed": executed,
-            "code": [{"at": at, "bytes": ins.raw.hex(), "text": _at(ins, at), "executed": _runs(runs, at, ins)[0]}
+            "code": [{"at": at, "bytes": ins.raw.hex(), "text": _at(ins, at, translator.forms.mask), "executed": _runs(runs, at, ins)[0]}
                      for at, ins in code],
         })
     for site in unit.sites:
@@ -68,14 +70,14 @@ def _runs(runs: Runs, at: int, instruction: Instruction) -> tuple[int, int]:
     return runs.get((at, instruction.cs.mnemonic, instruction.size), (0, 0))
 
 
-def text(piece: Piece) -> str:
-    """The guest's instruction in Intel syntax, its target absolute."""
-    return _at(piece.instruction, piece.guest) if piece.instruction else "(no instruction)"
+def text(piece: Piece, mask: int) -> str:
+    """The guest's instruction in Intel syntax, its target absolute; ``mask``: of an address."""
+    return _at(piece.instruction, piece.guest, mask) if piece.instruction else "(no instruction)"
 
 
-def _at(instruction: Instruction, address: int) -> str:
+def _at(instruction: Instruction, address: int, mask: int) -> str:
     if instruction.kind in ("branch", "jcc"):
-        return f"{instruction.cs.mnemonic} {(address + int(instruction.cs.operands[0].imm)) & 0xFFFFFFFF:#x}"
+        return f"{instruction.cs.mnemonic} {(address + int(instruction.cs.operands[0].imm)) & mask:#x}"
     return instruction.text
 
 
@@ -84,7 +86,7 @@ def _code(translator: Translator, start: int, end: int) -> Iterator[tuple[int, I
     while at < end:
         if at not in translator.states:
             return
-        found = decode(translator.ram.read(translator.space.hole_frame(at), min(15, end - at + LEAVE_SIZE)), 32)
+        found = decode(translator.ram.read(translator.space.hole_frame(at), min(15, end - at + LEAVE_SIZE)), translator.forms.bits)
         if found is None:
             return
         yield at, found

@@ -11,10 +11,21 @@ from collections.abc import Callable, Mapping
 
 from vmlab.machine.counter import Tag
 from vmlab.machine.decode import Instruction
-from vmlab.machine.state import RAX, RCX
+from vmlab.machine.state import RAX, RCX, RSP
 from vmlab.vmm.operands import CONTROL, REGISTERS
-from vmlab.vmm.translation.emitter import Emitter, load, load_by_byte, stack_byte, store, store_byte
-from vmlab.vmm.translation.layout import FLAGS_REFUSED, FLAGS_UPPER, FLAGS_VIRTUAL, NEW_FLAGS, TARGET, VIRTUAL_CR, VIRTUAL_FLAGS
+from vmlab.vmm.translation.emitter import Emitter
+from vmlab.vmm.translation.layout import (
+    FLAGS_REFUSED,
+    FLAGS_UPPER,
+    FLAGS_VIRTUAL,
+    NEGATIVE_STACK,
+    NEW_FLAGS,
+    NEW_STACK,
+    TARGET,
+    VIRTUAL_CR,
+    VIRTUAL_FLAGS,
+    saved,
+)
 
 Template = Callable[[Emitter, int, Instruction], bool]
 
@@ -28,31 +39,32 @@ def _done(instruction: Instruction) -> Tag:
     return Tag(instruction, "incache")
 
 
-def _following(at: int, instruction: Instruction) -> int:
-    return (at + instruction.size) & 0xFFFFFFFF
+def _following(em: Emitter, at: int, instruction: Instruction) -> int:
+    return (at + instruction.size) & em.forms.mask
 
 
 def _cli(em: Emitter, at: int, ins: Instruction) -> bool:
-    em.emit(store_byte(VIRTUAL_FLAGS + 1, em.iopl << 4), _done(ins))
+    em.emit(em.forms.store_byte(VIRTUAL_FLAGS + 1, em.mode.iopl << 4), _done(ins))
     return False
 
 
 def _sti(em: Emitter, at: int, ins: Instruction) -> bool:
     """The check for a waiting interrupt follows the next instruction: that is the shadow (SDM Vol. 2, STI)."""
-    em.emit(store_byte(VIRTUAL_FLAGS + 1, em.iopl << 4 | 2), _done(ins))
+    em.emit(em.forms.store_byte(VIRTUAL_FLAGS + 1, em.mode.iopl << 4 | 2), _done(ins))
     return False
 
 
 def _pushf(em: Emitter, at: int, ins: Instruction) -> bool:
     """The physical IF is always 1 and IOPL 0, so image - 0x200 + virtual flags is the guest's; LEA adds without flags."""
+    forms = em.forms
     em.emit(b"\x9c")
-    em.moved_stack(4)
+    em.moved_stack(forms.word)
     em.save(RAX)
     em.save(RCX)
-    em.emit(b"\x8b\x04\x24")                                      # mov eax, [esp]
-    em.emit(load(RCX, VIRTUAL_FLAGS))
-    em.emit(b"\x8d\x84\x08" + struct.pack("<i", -0x200))          # lea eax, [eax + ecx - 0x200]
-    em.emit(b"\x89\x04\x24")                                      # mov [esp], eax
+    em.emit(forms.load_stack(RAX, 0))
+    em.emit(forms.load_low(RCX, VIRTUAL_FLAGS))
+    em.emit(forms.rex + b"\x8d\x84\x08" + struct.pack("<i", -0x200))          # lea eax, [eax + ecx - 0x200]
+    em.emit(forms.store_stack(RAX))
     em.restore(RAX)
     em.restore(RCX, _done(ins))
     return False
@@ -60,43 +72,64 @@ def _pushf(em: Emitter, at: int, ins: Instruction) -> bool:
 
 def _flags_from(em: Emitter, at: int, ins: Instruction, offset: int, *, iret: bool) -> None:
     """ECX = what the second byte of the virtual flags becomes, from the image at [esp + offset]; or a callout."""
+    forms = em.forms
     checks = [(offset + 1, FLAGS_REFUSED), (offset + 2, FLAGS_UPPER)] if iret else [(offset + 1, FLAGS_REFUSED)]
     for byte, table in checks:
-        em.emit(stack_byte(byte))
-        em.emit(load_by_byte(table))
+        em.emit(forms.stack_byte(byte))
+        em.emit(forms.load_by_byte(table))
         em.callout_if_not(b"\xe3", em.site("iret" if iret else "popf", at, ins))
-    em.emit(stack_byte(offset + 1))
-    em.emit(load_by_byte(FLAGS_VIRTUAL))
+    em.emit(forms.stack_byte(offset + 1))
+    em.emit(forms.load_by_byte(FLAGS_VIRTUAL))
 
 
 def _popf(em: Emitter, at: int, ins: Instruction) -> bool:
-    """IF to the virtual CPU, the rest by a real POPF, which at CPL 1 leaves the physical IF and IOPL alone."""
+    """IF to the virtual CPU, the rest by a real POPF, which above CPL 0 leaves the physical IF and IOPL alone."""
     em.save(RCX)
     _flags_from(em, at, ins, 0, iret=False)
     em.emit(b"\x9d")
-    em.emit(b"\x36\x88\x0d" + struct.pack("<I", VIRTUAL_FLAGS + 1), _done(ins))   # mov ss:[VIRTUAL_FLAGS + 1], cl
-    em.commit(_following(at, ins))
+    em.emit(em.forms.store_cl(VIRTUAL_FLAGS + 1), _done(ins))
+    em.commit(_following(em, at, ins))
     em.check_pending()
     em.restore(RCX)
     return False
 
 
 def _iret(em: Emitter, at: int, ins: Instruction) -> bool:
-    """IRET within the kernel: to the code segment it is in, with flags that POPF could set (SDM Vol. 2, IRET)."""
+    """IRET within the kernel: to the code segment it is in, with flags that POPF could set (SDM Vol. 2, IRET).
+
+    In 64-bit mode the frame always has a stack pointer and segment too; the segment must be the one that is loaded. That one
+    is no part of the mode, for an interrupt from user mode makes it null (SDM Vol. 3A §6.14.4).
+    """
+    forms, word = em.forms, em.forms.word
+    wide = forms.bits == 64
     em.save(RCX)
-    em.emit(b"\x0f\xb7\x4c\x24\x04")                              # movzx ecx, word [esp + 4]
-    em.emit(b"\x8d\x89" + struct.pack("<i", -em.selector))        # lea ecx, [ecx - selector]
+    em.emit(forms.stack_half(word))
+    em.emit(forms.subtract(em.mode.selector))
     em.callout_if_not(b"\xe3", em.site("iret", at, ins))
-    _flags_from(em, at, ins, 8, iret=True)
-    em.emit(store(NEW_FLAGS, RCX))
-    em.emit(b"\x8b\x0c\x24")                                      # mov ecx, [esp]
-    em.emit(store(TARGET, RCX))
-    em.emit(b"\x8d\x64\x24\x08")                                  # lea esp, [esp + 8]
-    em.moved_stack(-8)
+    if wide:
+        em.emit(forms.stack_half(4 * word))
+        em.save(RAX)
+        em.emit(forms.load_low(RAX, NEGATIVE_STACK))
+        em.emit(b"\x8d\x0c\x01")                                      # lea ecx, [rcx + rax]
+        em.restore(RAX)
+        em.callout_if_not(b"\xe3", em.site("iret", at, ins))
+    _flags_from(em, at, ins, 2 * word, iret=True)
+    em.emit(forms.store(NEW_FLAGS, RCX))
+    em.emit(forms.load_stack(RCX, 0))
+    em.emit(forms.store(TARGET, RCX))
+    if wide:
+        em.emit(forms.load_stack(RCX, 3 * word))
+        em.emit(forms.store(NEW_STACK, RCX))
+    em.emit(forms.move_stack(2 * word))
+    em.moved_stack(-2 * word)
     em.emit(b"\x9d")
-    em.moved_stack(-4)
-    em.emit(load(RCX, NEW_FLAGS))
-    em.emit(b"\x36\x88\x0d" + struct.pack("<I", VIRTUAL_FLAGS + 1), _done(ins))
+    em.moved_stack(-word)
+    em.emit(forms.load_low(RCX, NEW_FLAGS))
+    if wide:
+        em.emit(forms.store(saved(RSP), RSP))
+        em.emit(forms.load(RSP, NEW_STACK))
+        em.moved_to_saved_stack()
+    em.emit(forms.store_cl(VIRTUAL_FLAGS + 1), _done(ins))
     em.commit(None)
     em.check_pending()
     em.look_up()
@@ -105,7 +138,13 @@ def _iret(em: Emitter, at: int, ins: Instruction) -> bool:
 
 def _mov_from_cr(em: Emitter, at: int, ins: Instruction) -> bool:
     target, source = ins.cs.operands
-    em.emit(load(REGISTERS[target.reg][0], VIRTUAL_CR + 4 * CONTROL[source.reg]), _done(ins))
+    number = REGISTERS[target.reg][0]
+    if number > 7:
+        # REX.R where templates use eight registers: r8 to r15 in one load
+        raw = em.forms.load(number & 7, VIRTUAL_CR + 8 * CONTROL[source.reg])
+        em.emit(bytes((raw[0] | 4,)) + raw[1:], _done(ins))
+    else:
+        em.emit(em.forms.load(number, VIRTUAL_CR + 8 * CONTROL[source.reg]), _done(ins))
     return False
 
 

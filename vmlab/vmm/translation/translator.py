@@ -18,12 +18,14 @@ from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import RCX
 from vmlab.vmm.space import StaticSpace
+from vmlab.vmm.translation import relative
 from vmlab.vmm.translation.cache import Cache
 from vmlab.vmm.translation.control import control_flow
-from vmlab.vmm.translation.emitter import ENTRY_SIZE, LEAVE_SIZE, Emitter, entry_code
-from vmlab.vmm.translation.layout import CACHE_LIMIT, GATE, MISS, PENDING, SAVED_ECX, TARGET, VIRTUAL_FLAGS
+from vmlab.vmm.translation.emitter import Emitter, entry_code, entry_size
+from vmlab.vmm.translation.forms import LEAVE_JUMP, LEAVE_SIZE, LONG, NARROW
+from vmlab.vmm.translation.layout import CACHE_LIMIT, GATE, MISS, PENDING, TARGET, VIRTUAL_FLAGS, saved
 from vmlab.vmm.translation.sensitive import Template, flag_tables, template
-from vmlab.vmm.translation.units import Kind, Site, State, Unit
+from vmlab.vmm.translation.units import Kind, Mode, Site, State, Unit
 
 UNIT_LIMIT = 12
 #: Reads guest code: (address, size); raises what fetching there would.
@@ -55,11 +57,11 @@ class Translator:
                  watched: Callable[[int], Callable[[int], None] | None], watch: Callable[[int, Callable[[int], None]], None]) -> None:
         self.space, self.ram, self.counts, self.options = space, space.ram, counts, options
         self._watched, self._watch = watched, watch
-        space.map_hole(VIRTUAL_FLAGS, 0x1000, writable=True)
-        space.map_hole(PENDING, 0x1000)
-        self.ram.write(space.map_hole(GATE, 0x1000), b"\xcc")  # never executed: the machine's hook is here
+        space.map_hole(VIRTUAL_FLAGS, 0x1000, writable=True, user=True)
+        space.map_hole(PENDING, 0x1000, user=True)
+        self.ram.write(space.map_hole(GATE, 0x1000, user=True), b"\xcc")  # never executed: the machine's hook is here
         self.cache = Cache(space, options.cache_size, on_patch)
-        self.selector, self.iopl = 0x08, 0
+        self.mode, self.forms = Mode(), NARROW
         self.units: dict[int, Unit] = {}
         #: Guest instructions that kept faulting on memory which the VMM watches: the VMM carries them out, without a trap.
         self.guilty: set[int] = set()
@@ -81,11 +83,12 @@ class Translator:
 
     def _begin_generation(self) -> None:
         self.generation += 1
-        first = Unit(0, MISS)
-        self.sites = {0: Site(0, "indirect", None, first)}
-        self.states = {MISS: State(None, ((RCX, SAVED_ECX),)), MISS + 7: State(None), MISS + 18: State(None)}
+        miss = self.forms.linear(MISS)
+        self.sites = {0: Site(0, "indirect", None, Unit(0, miss))}
+        restored = miss + len(self.forms.load(RCX, saved(RCX)))
+        self.states = {miss: State(None, ((RCX, saved(RCX)),)), restored: State(None), restored + LEAVE_JUMP: State(None)}
         self.tags = {}
-        for address, table in flag_tables(self.iopl).items():
+        for address, table in flag_tables(self.mode.iopl).items():
             self.ram.write(self.space.hole_frame(address), table)
 
     # ---- asked by the machine and the strategy
@@ -103,7 +106,11 @@ class Translator:
     def guest_address(self, cache: int) -> int:
         """The guest's instruction pointer when the machine is about to execute what lies here in the cache."""
         rip = self.states[cache].rip
-        return self.ram.read32(self.space.hole_frame(TARGET)) if rip is None else rip
+        return self.read_word(TARGET) if rip is None else rip
+
+    def read_word(self, address: int) -> int:
+        """One of the words that translated code stores."""
+        return int.from_bytes(self.ram.read(self.space.hole_frame(address), self.forms.word), "little")
 
     def find(self, guest: int) -> Unit | None:
         """The unit that begins at this guest address, if it is translated."""
@@ -180,18 +187,22 @@ class Translator:
             self.cache.unchain(site)
             at = site.spare or site.stub
             if site.form == "inline":
-                self.states[site.stub] = self.states[at] = self.states[at + 11] = State(site.guest)
+                self.states[site.stub] = self.states[at] = self.states[at + LEAVE_JUMP] = State(site.guest)
         for site in unit.sites:
             if site.target is not None:
                 site.target.incoming.discard(site)
                 site.target = None
             self.sites.pop(site.number, None)
 
-    def set_mode(self, selector: int, iopl: int) -> None:
-        """The kernel's code selector and IOPL, which templates have built in."""
-        if (selector, iopl) != (self.selector, self.iopl):
-            self.selector, self.iopl = selector, iopl
+    def set_mode(self, mode: Mode) -> None:
+        """What templates have built in."""
+        if mode != self.mode:
+            before, self.mode = self.mode, mode
             self.flush()
+            if mode.bits != before.bits:
+                self.forms = LONG if mode.bits == 64 else NARROW
+                self.cache.use(self.forms)
+                self._begin_generation()
 
     # ---- chaining
     def chain(self, site: Site, target: Unit) -> None:
@@ -219,7 +230,7 @@ class Translator:
         start = self.cache.next_unit
         unit = Unit(guest, start)
         if indirect:
-            unit.entry, unit.start = start, start + ENTRY_SIZE
+            unit.entry, unit.start = start, start + entry_size(self.forms, guest)
         try:
             self._fill(unit, fetch, self.options.unit_limit)
         except (PageFault, GuestRefused):
@@ -240,22 +251,23 @@ class Translator:
     def give_entry(self, unit: Unit) -> None:
         """The unit was reached directly so far and is looked up now."""
         if not unit.entry:
-            unit.entry = self.cache.reserve(ENTRY_SIZE + 5)
+            unit.entry = self.cache.reserve(entry_size(self.forms, unit.guest) + 5)
             self._write_entry(unit, unit.entry)
         self.cache.enter(unit)
 
     def _write_entry(self, unit: Unit, at: int) -> None:
-        for raw, state in entry_code(at, unit.guest, unit.start):
+        for raw, state in entry_code(self.forms, at, unit.guest, unit.start):
             self.cache.put(at, raw)
             self.states[at] = state
             unit.addresses.append(at)
             at += len(raw)
 
     def _fill(self, unit: Unit, fetch: Fetch, limit: int) -> None:
-        em = Emitter(self, unit, self.selector, self.iopl)
+        em = Emitter(self, unit)
+        mask, bits = self.forms.mask, self.forms.bits
         at = unit.guest
         while True:
-            ins, fault = _decode_at(fetch, at)
+            ins, fault = _decode_at(fetch, at, bits)
             if fault is not None:
                 if not em.count:
                     self._take_back(unit)
@@ -268,7 +280,7 @@ class Translator:
                 em.piece(None, Kind.CALLOUT)
                 at += 1
                 break
-            following = (at + ins.size) & 0xFFFFFFFF
+            following = (at + ins.size) & mask
             if ins.op == "sti" and em.count == limit - 1 and em.count and self._template(ins):
                 em.exit_inline(at)   # its shadow needs the next instruction in the same unit
                 break
@@ -282,7 +294,7 @@ class Translator:
                 em.exit_inline(at)
                 break
         em.finish()
-        unit.source = fetch(unit.guest, (at - unit.guest) & 0xFFFFFFFF)
+        unit.source = fetch(unit.guest, (at - unit.guest) & mask)
         self.cache.unit_written(unit)
 
     def _take_back(self, unit: Unit) -> None:
@@ -315,6 +327,9 @@ class Translator:
             site.after = em.here
             em.check_next = False
             return False
+        elif self.forms.bits == 64 and relative.is_relative(ins):
+            relative.copy(em, ins, following, Tag(ins, "incache"))
+            em.piece(ins, Kind.RELOCATED)
         else:
             em.emit(ins.raw, Tag(ins, "ident"))
             em.piece(ins, Kind.IDENT)
@@ -335,14 +350,13 @@ class Translator:
         em.check_next = False  # the VMM looks for waiting interrupts itself
         return False
 
-    @staticmethod
-    def _shadow_can_follow(following: int, fetch: Fetch) -> bool:
+    def _shadow_can_follow(self, following: int, fetch: Fetch) -> bool:
         """STI's shadow covers one instruction; in the cache only if that one is known and is no STI."""
-        after, _ = _decode_at(fetch, following)
+        after, _ = _decode_at(fetch, following, self.forms.bits)
         return after is not None and after.op != "sti"
 
 
-def _decode_at(fetch: Fetch, at: int) -> tuple[Instruction | None, PageFault | GuestRefused | None]:
+def _decode_at(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, PageFault | GuestRefused | None]:
     """(instruction, None), (None, None) for bytes that are none, (None, what fetching raised).
 
     The next page is looked at only by an instruction that reaches into it, as the CPU would.
@@ -350,9 +364,9 @@ def _decode_at(fetch: Fetch, at: int) -> tuple[Instruction | None, PageFault | G
     inside = min(15, PAGE - at % PAGE)
     try:
         raw = fetch(at, inside)
-        found = decode(raw, 32)
+        found = decode(raw, bits)
         if found is None and inside < 15:
-            found = decode(raw + fetch((at + inside) & 0xFFFFFFFF, 15 - inside), 32)
+            found = decode(raw + fetch((at + inside) & (1 << bits) - 1, 15 - inside), bits)
     except (PageFault, GuestRefused) as fault:
         return None, fault
     return found, None

@@ -13,10 +13,24 @@ from dataclasses import dataclass, field
 from vmlab.machine.decode import Instruction
 
 
+@dataclass(frozen=True)
+class Mode:
+    """What translations have built in: another mode, and all of them are void.
+
+    :ivar bits: of the kernel's code: 32 or 64.
+    :ivar selector: of the kernel's code segment.
+    """
+
+    bits: int = 32
+    selector: int = 0x08
+    iopl: int = 0
+
+
 class Kind(enum.Enum):
     """How one guest instruction was translated."""
 
     IDENT = "identical"        # copied
+    RELOCATED = "relocated"    # a copy whose operand, relative to RIP, is reached from the cache in another way
     IN_CACHE = "in-cache"      # other code, which works on the virtual CPU without leaving the cache
     CALLOUT = "callout"        # the VMM carries it out
     CONTROL = "control flow"   # jumps, calls and returns

@@ -29,7 +29,7 @@ class TranslatedCpu(VirtualCpu):
     def show_control_registers(self) -> None:
         """Put the guest's control registers where translated code reads them."""
         for number in (0, 2, 3, 4):
-            self.space.ram.write32(self.space.hole_frame(VIRTUAL_CR + 4 * number), self.cr(number))
+            self.space.ram.write64(self.space.hole_frame(VIRTUAL_CR + 8 * number), self.cr(number))
 
     @property
     def flags(self) -> int:
