@@ -1,0 +1,79 @@
+"""Rows of ``run.py`` that start programs: the commands against ``python -c pass``, a guest's boot, experiments and sweeps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rows import Row, row
+
+ROOT = Path(__file__).resolve().parent.parent
+_COMMANDS: tuple[tuple[str, ...], ...] = (
+    ("--help",), ("--version",), ("list",), ("list", "events"), ("list", "profiles"), ("list", "claims"), ("list", "techniques"),
+    ("explain", "hidden fault"), ("validate", "cli_heavy"), ("experiment", "cli_heavy", "--dry-run"), ("experiment", "--help"),
+    ("run", "--help"), ("claims", "--help"), ("doctor",), ("demo",), ("probe", "popf"))
+#: Limits of the commands, in starts of Python; the others are only reported.
+_LIMITS = {("--help",): 8.0}
+
+
+def _seconds(arguments: Sequence[str], where: Path = ROOT) -> float:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=where, env=environment, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}: exit status {done.returncode}: {done.stderr.decode(errors='replace')[-300:]}")
+    return seconds
+
+
+def commands(rounds: int, _scale: float, wanted: Callable[[str], bool]) -> Iterator[Row]:
+    """How long each command takes, in starts of Python."""
+    for command in _COMMANDS:
+        name = f"vmlab {' '.join(command)}"
+        if not wanted(name):
+            continue
+        ratios = []
+        _seconds(["-m", "vmlab", *command])     # compiled modules are there from now on
+        for _ in range(rounds):
+            before = _seconds(["-c", "pass"])
+            mine = _seconds(["-m", "vmlab", *command])
+            ratios.append(2 * mine / (before + _seconds(["-c", "pass"])))
+        yield row(name, ratios, _LIMITS.get(command), "lower", "× python -c pass")
+
+
+def experiments(rounds: int, scale: float, wanted: Callable[[str], bool]) -> Iterator[Row]:
+    """Whole experiments and sweeps, in seconds and milliseconds of this host, and against themselves."""
+    if wanted("cli_heavy on 2 cores, seconds"):
+        seconds = []
+        for _ in range(max(rounds // 3, 1)):
+            with tempfile.TemporaryDirectory() as scratch:
+                seconds.append(_seconds(["-m", "vmlab", "experiment", "cli_heavy", "--jobs", "2"], Path(scratch)))
+        yield row("cli_heavy on 2 cores, seconds", seconds, 15, "lower")
+    names = ("lab overhead of a small cell, ms", "the same sweep again, against the first", "two workers against one")
+    if any(map(wanted, names)):
+        yield from _sweep(max(int(1000 * scale), 50), names)
+
+
+def _sweep(cells: int, names: Sequence[str]) -> Iterator[Row]:
+    """``cells`` small cells: with one worker, with two, and again from what is kept."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = Path(scratch) / "sweep.yaml"
+        config.write_text(
+            "name: sweep\nmatrix:\n  technique: [native, trap-and-emulate]\n  workload: cli_sti\n  density: 10\n"
+            f"  iterations: [{', '.join(str(100 + i) for i in range(cells // 2))}]\ncharts: []\n", encoding="utf-8")
+
+        def seconds(jobs: int, results: str) -> float:
+            where = Path(scratch) / results
+            where.mkdir(exist_ok=True)
+            return _seconds(["-m", "vmlab", "experiment", str(config), "--jobs", str(jobs)], where)
+
+        one, two = seconds(1, "one"), seconds(2, "two")
+        again = seconds(2, "two")
+        yield row(names[0], [1000 * one / cells], 30, "lower", f"{cells} cells, all of their time")
+        yield row(names[1], [again / two], 0.05, "lower")
+        yield row(names[2], [one / two], 1.7, "higher")
