@@ -59,7 +59,7 @@ EXIT_REASONS = (
     "cpuid", "rdtsc", "rdpmc", "hlt", "io", "msr", "invlpg", "vmmcall", "interrupt",
     "interrupt_window", "exception", "page_fault", "cr_read", "cr_write", "dr_access",
     "descriptor_table", "pushf", "popf", "iret", "software_interrupt", "nested_page_fault",
-    "shutdown", "other",
+    "task_switch", "shutdown", "other",
 )
 
 #: Xen hypercall names (xen/include/public/xen.h), and the lab's own ``ring_op`` and ``port_io`` (numbers 54 and 55).

@@ -10,7 +10,7 @@ See docs/adr/ on the TLB model for the limits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from capstone import x86_const as cs_x86
 from unicorn import unicorn_const as uc_const
@@ -19,8 +19,9 @@ from vmlab.machine import paging
 from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK, MEMORY_CALLBACK
 from vmlab.machine.memory import PAGE
+from vmlab.machine.operands import effective_address
 from vmlab.machine.paging import CR0_PG, CR4_PAE, EFER_LMA, EFER_NXE, NestedFault, PageFault, Tables, Walk
-from vmlab.machine.state import CS, DS, ES, FS, GS, HF_CS64, RBP, RBX, RDI, RSI, RSP, SS
+from vmlab.machine.state import CS, DS, ES, HF_CS64, RBP, RBX, RDI, RSI, RSP, SS
 from vmlab.machine.tlb import DATA, INSTRUCTION, Tlb, TlbConfig, WalkSteps
 
 if TYPE_CHECKING:
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
 _CR4_PGE, _GLOBAL = 1 << 7, 1 << 8
 _REACH = 64            # an operand's bytes may be accessed in pieces: SSE, FXSAVE's parts
 _HOST, _GUEST = 0, 1   # spaces of a tagged TLB
-_NAMES = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
-#: Capstone's register → (number, bytes).
-_REGISTERS = {getattr(cs_x86, f"X86_REG_{prefix}{name}".upper()): (i, size)
-              for i, name in enumerate(_NAMES) for prefix, size in (("", 2), ("e", 4), ("r", 8))}
-_REGISTERS |= {getattr(cs_x86, f"X86_REG_R{i}{suffix}"): (i, size) for i in range(8, 16) for suffix, size in (("", 8), ("D", 4), ("W", 2))}
-_SEGMENTS = {cs_x86.X86_REG_ES: ES, cs_x86.X86_REG_CS: CS, cs_x86.X86_REG_SS: SS,
-             cs_x86.X86_REG_DS: DS, cs_x86.X86_REG_FS: FS, cs_x86.X86_REG_GS: GS}
 
 
 class Accesses:
@@ -81,7 +75,7 @@ class Accesses:
         """The CPU is about to run MOV to CR0, CR3, CR4 or INVLPG, and nothing stops it."""
         cpu = self._cpu
         if instruction.op == "invlpg":
-            linear = self._effective(instruction, instruction.cs.operands[0])
+            linear = effective_address(self._cpu, instruction, instruction.cs.operands[0])
             self._pages.pop((self._space, linear // PAGE), None)
             self._last = {INSTRUCTION: None, DATA: None}
             self.tlb.flush_page(self._space, linear)
@@ -147,7 +141,7 @@ class Accesses:
         if instruction is not None:
             for operand in instruction.cs.operands:
                 if operand.type == cs_x86.X86_OP_MEM:
-                    at = self._effective(instruction, operand)
+                    at = effective_address(self._cpu, instruction, operand)
                     yield at, at + max(_REACH, operand.size) - 1
         long_code = bool(cpu.hflags & HF_CS64)
         mask = 0xFFFFFFFFFFFFFFFF if long_code else 0xFFFFFFFF
@@ -166,24 +160,6 @@ class Accesses:
             found = cpu.table(table)
             if found.limit:
                 yield found.base, found.base + found.limit
-
-    def _effective(self, instruction: Instruction, operand: Any) -> int:
-        """Linear address of a memory operand (SDM Vol. 1 §3.7.5)."""
-        cpu, memory = self._cpu, operand.mem
-        offset = int(memory.disp)
-        base = _REGISTERS.get(memory.base)
-        if base is not None:
-            offset += cpu.gpr(base[0]) & ((1 << 8 * base[1]) - 1)
-        elif memory.base == cs_x86.X86_REG_RIP:
-            offset += cpu.rip + instruction.size
-        index = _REGISTERS.get(memory.index)
-        if index is not None:
-            offset += (cpu.gpr(index[0]) & ((1 << 8 * index[1]) - 1)) * memory.scale
-        segment = _SEGMENTS.get(memory.segment, SS if base is not None and base[0] in (RBP, RSP) else DS)
-        offset &= (1 << 8 * instruction.cs.addr_size) - 1
-        if cpu.hflags & HF_CS64:
-            return int(offset + (cpu.segment(segment).base if segment in (FS, GS) else 0)) & 0xFFFFFFFFFFFFFFFF
-        return int(cpu.segment(segment).base + offset) & 0xFFFFFFFF
 
     # ---- the page tables, looked at without leaving a mark
     def _frame(self, space: int, page: int) -> int | None:

@@ -10,6 +10,7 @@ from unicorn import x86_const as x86
 
 from vmlab.errors import GuestBudget
 from vmlab.machine import state as hidden
+from vmlab.machine import task
 from vmlab.machine.counter import Block
 from vmlab.machine.decode import Instruction, decode_block
 from vmlab.machine.engine import CODE_CALLBACK, EDGE_CALLBACK
@@ -101,9 +102,14 @@ class Blocks:
         return True
 
     def _wants_hook(self, address: int, instruction: Instruction) -> bool:
-        return (carried_out(instruction) or instruction.op in self._machine.trapping or instruction.search
+        return (carried_out(instruction) or instruction.op in self._machine.trapping or instruction.search or self._may_switch_tasks(instruction)
                 or address in self._watched or address in self._gates
                 or (bool(self._ambiguous or self._machine.accesses is not None) and flushes(instruction)))
+
+    def _may_switch_tasks(self, instruction: Instruction) -> bool:
+        """Whether the CPU in guest mode must look at this instruction first, because a task switch is intercepted."""
+        guest_mode = self._machine.guest_mode
+        return guest_mode is not None and instruction.op in task.INSTRUCTIONS and self._machine.in_guest and guest_mode.watches_tasks()
 
     def _hook(self, address: int, instruction: Instruction | None) -> None:
         handle = self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._on_instruction, address, address)

@@ -120,6 +120,8 @@ def _system_name(found: capstone.CsInsn) -> str | None:
     if mnemonic in _SYSTEM:
         return _SYSTEM[mnemonic]
     operands = found.operands
+    if mnemonic in ("call", "jmp") and found.opcode[0] == 0xFF and found.modrm >> 3 & 7 in (3, 5):
+        return f"{mnemonic}_far"        # through memory; Capstone's name is the near one's
     if mnemonic == "mov" and len(operands) == 2:
         for registers, name in ((_CONTROL_REGISTERS, "cr"), (_DEBUG_REGISTERS, "dr"), (_SEGMENT_REGISTERS, "seg")):
             if operands[0].type == cs_x86.X86_OP_REG and operands[0].reg in registers:

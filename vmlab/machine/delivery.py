@@ -33,8 +33,8 @@ class Fault(Exception):
 
 #: (vector, error code, software, external) of the event under way, and the fault that its delivery raised.
 Diverter = Callable[[int, int | None, bool, bool, Fault], None]
-#: Enters the task of a task gate: TSS selector, error code, where the old task goes on.
-TaskSwitch = Callable[[int, int | None, int], None]
+#: Enters the task of a task gate: vector, TSS selector, error code, where the old task goes on.
+TaskSwitch = Callable[[int, int, int | None, int], None]
 
 
 class DeliveringCpu(Protocol):
@@ -167,8 +167,8 @@ def _enter(cpu: DeliveringCpu, vector: int, error_code: int | None, return_rip: 
         raise Fault(NOT_PRESENT, vector * 8 + 2 + ext)
     if gate == _TASK_GATE:
         if on_task is None:
-            raise GuestError(f"exception {vector} at {return_rip:#x} goes to a task of its own; only the bare machine switches tasks")
-        on_task(selector, error_code, return_rip)
+            raise GuestError(f"exception {vector} at {return_rip:#x} goes to a task of its own, and nobody here switches tasks")
+        on_task(vector, selector, error_code, return_rip)
         return
     if not selector & 0xFFFC:
         raise Fault(GENERAL_PROTECTION, ext)

@@ -143,7 +143,7 @@ class Exceptions:
         if machine.in_guest and machine.guest_mode is not None:
             return machine.guest_mode.deliver(vector, error_code, software=software, external=external, fault_rip=fault_rip)
         return deliver(machine.cpu, vector, error_code, software=software, external=external, fault_rip=fault_rip,
-                       on_task=lambda selector, code, rip: task.switch(machine.cpu, selector, code, rip))
+                       on_task=lambda vector, selector, code, rip: task.switch(machine.cpu, selector, code, rip))
 
 
 class Interrupts:

@@ -14,6 +14,7 @@ from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
 
 from vmlab.machine import state as hidden
+from vmlab.machine import task
 from vmlab.machine.cpu import IOPL, Cpu
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import GENERAL_PROTECTION, PAGE_FAULT, Fault
@@ -55,7 +56,9 @@ class Instructions:
         self._by_op: dict[str, Callable[[int, Instruction], None]] = {
             "in": self._port, "out": self._port, "ins": self._string_port, "outs": self._string_port,
             "rdtsc": self._rdtsc, "rdtscp": self._rdtsc, "rdmsr": self._rdmsr, "wrmsr": self._wrmsr,
-            "sysenter": self._sysenter, "syscall": self._syscall, "mov_to_cr": self._mov_to_cr8, "mov_from_cr": self._mov_from_cr8,
+            **dict.fromkeys(task.INSTRUCTIONS, self._may_switch_tasks),
+            "sysenter": self._sysenter, "syscall": self._syscall,
+            "mov_to_cr": self._mov_to_cr8, "mov_from_cr": self._mov_from_cr8,
         }
         self._msrs = Msrs(machine)
         machine.engine.hook(uc_const.UC_HOOK_INSN, IN_CALLBACK, self._string_in, instruction=x86.UC_X86_INS_IN)
@@ -78,6 +81,10 @@ class Instructions:
                 self._fault(address, fault.vector, fault.error_code)
             except (PageFault, NestedFault) as fault:
                 self._memory_fault(address, fault)
+
+    def _may_switch_tasks(self, address: int, instruction: Instruction) -> None:
+        """A far transfer in guest mode: Unicorn carries it out, unless it is a task switch that exits."""
+        self._intercepted(address, str(instruction.op), instruction)
 
     def search_element(self, instruction: Instruction) -> None:
         """Before each element of REP SCAS or CMPS. Blocks do not tell their number: unless ECX is used up, the flags end them."""

@@ -48,6 +48,9 @@ class GuestMode(Protocol):
     def intercepts(self, op: str, instruction: Instruction) -> bool:
         """Whether this instruction exits instead of being carried out; if so, it just did."""
 
+    def watches_tasks(self) -> bool:
+        """Whether far JMP, far CALL and IRET must be looked at, because a task switch is to exit."""
+
     def memory_fault(self, fault: PageFault | NestedFault) -> bool:
         """The machine faulted on memory in an instruction that it carries out: True when it made an exit."""
 

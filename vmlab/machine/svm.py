@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 
 from vmlab.errors import ConfigError, TripleFault
+from vmlab.machine import task
 from vmlab.machine import vmcb as v
 from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.decode import Instruction
@@ -21,6 +22,7 @@ from vmlab.machine.delivery import PAGE_FAULT, Fault, deliver
 from vmlab.machine.paging import NestedFault, PageFault
 from vmlab.machine.pc import Machine, Stop, StopReason, port_operands
 from vmlab.machine.state import CS, DS, ES, HF2_GIF, HF2_HIF, HF2_NPT, HF2_VINTR, HF_GUEST, RAX, RCX, RSP, SS
+from vmlab.machine.svm_tasks import InterceptedTask, instructed, switch_in_guest
 from vmlab.machine.vmcb import Vmcb
 
 # Host-physical map of the VMM. What a VMM adds of its own goes to FREE_FRAMES and above.
@@ -259,6 +261,8 @@ class Svm:
                 return False
             self.exit(code + 8)
             return True
+        if op in task.INSTRUCTIONS:
+            return self._leaves_task(op, instruction)
         port, size = port_operands(instruction, cpu)
         if not self._intercepted(v.EXIT_IOIO) or not self._port_intercepted(port, size):
             return False
@@ -281,6 +285,17 @@ class Svm:
                 bit = 2 * (number - first) + write
                 return bool(self.machine.ram.read(self._vmcb["msrpm_base"] + at + bit // 8, 1)[0] >> bit % 8 & 1)
         return True
+
+    def watches_tasks(self) -> bool:
+        """Whether task switches exit."""
+        return self._intercepted(v.EXIT_TASK_SWITCH)
+
+    def _leaves_task(self, op: str, instruction: Instruction) -> bool:
+        """A far JMP or CALL to a task, or IRET with NT: Unicorn switches tasks without looking at the intercept, so the machine does."""
+        found = instructed(self.machine.cpu, op, instruction) if self.watches_tasks() else None
+        if found is not None:
+            self.exit(v.EXIT_TASK_SWITCH, *found, during=0)
+        return found is not None
 
     @property
     def virtual_tpr(self) -> int | None:
@@ -362,7 +377,14 @@ class Svm:
         """Through the guest's own IDT; returns the vector delivered, or None when that ended in a #VMEXIT."""
         try:
             delivered = deliver(self.machine.cpu, vector, error_code, software=software, external=external,
-                                fault_rip=fault_rip, on_fault=self._divert)
+                                fault_rip=fault_rip, on_fault=self._divert,
+                                on_task=lambda event, selector, code, rip: self._switch_task(
+                                    _event(event, code, software and event == vector, external and event == vector), selector, code, rip))
+        except InterceptedTask as left:
+            if fault_rip is not None:
+                self.machine.cpu.rip = fault_rip
+            self.exit(v.EXIT_TASK_SWITCH, left.selector, left.info, during=left.during)
+            return None
         except _Diverted as diverted:
             fault = diverted.fault
             self.exit(v.EXIT_EXCEPTION + fault.vector, fault.error_code or 0, fault.address or 0, during=diverted.during)
@@ -381,6 +403,12 @@ class Svm:
             self._injected = 0
             self._want_attention()
         return delivered
+
+    def _switch_task(self, event: int, selector: int, error_code: int | None, return_rip: int) -> None:
+        """A task gate in the guest's IDT."""
+        if self.watches_tasks():
+            raise InterceptedTask(selector, 0 if error_code is None else v.TASK_HAS_ERROR | error_code, event)
+        switch_in_guest(self.machine.cpu, selector, error_code, return_rip)
 
     def memory_fault(self, fault: PageFault | NestedFault) -> bool:
         """The machine, doing an instruction for the CPU, faulted on memory: exit if that is intercepted; False: it is the guest's own."""

@@ -1,74 +1,103 @@
-"""The hardware task switch of 32-bit protected mode, as far as a kernel uses it: an exception through a task gate.
+"""The hardware task switch of 32-bit protected mode: through a task gate, by a far JMP or CALL, and back by IRET with NT.
 
 A kernel gives its double-fault handler a task so that it has a stack of its own when the kernel's is at fault.
-Follows SDM Vol. 3A §7.3 and figure 7-2. Only the bare CPU does this; there is no LDT, and no way back by IRET
-with NT set, because such a handler does not return.
+Follows SDM Vol. 3A §7.3, table 7-2 and figure 7-2. The bare machine does it where an exception goes through a task gate
+(Unicorn does the rest); a VMM does all of it on the guest's virtual CPU. There is no LDT.
 """
 
 from __future__ import annotations
 
+import enum
 import struct
+from typing import Protocol
 
-from vmlab.machine.cpu import NT, Cpu, Segment
-from vmlab.machine.delivery import INVALID_TSS, NOT_PRESENT, Fault, read_descriptor
+from vmlab.errors import GuestError
+from vmlab.machine.cpu import NT, VM, Segment
+from vmlab.machine.decode import Instruction
+from vmlab.machine.delivery import GENERAL_PROTECTION, INVALID_TSS, NOT_PRESENT, DeliveringCpu, Fault, read_descriptor
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSP, SS
 
 _SIZE = 0x68
 _SEGMENTS = (ES, CS, SS, DS, FS, GS)
-_LINK, _CR3, _EIP, _REGISTERS, _SELECTORS, _LDT = 0x00, 0x1C, 0x20, 0x28, 0x48, 0x60
-_AVAILABLE, _BUSY = 0x9, 0xB
+_LINK, _CR3, _EIP, _SELECTORS, _LDT = 0x00, 0x1C, 0x20, 0x48, 0x60
+_AVAILABLE, _BUSY, _GATE = 0x9, 0xB, 0x5
+_NARROW = (0x1, 0x3)               # of the 80286
+_BUSY_BIT = 0x2
 _TASK_SWITCHED = 1 << 3             # CR0.TS
+#: The instructions that may switch tasks; all but INT n, which goes through the IDT.
+INSTRUCTIONS = frozenset({"jmp_far", "call_far", "iret"})
 
 
-def switch(cpu: Cpu, selector: int, error_code: int | None, return_rip: int) -> None:
-    """Leave the running task for the one whose TSS ``selector`` names, nested in it, and push the error code there.
+class Reason(enum.Enum):
+    """What leaves the running task (SDM Vol. 3A table 7-2)."""
+
+    GATE = "an event through a task gate: the new task is nested in the old one"
+    CALL = "a far CALL: likewise"
+    JUMP = "a far JMP: the old task is no longer busy"
+    RETURN = "IRET with NT: back to the task that the link names"
+
+
+class TaskCpu(DeliveringCpu, Protocol):
+    """What a task switch needs of a CPU beyond delivery."""
+
+    def set_table(self, name: str, value: Segment) -> None: ...
+
+    def set_cr(self, number: int, value: int) -> None: ...
+
+
+def switch(cpu: TaskCpu, selector: int, error_code: int | None, return_rip: int, reason: Reason = Reason.GATE) -> None:
+    """Leave the running task for the one whose TSS ``selector`` names; the error code of an event is pushed there.
 
     :raises Fault: as the CPU would; a fault after CR3 is loaded happens in the new task.
+    :raises GuestError: at a 16-bit TSS.
     """
-    new = read_descriptor(cpu, selector, INVALID_TSS)
-    if new.flags >> 8 & 0x1F != _AVAILABLE or new.limit < _SIZE - 1:
-        raise Fault(INVALID_TSS, selector & 0xFFFC)
+    returns, nests = reason is Reason.RETURN, reason in (Reason.GATE, Reason.CALL)
+    wrong = INVALID_TSS if reason in (Reason.GATE, Reason.RETURN) else GENERAL_PROTECTION
+    new = read_descriptor(cpu, selector, wrong)
+    kind = new.flags >> 8 & 0x1F
+    if kind in _NARROW:
+        raise GuestError(f"the guest at {cpu.rip:#x} switches to the 16-bit task {selector:#x}; only 32-bit tasks are carried")
+    if kind != (_BUSY if returns else _AVAILABLE) or selector & 4:
+        raise Fault(wrong, selector & 0xFFFC)
     if not new.flags & 1 << 15:
         raise Fault(NOT_PRESENT, selector & 0xFFFC)
-    old = cpu.table("tr")
+    if new.limit < _SIZE - 1:
+        raise Fault(INVALID_TSS, selector & 0xFFFC)
+    old, gdt = cpu.table("tr"), cpu.table("gdt").base
+    if old.limit < _SIZE - 1:
+        raise Fault(INVALID_TSS, old.selector & 0xFFFC)
+    marks = ([(old.selector, False)] if reason in (Reason.JUMP, Reason.RETURN) else []) + ([] if returns else [(selector, True)])
     try:
         saved = bytearray(cpu.read_linear(old.base, _SIZE))
         task = bytearray(cpu.read_linear(new.base, _SIZE))
-        ldt = struct.unpack_from("<H", task, _LDT)[0]
-        if ldt & 0xFFFC:
-            raise Fault(INVALID_TSS, ldt & 0xFFFC)
-        struct.pack_into("<II8I", saved, _EIP, return_rip & 0xFFFFFFFF, cpu.eflags & 0xFFFFFFFF, *(cpu.gpr(i) & 0xFFFFFFFF for i in range(8)))
-        struct.pack_into("<6I", saved, _SELECTORS, *(cpu.selector(i) for i in _SEGMENTS))
-        struct.pack_into("<I", task, _LINK, old.selector)
+        kinds = [(gdt + (marked & ~7) + 5, cpu.read_linear(gdt + (marked & ~7) + 5, 1)[0], busy) for marked, busy in marks]
+        # Everything is probed before anything is changed: a fault so far is the old task's.
         cpu.write_linear(old.base, bytes(saved))
-        cpu.write_linear(new.base, bytes(task))
-        at = cpu.table("gdt").base + (selector & ~7) + 5
-        cpu.write_linear(at, bytes((cpu.read_linear(at, 1)[0] | _BUSY & ~_AVAILABLE,)))
+        if nests:
+            cpu.write_linear(new.base, bytes(task[:2]))
+        for at, kind, _ in kinds:
+            cpu.write_linear(at, bytes((kind,)))
     except PageFault as fault:
         raise Fault(14, fault.error_code, fault.address) from fault
+    ldt = struct.unpack_from("<H", task, _LDT)[0]
+    if ldt & 0xFFFC:
+        raise Fault(INVALID_TSS, ldt & 0xFFFC)
+    flags = cpu.eflags & 0xFFFFFFFF
+    struct.pack_into("<II8I", saved, _EIP, return_rip & 0xFFFFFFFF, flags & ~NT if returns else flags, *(cpu.gpr(i) & 0xFFFFFFFF for i in range(8)))
+    for i, number in enumerate(_SEGMENTS):
+        struct.pack_into("<H", saved, _SELECTORS + 4 * i, cpu.selector(number))
+    cpu.write_linear(old.base, bytes(saved))
+    if nests:
+        cpu.write_linear(new.base, struct.pack("<H", old.selector))
+    for at, kind, busy in kinds:
+        cpu.write_linear(at, bytes((kind | _BUSY_BIT if busy else kind & ~_BUSY_BIT,)))
     # Unicorn stops the process at a task register that is marked busy, so the cache keeps the type of an available TSS.
-    cpu.set_table("tr", Segment(selector & 0xFFFC, new.base, new.limit, new.flags))
+    cpu.set_table("tr", Segment(selector & 0xFFFC, new.base, new.limit, new.flags & ~(_BUSY_BIT << 8)))
     cpu.set_cr(0, cpu.cr(0) | _TASK_SWITCHED)
-    cpu.set_cr(3, struct.unpack_from("<I", task, _CR3)[0])
-    rip, flags, *registers = struct.unpack_from("<II8I", task, _EIP)
-    for number, value in enumerate(registers):
-        cpu.set_gpr(number, value)
-    selectors = struct.unpack_from("<6H", b"".join(task[_SELECTORS + 4 * i : _SELECTORS + 4 * i + 2] for i in range(6)))
-    for number, value in zip(_SEGMENTS, selectors, strict=True):
-        if value & 0xFFFC:
-            segment = read_descriptor(cpu, value, INVALID_TSS)
-            if not segment.flags & 1 << 15:
-                raise Fault(NOT_PRESENT, value & 0xFFFC)
-        elif number in (CS, SS):
-            raise Fault(INVALID_TSS, 0)
-        else:
-            segment = Segment(value, 0, 0, 0)
-        cpu.set_segment(number, segment)
-    cpu.set_cpl(selectors[1] & 3)
-    cpu.eflags = flags | NT | 2
-    cpu.rip = rip
-    cpu.clear_shadow()
+    if cpu.cr(0) >> 31:
+        cpu.set_cr(3, struct.unpack_from("<I", task, _CR3)[0])
+    _load(cpu, task, nests)
     if error_code is not None:
         top = cpu.gpr(RSP) - 4 & 0xFFFFFFFF
         try:
@@ -77,3 +106,52 @@ def switch(cpu: Cpu, selector: int, error_code: int | None, return_rip: int) -> 
             raise Fault(14, fault.error_code, fault.address) from fault
         cpu.set_gpr(RSP, top)
     cpu.forget_exception()
+
+
+def _load(cpu: TaskCpu, task: bytearray, nested: bool) -> None:
+    """The registers of the new task; from here on faults are its own."""
+    rip, flags, *registers = struct.unpack_from("<II8I", task, _EIP)
+    for number, value in enumerate(registers):
+        cpu.set_gpr(number, value)
+    cpu.rip = rip
+    cpu.clear_shadow()
+    selectors = [struct.unpack_from("<H", task, _SELECTORS + 4 * i)[0] for i in range(len(_SEGMENTS))]
+    for number, value in zip(_SEGMENTS, selectors, strict=True):
+        if value & 0xFFFC:
+            segment = read_descriptor(cpu, value, INVALID_TSS)
+            if not segment.flags & 1 << 12:
+                raise Fault(INVALID_TSS, value & 0xFFFC)
+            if not segment.flags & 1 << 15:
+                raise Fault(NOT_PRESENT, value & 0xFFFC)
+        elif number in (CS, SS):
+            raise Fault(INVALID_TSS, 0)
+        else:
+            segment = Segment(value, 0, 0, 0)
+        cpu.set_segment(number, segment)
+    cpu.set_cpl(selectors[1] & 3)
+    cpu.eflags = flags | (NT if nested else 0) | 2
+
+
+def wanted(cpu: DeliveringCpu, instruction: Instruction, target: int | None) -> tuple[int, Reason] | None:
+    """The TSS that this instruction would switch to, and why; None where it does not, or would fault before it does.
+
+    :param target: the selector of a far JMP or CALL.
+    :raises PageFault: when descriptor or link cannot be read.
+    """
+    if cpu.long_mode or not cpu.cr(0) & 1 or cpu.eflags & VM:
+        return None
+    if target is None:
+        if instruction.op != "iret" or not cpu.eflags & NT:
+            return None
+        return int.from_bytes(cpu.read_linear(cpu.table("tr").base + _LINK, 2), "little"), Reason.RETURN
+    reason = Reason.JUMP if instruction.op == "jmp_far" else Reason.CALL
+    try:
+        found = read_descriptor(cpu, target)
+        kind = found.flags >> 8 & 0x1F
+        if not target & 0xFFFC or kind not in (_AVAILABLE, _GATE, *_NARROW[:1]) or found.dpl < max(cpu.cpl, target & 3):
+            return None
+        if kind != _GATE:
+            return target, reason
+        return (found.base & 0xFFFF, reason) if found.flags & 1 << 15 else None
+    except Fault:
+        return None

@@ -56,7 +56,7 @@ _SEGMENTS_AT, _REGISTERS_AT = _LAYOUT["es.selector"][0], _LAYOUT["cr4"][0]
 EXIT_CR_READ, EXIT_CR_WRITE, EXIT_DR_READ, EXIT_EXCEPTION = 0x00, 0x10, 0x20, 0x40
 EXIT_INTR, EXIT_VINTR, EXIT_RDTSC, EXIT_CPUID, EXIT_HLT, EXIT_IOIO, EXIT_MSR = 0x60, 0x64, 0x6E, 0x72, 0x78, 0x7B, 0x7C
 EXIT_SHUTDOWN, EXIT_VMRUN, EXIT_VMMCALL, EXIT_RDTSCP, EXIT_NPF = 0x7F, 0x80, 0x81, 0x87, 0x400
-EXIT_INVLPG = 0x79
+EXIT_INVLPG, EXIT_TASK_SWITCH = 0x79, 0x7D
 #: VMRUN, VMMCALL, VMLOAD, VMSAVE, STGI, CLGI, SKINIT and INVLPGA: what only a VMM may execute, with addresses of machine memory.
 EXITS_OF_SVM = (EXIT_VMRUN, EXIT_VMMCALL, 0x82, 0x83, 0x84, 0x85, 0x86, 0x7A)
 EXIT_INVALID = 0xFFFFFFFFFFFFFFFF
@@ -71,6 +71,9 @@ EVENT_HAS_ERROR, EVENT_VALID, EVENT_TYPE = 1 << 11, 1 << 31, 7 << 8
 # exit_info_1 of an IOIO exit (APM Vol. 2 figure 15-2)
 IO_IN, IO_STRING, IO_REP = 1 << 0, 1 << 2, 1 << 3
 IO_SIZE_SHIFT, IO_ADDRESS_SHIFT, IO_PORT_SHIFT = 4, 7, 16
+
+# exit_info_2 of a task switch exit: beside the error code in bits 0-31, how the switch came about (APM Vol. 2 §15.14.1)
+TASK_BY_IRET, TASK_BY_JUMP, TASK_HAS_ERROR = 1 << 36, 1 << 38, 1 << 44
 
 
 def intercept_bit(exit_code: int) -> int:
@@ -89,7 +92,7 @@ _REASONS = {
     EXIT_INTR: "interrupt", EXIT_VINTR: "interrupt_window", EXIT_RDTSC: "rdtsc", EXIT_RDTSCP: "rdtsc", 0x6F: "rdpmc",
     0x70: "pushf", 0x71: "popf", EXIT_CPUID: "cpuid", 0x74: "iret", 0x75: "software_interrupt", EXIT_HLT: "hlt", 0x79: "invlpg",
     EXIT_IOIO: "io", EXIT_MSR: "msr", EXIT_SHUTDOWN: "shutdown", EXIT_VMMCALL: "vmmcall", EXIT_NPF: "nested_page_fault",
-    EXIT_EXCEPTION + 14: "page_fault",
+    EXIT_EXCEPTION + 14: "page_fault", EXIT_TASK_SWITCH: "task_switch",
 }
 
 

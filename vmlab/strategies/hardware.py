@@ -12,6 +12,7 @@ from typing import cast
 
 from vmlab.errors import TripleFault
 from vmlab.guests import GuestImage
+from vmlab.machine import task
 from vmlab.machine import vmcb as v
 from vmlab.machine.cpu import Segment
 from vmlab.machine.decode import Instruction, decode
@@ -79,7 +80,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             **dict.fromkeys(range(v.EXIT_CR_READ, v.EXIT_DR_READ), self.emulate_next),
             v.EXIT_CPUID: self.emulate_next, v.EXIT_MSR: self.emulate_next, v.EXIT_HLT: self._halt, v.EXIT_IOIO: self._port,
             v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window, **dict.fromkeys(v.EXITS_OF_SVM, self._undefined),
-            v.EXIT_SHUTDOWN: self._shutdown, **self.memory.exits,
+            v.EXIT_SHUTDOWN: self._shutdown, v.EXIT_TASK_SWITCH: self._task_switch, **self.memory.exits,
         }
 
     # ---- loading
@@ -206,6 +207,26 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self.refused.append(f"the guest at {self.cpu.rip:#x} {verb} guest-physical {gpa:#x}, "
                             f"beyond its {GUEST_MEMORY >> 20} MiB; nothing answers there")
         self.counts["safety.refused"] += 1
+
+    def _task_switch(self) -> None:
+        """On shadow tables the VMM switches tasks: a new task brings a CR3. What went wrong is the guest's exception."""
+        cpu = self.cpu
+        selector, info, during = cpu.read("exit_info_1") & 0xFFFF, cpu.read("exit_info_2"), cpu.read("exit_interrupt_info")
+        event = during & v.EVENT_TYPE if during & v.EVENT_VALID else None
+        reason = (task.Reason.RETURN if info & v.TASK_BY_IRET else task.Reason.JUMP if info & v.TASK_BY_JUMP
+                  else task.Reason.CALL if event is None else task.Reason.GATE)
+        instruction = self._decode() if event in (None, v.EVENT_SOFTWARE) else None     # RIP is at it
+        user = cpu.cpl == 3
+        try:
+            task.switch(cpu, selector, info & 0xFFFFFFFF if info & v.TASK_HAS_ERROR else None,
+                        cpu.rip if instruction is None else cpu.advance(instruction.size), reason)
+        except Fault as fault:
+            self.inject(fault, during if event is not None else 0)
+        else:
+            if instruction is not None and instruction.op is not None:
+                self.emulator.count(instruction.op, user)
+            else:
+                self.counts["vmm.emulate"] += 1
 
     def _shutdown(self) -> None:
         raise TripleFault(f"triple fault: the guest's CPU shut down at {self.cpu.rip:#x}")

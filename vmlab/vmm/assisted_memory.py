@@ -69,7 +69,8 @@ class Shadowed:
         vmcb["intercept_cr_read"] = vmcb["intercept_cr_write"] = _SHADOWED_CRS
         vmcb["intercept_exceptions"] = 1 << PAGE_FAULT
         self._vmm.cpu.load_paging(self._pager.root)
-        return v.intercept_bit(v.EXIT_INVLPG) if self._pager.scheme == "lazy" else 0
+        # A task switch loads CR3, and no other intercept sees that (APM Vol. 2 §15.14.1).
+        return v.intercept_bit(v.EXIT_TASK_SWITCH) | (v.intercept_bit(v.EXIT_INVLPG) if self._pager.scheme == "lazy" else 0)
 
     def follow(self) -> None:
         if self._pager.stale:

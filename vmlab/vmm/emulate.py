@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vmlab.ledger import Counts
+from vmlab.machine import task
 from vmlab.machine.cpu import DF, IF, IOPL, SYSENTER_CS, Segment
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import Fault, read_descriptor
@@ -61,7 +62,8 @@ class Emulator:
         try:
             self._by_op[op](instruction)
         except (Fault, PageFault) as fault:
-            self.vcpu.set_gpr(RSP, stack, 8)
+            if self.vcpu.rip == at:     # else it is a new task's fault
+                self.vcpu.set_gpr(RSP, stack, 8)
             raise fault if isinstance(fault, Fault) else Fault(PF, fault.error_code, fault.address) from fault
         self.vcpu.rip = self._next
         self.count(op, user)
@@ -152,7 +154,9 @@ class Emulator:
         vcpu.eflags = (old & ~changeable) | (value & changeable)
 
     def _iret(self, instruction: Instruction) -> None:
-        """IRET within the kernel, or out to user mode (SDM Vol. 2, IRET, PROTECTED-MODE-RETURN)."""
+        """IRET within the kernel, out to user mode, or back to another task (SDM Vol. 2, IRET)."""
+        if self._switches_task(instruction, None):
+            return
         vcpu = self.vcpu
         size = operand_size(instruction)
         cpl = vcpu.cpl
@@ -349,7 +353,7 @@ class Emulator:
             raise Fault(11, selector & 0xFFFC)
         vcpu.set_segment(number, Segment(selector, found.base, found.limit, found.flags | 0x100))
 
-    # ---- far transfers within a ring (call gates and task switches are not for this guest)
+    # ---- far transfers within a ring or to a task (call gates are not for this guest)
     def _far_target(self, instruction: Instruction) -> tuple[int, int]:
         operands = instruction.cs.operands
         if len(operands) == 2:
@@ -358,6 +362,15 @@ class Emulator:
         address = effective_address(self.vcpu, instruction, operands[0])
         raw = self.vcpu.read_linear(address, size + 2, user=self.vcpu.cpl == 3)
         return int.from_bytes(raw[:size], "little"), int.from_bytes(raw[size:], "little")
+
+    def _switches_task(self, instruction: Instruction, selector: int | None) -> bool:
+        """Whether the instruction leads to another task; the virtual CPU is in that one then."""
+        found = task.wanted(self.vcpu, instruction, selector)
+        if found is None:
+            return False
+        task.switch(self.vcpu, found[0], None, self._next, found[1])
+        self._next = self.vcpu.rip
+        return True
 
     def _transfer_segment(self, selector: int) -> Segment:
         """The code segment that a far JMP or CALL may go to: one of this ring (SDM Vol. 2, JMP)."""
@@ -370,11 +383,15 @@ class Emulator:
 
     def _jmp_far(self, instruction: Instruction) -> None:
         rip, selector = self._far_target(instruction)
+        if self._switches_task(instruction, selector):
+            return
         self.vcpu.set_segment(CS, self._transfer_segment(selector))
         self._next = rip
 
     def _call_far(self, instruction: Instruction) -> None:
         rip, selector = self._far_target(instruction)
+        if self._switches_task(instruction, selector):
+            return
         size = operand_size(instruction)
         code = self._transfer_segment(selector)
         self.push(self.vcpu.selector(CS), size)

@@ -7,6 +7,8 @@ exit need it, so that one emulator serves all VMMs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vmlab.machine.cpu import IF, Cpu, Segment
 from vmlab.machine.paging import CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE
 from vmlab.machine.state import CS, DS, ES, HF_CS32, HF_CS64, RAX, RSP, SS
@@ -32,6 +34,8 @@ class GuestModeCpu:
     iopl = 3
 
     def __init__(self, cpu: Cpu, vmcb: CountedVmcb, mmu: GuestMmu, *, nested: bool) -> None:
+        #: Writes a control register with all that follows; whoever emulates registers puts itself here.
+        self.write_cr: Callable[[int, int], None]
         self._physical, self._vmcb, self._mmu, self._nested = cpu, vmcb, mmu, nested
         #: The guest's system-call and segment-base registers are in the CPU, and its own to read and write.
         self.msrs: dict[int, int] = {}
@@ -126,6 +130,48 @@ class GuestModeCpu:
         attributes = self.read(f"{name}.attributes")
         return Segment(self.read(f"{name}.selector"), self.read(f"{name}.base"), self.read(f"{name}.limit"),
                        (attributes & 0xFF) << 8 | (attributes & 0xF00) << 12)
+
+    # ---- what a task switch needs besides (vmlab.machine.task): it is 32-bit code's, on shadow tables
+    @property
+    def long_mode(self) -> bool:
+        return bool(self.mmu.efer & EFER_LMA)
+
+    def selector(self, number: int) -> int:
+        name = _IN_VMCB.get(number)
+        return self._physical.selector(number) if name is None else self.read(f"{name}.selector")
+
+    def set_segment(self, number: int, value: Segment) -> None:
+        """Load a segment register with this descriptor."""
+        name = _IN_VMCB.get(number)
+        if name is None:
+            self._physical.set_segment(number, value)
+            return
+        for field, new in (("selector", value.selector), ("base", value.base), ("limit", value.limit),
+                           ("attributes", (value.flags >> 8) & 0xFF | (value.flags >> 12) & 0xF00)):
+            if self._known.get(f"{name}.{field}") != new:
+                self.write(f"{name}.{field}", new)
+
+    def set_cpl(self, cpl: int) -> None:
+        self.write("cpl", cpl)
+
+    def table(self, name: str) -> Segment:
+        if name in ("tr", "ldt"):
+            return self._physical.table(name)
+        return Segment(0, self.read(f"{name}r.base"), self.read(f"{name}r.limit"), 0)
+
+    def set_table(self, name: str, value: Segment) -> None:
+        """The task register is in the CPU: #VMEXIT leaves it there."""
+        assert name == "tr"
+        self._physical.set_table(name, value)
+
+    def set_cr(self, number: int, value: int) -> None:
+        self.write_cr(number, value)
+
+    def clear_shadow(self) -> None:
+        self.end_shadow()
+
+    def forget_exception(self) -> None:
+        """The next VMRUN starts with none."""
 
     def end_shadow(self) -> None:
         """An instruction was completed: an interrupt shadow ends with it."""

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from vmlab.errors import GuestRefused
 from vmlab.guests import GuestImage
+from vmlab.machine import task
 from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import HAS_ERROR_CODE, Fault, deliver
@@ -98,6 +99,8 @@ class DeprivilegingMonitor(Strategy):
             self.general_protection(error_code or 0)
         elif vector == 14:
             self.page_fault(error_code or 0)
+        elif vector in (10, 11, 12):
+            self.segment_fault(vector, error_code or 0)
         else:
             self.reflect(Fault(vector, error_code))
         self.follow_tables()
@@ -135,6 +138,17 @@ class DeprivilegingMonitor(Strategy):
         else:
             self.reflect(Fault(13, error_code))
 
+    def segment_fault(self, vector: int, error_code: int) -> None:
+        """#TS, #NP, #SS: no descriptor of a task is present in the shadow; others may be stale. Else the guest's own."""
+        instruction = self.decode_at(self.vcpu.rip)
+        if instruction is not None and instruction.op in task.INSTRUCTIONS:
+            self.emulate(instruction)
+        elif not error_code & 0xFFFC or error_code & 2 or not self._refresh_descriptor(error_code):
+            self.reflect(Fault(vector, error_code))
+
+    def _switch_task(self, _vector: int, selector: int, error_code: int | None, return_rip: int) -> None:
+        task.switch(self.vcpu, selector, error_code, return_rip)
+
     def decode_at(self, rip: int) -> Instruction | None:
         """Fetch and decode the instruction at a linear address of the guest."""
         self.counts["vmm.decode"] += 1
@@ -158,7 +172,8 @@ class DeprivilegingMonitor(Strategy):
         vector = {"int3": 3, "into": 4, "int1": 1}.get(instruction.op or "", instruction.raw[-1])
         at, user = vcpu.rip, vcpu.cpl == 3
         self.counts["vmm.inject"] += 1
-        delivered = deliver(vcpu, vector, software=instruction.op != "int1", return_rip=at + instruction.size, fault_rip=at)
+        delivered = deliver(vcpu, vector, software=instruction.op != "int1", return_rip=at + instruction.size, fault_rip=at,
+                            on_task=self._switch_task)
         if delivered == vector:
             self.emulator.count("int" if instruction.op == "int" else instruction.op or "int", user)
         else:
@@ -226,7 +241,7 @@ class DeprivilegingMonitor(Strategy):
         if error_code is None and fault.vector in HAS_ERROR_CODE:
             error_code = 0
         self.counts["vmm.inject"] += 1
-        delivered = deliver(self.vcpu, fault.vector, error_code)
+        delivered = deliver(self.vcpu, fault.vector, error_code, on_task=self._switch_task)
         self.counts[f"reflect.{delivered}"] += 1
 
     # ---- interrupts
@@ -262,7 +277,7 @@ class DeprivilegingMonitor(Strategy):
         """Enter the guest's handler for an external interrupt."""
         self.counts["interrupt.injected"] += 1
         self.counts["vmm.inject"] += 1
-        deliver(self.vcpu, vector, external=True)
+        deliver(self.vcpu, vector, external=True, on_task=self._switch_task)
 
     def attend(self) -> bool:
         """The machine asks at a block's start, because :meth:`inject_pending` wanted it; True when RIP moved."""

@@ -49,6 +49,7 @@ class RegisterEmulator:
 
     def __init__(self, machine: Machine, vcpu: VirtualCpu, privileged: Callable[[], None]) -> None:
         self._machine, self._vcpu, self._privileged = machine, vcpu, privileged
+        vcpu.write_cr = self.write_cr       # a task switch loads CR0 and CR3 too
         #: Whether this VMM can run 64-bit code of its guest's.
         self.carries_long_mode = False
         #: A control register or EFER was written: page tables may have to follow. True when the TLB is void as well.

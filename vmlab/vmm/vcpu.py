@@ -10,6 +10,7 @@ the guest as well: its tables are then the guest's, its privilege levels virtual
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 from vmlab.errors import GuestRefused
 from vmlab.machine.cpu import AC, IF, IOPL, NT, RF, TF, VM, Cpu, Segment, unpack_descriptor
@@ -23,6 +24,10 @@ KERNEL_RING = 1
 _VIRTUAL_FLAGS = IF | IOPL
 _PRESENT, _CODE_OR_DATA = 1 << 15, 1 << 12
 _NO_TABLE = Segment(0, 0, 0, 0)
+
+
+def _no_registers(number: int, value: int) -> None:
+    raise AssertionError(f"nobody emulates this CPU's CR{number}")
 
 
 def compress(segment: Segment) -> Segment:
@@ -51,6 +56,8 @@ class VirtualCpu:
         #: After STI: no interrupt while RIP is still here (the shadow of one instruction).
         self.shadow_at: int | None = None
         self.hidden_loads = 0
+        #: Writes a control register with all that follows; whoever emulates registers puts itself here.
+        self.write_cr: Callable[[int, int], None] = _no_registers
 
     # ---- the surface that delivery needs; everything else is the physical CPU's
     @property
@@ -131,6 +138,15 @@ class VirtualCpu:
 
     def cr(self, number: int) -> int:
         return {0: self.mmu.cr0, 2: self.cr2, 3: self.mmu.cr3, 4: self.mmu.cr4}[number]
+
+    def set_cr(self, number: int, value: int) -> None:
+        """Write CR0 or CR3 as the guest's CPU does in a task switch; raises Fault as it would."""
+        self.write_cr(number, value)
+
+    def set_table(self, name: str, value: Segment) -> None:
+        """Load the task register, the only one of these that an event can change."""
+        assert name == "tr"
+        self.tr = value
 
     def table(self, name: str) -> Segment:
         found: Segment = {"gdt": self.gdt, "idt": self.idt, "ldt": self.ldt, "tr": self.tr}[name]
