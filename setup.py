@@ -1,6 +1,7 @@
 """What pyproject.toml cannot say.
 
-``configs/`` of the checkout is shipped as the package ``vmlab.configs``; and ``vmlab/machine/native/blocks.c`` is compiled
+``configs/`` of the checkout is shipped as the package ``vmlab.configs``, ``experiments/`` as ``vmlab.coursework.folders``;
+and ``vmlab/machine/native/blocks.c`` is compiled
 where there is a compiler, into a plain shared library beside it (no extension module: ctypes loads it, any Python 3).
 Without a compiler the installation goes on without it, and the lab builds it at first use or does without.
 """
@@ -37,8 +38,8 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["vmlab", "vmlab.*"]), "vmlab.configs"],
-    package_dir={"vmlab.configs": "configs"},
+    packages=[*find_packages(include=["vmlab", "vmlab.*"]), "vmlab.configs", "vmlab.coursework.folders"],
+    package_dir={"vmlab.configs": "configs", "vmlab.coursework.folders": "experiments"},
     ext_modules=[Extension("vmlab.machine.native.blocks", [f"{NATIVE}/blocks.c"], optional=True)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

@@ -13,10 +13,8 @@ from vmlab.cli.output import Progress, print_json
 from vmlab.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vmlab.claims import Claim
-    from vmlab.experiment.gather import Gatherer, Observer
+    from vmlab.experiment.gather import Observer
     from vmlab.experiment.lab import Lab
-    from vmlab.experiment.matrix import Cell
 
 EXAMPLE = """\
 examples:
@@ -48,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Gather the evidence, judge, print."""
     from vmlab import claims, costs
-    from vmlab.experiment.gather import Gatherer
+    from vmlab.claims.running import judge
     from vmlab.experiment.lab import Lab
 
     if arguments.jobs < 1:
@@ -57,8 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
     profiles = arguments.profiles or costs.names()
     book = costbook(arguments.costs)
     lab = Lab()
-    gatherer = Gatherer(lab, "claims")
-    cells_of, absent = experiments(chosen, gatherer)
     progress = Progress(0)
 
     def starting(todo: int, reused: int) -> Observer:
@@ -68,44 +64,20 @@ def run(arguments: argparse.Namespace) -> int:
         return progress.finished
 
     try:
-        gathered = gatherer.gather((cell for cells in cells_of.values() for cell in cells), arguments.jobs, starting)
+        judged = judge(chosen, lab, profiles, jobs=arguments.jobs, starting=starting, costbook=book, probe=lambda: probed(lab))
     finally:
         progress.close()
-    probe = probed(lab) if any(claim.predicate in claims.NEED_PROBE for claim in chosen) else None
-    verdicts = []
-    for claim in chosen:
-        # Each claim is judged on the cells of its own experiment, so that its verdict does not depend on which others are asked.
-        own = {cell.id for cell in cells_of[claim.id]}
-        verdicts += claims.evaluate(
-            [claim.id], [cell for cell in gathered.cells if cell["id"] in own], profiles, probe=probe, costbook=book,
-            absent={claim.id: absent[claim.id]},
-        )
+    verdicts = judged.verdicts
     if arguments.json:
         print_json({"schema_version": 1, "claims": verdicts})
     else:
         print("\n".join(map(brief, verdicts)) if arguments.brief else "\n\n".join(map(screen, verdicts)))
         print(f"\n{tally(verdicts)}")
-    broken = [f"{claim}: {reason}" for claim, several in absent.items() for reason in sorted(set(several.values()))]
-    failed = [f"{cell['id']}: {cell['error']}" for cell in gathered.failed]
+    broken = [f"{claim}: {reason}" for claim, several in judged.absent.items() for reason in sorted(set(several.values()))]
+    failed = [f"{cell['id']}: {cell['error']}" for cell in judged.failed]
     for line in [*(f"claim not evaluated: {text}" for text in broken), *(f"cell failed: {text}" for text in failed)]:
         print(f"vmlab: {line}", file=sys.stderr)
     return 1 if broken or failed else 0
-
-
-def experiments(
-    chosen: Sequence[Claim], gatherer: Gatherer,
-) -> tuple[dict[str, list[Cell]], dict[str, dict[str, str]]]:
-    """Claim -> the cells of its experiment, and claim -> block -> why the lab cannot run that."""
-    cells: dict[str, list[Cell]] = {}
-    absent: dict[str, dict[str, str]] = {}
-    for claim in chosen:
-        cells[claim.id], absent[claim.id] = [], {}
-        for name, block in claim.experiment.items():
-            try:
-                cells[claim.id] += gatherer.expand(block)
-            except ConfigError as error:
-                absent[claim.id][name] = f"its experiment cannot be run here: {error}"
-    return cells, absent
 
 
 def costbook(changes: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``vmlab new``: a file to start from. A strategy that runs, is wrong where classical x86 is, and says so."""
+"""``vmlab new``: something to start from. A strategy that runs, is wrong where classical x86 is, and says so; the coursework to work in."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ examples:
   vmlab new strategy mine                  writes mine.py here: class MineStrategy
   vmlab new strategy mine --dir coursework
   vmlab run cli_sti --strategy mine.py:MineStrategy --iterations 1000
+  vmlab new coursework                     writes the folders of questions and exercises into coursework/
+  vmlab new coursework lab1
 
-A file that exists is never overwritten (exit status 2).
+A file that exists is never overwritten, and a folder must be absent or empty (exit status 2).
 """
 
 #: What NAME may be: it becomes a file, a class and a technique's name.
@@ -78,15 +80,20 @@ class {cls}(TrapAndEmulate):
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.epilog = EXAMPLE
-    parser.add_argument("kind", choices=("strategy",), metavar="strategy", help="what to make")
-    parser.add_argument("name", metavar="NAME", help="letters, digits, _ and -; the file is NAME.py")
+    parser.add_argument("kind", choices=("strategy", "coursework"), metavar="KIND", help="strategy or coursework")
+    parser.add_argument("name", nargs="?", metavar="NAME",
+                        help="of a strategy: letters, digits, _ and -, the file is NAME.py; of coursework: the folder (default: coursework)")
     parser.add_argument("--dir", dest="folder", type=Path, default=Path(), metavar="DIR", help="the folder to write it to (default: here)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the file; say what passes and what is missing."""
+    """Write it; of a strategy say what passes and what is missing."""
+    if arguments.kind == "coursework":
+        return _coursework(arguments.folder / (arguments.name or "coursework"))
     from vmlab import strategies
 
+    if arguments.name is None:
+        raise ConfigError("new strategy: a name is needed, as in 'vmlab new strategy mine'")
     name: str = arguments.name
     if not _NAME.fullmatch(name):
         raise ConfigError(f"new strategy: {name!r} is not a name: a letter, then letters, digits, _ or -, 41 at most")
@@ -105,6 +112,20 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(f"new strategy: {path} cannot be written: {error.strerror or error}") from error
     print(screen(path))
+    return 0
+
+
+def _coursework(target: Path) -> int:
+    """Copy the folders out and say how to begin."""
+    from vmlab import coursework
+
+    written = coursework.copy(target)
+    courses = [coursework.load(target / name) for name in coursework.names()]
+    print(f"{len(written)} files in {target}: README.md for the teacher, and a folder for each question.\n")
+    print("\n".join(f"  {course.name:<12} {course.title}" for course in courses))
+    print(f"\nTry:\n  cd {target / courses[0].name}\n  vmlab experiment {courses[0].configuration.name}\n"
+          f"  vmlab answer {courses[0].name}/{courses[0].exercises[0].id}\n"
+          f"  jupyter lab {courses[0].name}.ipynb        (where Jupyter is installed)")
     return 0
 
 
