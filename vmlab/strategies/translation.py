@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import capstone
 from capstone import x86_const as cs_x86
 
 from vmlab.errors import UnsupportedByStrategy
@@ -19,28 +18,29 @@ from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import Fault
 from vmlab.machine.paging import PageFault
 from vmlab.machine.pc import Machine
-from vmlab.machine.state import CS, RSP
+from vmlab.machine.state import CS, DS, RSP
 from vmlab.parameters import Value
 from vmlab.strategies.base import GuestState
 from vmlab.strategies.techniques import BinaryTranslationTechnique
 from vmlab.vmm.monitor import DeprivilegingMonitor
 from vmlab.vmm.operands import effective_address, fetch
 from vmlab.vmm.translation import Mode, Options, Site, State, Translator, Unit
+from vmlab.vmm.translation.adapt import acquit, convict
 from vmlab.vmm.translation.layout import GATE, PENDING, SITE, TARGET
 from vmlab.vmm.translation.pages import CodePages
 from vmlab.vmm.translation.vcpu import CACHE_CS, TranslatedCpu
+from vmlab.vmm.translation.windows import Windows
 from vmlab.vmm.vcpu import KERNEL_RING
 
-#: Faults on watched memory after which a store is guilty.
-GUILTY_AFTER = 8
+#: Callouts in a row that had nothing to do with watched memory, after which a guilty access is copied again.
+INNOCENT_AFTER = 64
 
 
-def _stored_to(instruction: Instruction) -> Any:
-    """The explicit memory operand that the instruction writes, if it has one."""
-    for operand in instruction.cs.operands:
-        if operand.type == cs_x86.X86_OP_MEM and operand.access & capstone.CS_AC_WRITE and not instruction.string:
-            return operand
-    return None
+def _accessed(instruction: Instruction) -> Any:
+    """The explicit memory operand of an access that may be adapted."""
+    if instruction.string or instruction.op is not None or instruction.kind in ("branch", "jcc", "indirect"):
+        return None
+    return next((operand for operand in instruction.cs.operands if operand.type == cs_x86.X86_OP_MEM), None)
 
 
 class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
@@ -55,13 +55,15 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         chosen = self.chosen
         self.options = Options(
             emulation=str(chosen["emulation"]), lookup=str(chosen["lookup"]), chaining=str(chosen["chaining"]),
-            adaptation=str(chosen["adaptation"]),
+            adaptation=str(chosen["adaptation"]), guilty_after=int(chosen["guilty"]),
             cache_size=int(chosen["cache"]), unit_limit=int(chosen["unit"]),
         )
         self.trap_tsc = self.options.emulation != "in-cache"
         self.translator = Translator(self.space, self.counts, self.options, on_patch=self._forget_code,
                                      watched=self._watched.get, watch=machine.watch)
         self.pages = CodePages(self.pager, self.translator, self.counts)
+        self.windows = Windows(self.pager, self.translator.cache, self.pages, self.counts)
+        self.translator.on_site_gone = self.windows.release
         self.emulator.registers.on_paging = self._paging_changed
         self.emulator.registers.on_invlpg = self._invlpg
         machine.tagger = self.translator.tag_block
@@ -69,6 +71,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self._site_at, self._pending_at = (self.space.hole_frame(at) for at in (SITE, PENDING))
         self._state = State(0)
         self._faults: dict[int, int] = {}      # by kernel instruction: faults on memory that the VMM watches
+        self._vain: dict[int, int] = {}        # by guilty instruction: callouts in a row for memory that nobody watches
         self._new_space = False      # the guest has just changed its address space
 
     def make_vcpu(self) -> TranslatedCpu:
@@ -103,11 +106,13 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def _paging_changed(self, flush: bool) -> None:
         self.pager.reload(flush)
         self.pages.look_again()
+        self.windows.look_again()
         self._new_space = True
 
     def _invlpg(self, address: int) -> None:
         self.pager.invlpg(address)
         self.pages.look_again()
+        self.windows.look_again()
 
     # ---- into the cache
     def resume(self, site: Site | None = None) -> None:
@@ -132,6 +137,8 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
                 self.reflect(Fault(14, fault.error_code, fault.address))
         self.translator.set_mode(Mode(32, vcpu.kernel_cs.selector, vcpu.iopl))
         vcpu.show_control_registers()
+        if self.windows and cpu.segment(DS).base:
+            self.windows.close_all()    # they are found by their offset in a flat DS
         instruction = site.instruction if site is not None else None
         if (site is not None and instruction is not None and site.after and site.unit.alive
                 and vcpu.rip == (site.guest or 0) + instruction.size):
@@ -174,7 +181,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         elif site.instruction is None:
             self.reflect(Fault(6))
         elif site.cause == "adapted":
-            self._simulate(site.instruction)
+            self._adapted(site, site.instruction)
         elif site.instruction.op == "into" and not vcpu.eflags & OF:
             vcpu.rip += site.instruction.size
             self.emulator.count("into", False)
@@ -251,22 +258,33 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             super().carry_out(address)
 
     def _suspect(self, at: int, instruction: Instruction) -> None:
-        """Innocent until proven guilty: an ordinary store that faulted often enough becomes a callout."""
-        if self.options.adaptation != "on" or instruction.op is not None or _stored_to(instruction) is None:
+        """Innocent until proven guilty: an ordinary access that faulted often enough is adapted."""
+        if self.options.adaptation == "off" or _accessed(instruction) is None:
             return
         self._faults[at] = self._faults.get(at, 0) + 1
-        if self._faults[at] == GUILTY_AFTER:
-            self.translator.adapt(at)
+        if self._faults[at] >= self.options.guilty_after:
+            del self._faults[at]
+            convict(self.translator, at)
 
-    def _simulate(self, instruction: Instruction) -> None:
-        """A guilty store, without the trap; where it goes is looked at anew each time."""
+    def _adapted(self, site: Site, instruction: Instruction) -> None:
+        """A guilty access, without the trap; where it goes is looked at anew each time."""
         vcpu = self.vcpu
-        at = vcpu.rip
+        at, address = vcpu.rip, effective_address(vcpu, instruction, _accessed(instruction))
         try:
-            self.stores.carry_out(vcpu, instruction, effective_address(vcpu, instruction, _stored_to(instruction)))
+            self.stores.carry_out(vcpu, instruction, address)
         except Fault as fault:
             self.reflect(fault)
             return
+        gpa = self.mmu.peek(address)
+        if self.pager.is_device(gpa) or self.windows.watches(gpa >> 12):
+            self._vain.pop(at, None)
+            if site.binding:
+                self.windows.offer(site, address)
+        else:
+            self._vain[at] = self._vain.get(at, 0) + 1
+            if self._vain[at] == INNOCENT_AFTER:
+                del self._vain[at]
+                acquit(self.translator, at)
         if vcpu.shadow_at == at:
             vcpu.shadow_at = None
         self.inject_pending()

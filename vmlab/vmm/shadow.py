@@ -86,6 +86,9 @@ class ShadowPager:
         #: Guest frames that are read-only everywhere for a reason of the VMM's own (code that it has translated).
         self.guarded: set[int] = set()
         self._tracks_leaves = self.tracing
+        #: Frames of which somebody wants to know what shadow entries follow from, told as they are made: (frame, first byte, end).
+        self.explained: set[int] = set()
+        self.on_derived: Callable[[int, int, int], None] = lambda gfn, first, end: None
         #: What the guest reached for beyond its RAM, told once a frame.
         self.on_foreign: Callable[[int], None] = lambda gpa: None
         self._foreign: set[int] = set()
@@ -337,6 +340,8 @@ class ShadowPager:
         child.parents[at] = page
         self._ram.write64(at, child.frame | P if page.level == 3 and not self.long_mode else child.frame | P | _ALL | A)
         self._counts["vmm.shadow_update"] += 1
+        if page.gfn in self.explained and not page.direct:
+            self.on_derived(page.gfn, *self._guest_bytes(page, index))
         if page is self._root and page.level == 3:
             self.stale = True   # PDPTEs are registers: CR3 must be loaded again
         return child
@@ -406,6 +411,8 @@ class ShadowPager:
             return
         self._ram.write64(at, entry)
         self._counts["vmm.shadow_update"] += 1
+        if entry and page.gfn in self.explained and not page.direct:
+            self.on_derived(page.gfn, *self._guest_bytes(page, index))
         # Any change but more rights to the same frame must reach the CPU's TLB.
         if old & P and (not entry & P or (old ^ entry) & _FRAME or old & ~entry & (RW | US) or entry & ~old & NX):
             self.stale = True
@@ -469,6 +476,26 @@ class ShadowPager:
         return False
 
     # ---- tracing
+    def traces(self, gfn: int) -> bool:
+        """Whether stores to this frame fault because it holds one of the guest's tables."""
+        return gfn in self._by_gfn
+
+    def derived(self, gfn: int) -> list[tuple[int, int]]:
+        """The bytes (first, end) of the guest's table in this frame that shadow entries were made from."""
+        found = []
+        for page in self._by_gfn.get(gfn, ()):
+            indices = list(page.children) if page.level > 1 else [
+                index for index, entry in enumerate(_TABLE.unpack_from(self._ram.bytes, page.frame)) if entry]
+            found += [self._guest_bytes(page, index) for index in indices]
+        return found
+
+    def _guest_bytes(self, page: ShadowPage, index: int) -> tuple[int, int]:
+        """The bytes of the guest's entry that this shadow entry stands for: 32-bit tables have 1024, halved or quartered here."""
+        if self._mode[2] & CR4_PAE:
+            return 8 * index, 8 * index + 8
+        entry = page.quadrant * 512 + index if page.level == 1 else page.quadrant * 256 + index // 2
+        return 4 * entry, 4 * entry + 4
+
     def _is_traced(self, gfn: int) -> bool:
         """Whether the current address space uses a table in this frame; one that only others used is given up."""
         pages = self._by_gfn[gfn]

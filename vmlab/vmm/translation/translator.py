@@ -25,6 +25,7 @@ from vmlab.vmm.translation.emitter import Emitter, entry_code, entry_size
 from vmlab.vmm.translation.forms import LEAVE_JUMP, LEAVE_SIZE, LONG, NARROW
 from vmlab.vmm.translation.layout import CACHE_LIMIT, GATE, MISS, PENDING, TARGET, VIRTUAL_FLAGS, saved
 from vmlab.vmm.translation.sensitive import Template, flag_tables, template
+from vmlab.vmm.translation.simulate import simulable, simulate
 from vmlab.vmm.translation.units import Kind, Mode, Site, State, Unit
 
 UNIT_LIMIT = 12
@@ -45,7 +46,8 @@ class Options:
     emulation: str = "in-cache"     # sensitive instructions: in-cache | callout
     lookup: str = "in-cache"        # indirect targets: in-cache | callout
     chaining: str = "on"            # exits patched to lead to their targets: on | off
-    adaptation: str = "on"          # instructions that keep faulting on watched memory become callouts: on | off
+    adaptation: str = "simulate"    # accesses that keep faulting on watched memory: simulate | callout | off
+    guilty_after: int = 8           # faults until then
     cache_size: int = CACHE_LIMIT   # bytes
     unit_limit: int = UNIT_LIMIT    # guest instructions
 
@@ -63,7 +65,7 @@ class Translator:
         self.cache = Cache(space, options.cache_size, on_patch)
         self.mode, self.forms = Mode(), NARROW
         self.units: dict[int, Unit] = {}
-        #: Guest instructions that kept faulting on memory which the VMM watches: the VMM carries them out, without a trap.
+        #: Guest instructions that kept faulting on memory which the VMM watches (:mod:`vmlab.vmm.translation.adapt`).
         self.guilty: set[int] = set()
         #: cache address of a machine instruction → the guest's state before it
         self.states: dict[int, State] = {}
@@ -79,6 +81,8 @@ class Translator:
         #: Told of units made and thrown away (the keeper of code pages).
         self.on_unit: Callable[[Unit], None] = lambda unit: None
         self.on_drop: Callable[[Unit], None] = lambda unit: None
+        #: Told of sites that are no more (the keeper of windows).
+        self.on_site_gone: Callable[[Site], None] = lambda site: None
         self._begin_generation()
 
     def _begin_generation(self) -> None:
@@ -153,6 +157,8 @@ class Translator:
             unit.alive = False
             self.listener(why, unit, None)
             self.on_drop(unit)
+            for site in unit.sites:
+                self.on_site_gone(site)
         self.units.clear()
         self.emptied_at = self.runs_by_code()
         self.cache.clear()
@@ -165,16 +171,6 @@ class Translator:
         self.drop(unit)
         self.listener("invalidated", unit, None)
         self.on_drop(unit)
-
-    def adapt(self, guest: int) -> None:
-        """This instruction is guilty (Adams & Agesen §4): translate what holds it anew, with a callout in its place."""
-        self.guilty.add(guest)
-        self.counts["bt.adapt"] += 1
-        for unit in [u for u in self.units.values() if any(piece.guest == guest for piece in u.pieces)]:
-            del self.units[unit.guest]
-            self.drop(unit)
-            self.listener("adapted", unit, None)
-            self.on_drop(unit)
 
     def drop(self, unit: Unit) -> None:
         """Take the unit out of all tables, and its place in the chains."""
@@ -189,10 +185,15 @@ class Translator:
             if site.form == "inline":
                 self.states[site.stub] = self.states[at] = self.states[at + LEAVE_JUMP] = State(site.guest)
         for site in unit.sites:
-            if site.target is not None:
-                site.target.incoming.discard(site)
-                site.target = None
-            self.sites.pop(site.number, None)
+            self.detach(site)
+
+    def detach(self, site: Site) -> None:
+        """This site's code runs no more."""
+        if site.target is not None:
+            site.target.incoming.discard(site)
+            site.target = None
+        self.sites.pop(site.number, None)
+        self.on_site_gone(site)
 
     def set_mode(self, mode: Mode) -> None:
         """What templates have built in."""
@@ -322,11 +323,13 @@ class Translator:
             em.piece(ins, Kind.CONTROL)
             return True
         elif at in self.guilty:
-            site = em.callout("adapted", at, ins)
+            in_cache = self.options.adaptation == "simulate" and self.forms.bits == 32 and simulable(ins)
+            site = simulate(em, at, ins) if in_cache else em.callout("adapted", at, ins)
             em.piece(ins, Kind.SIMULATE)
             site.after = em.here
-            em.check_next = False
-            return False
+            if not in_cache:
+                em.check_next = False
+                return False
         elif self.forms.bits == 64 and relative.is_relative(ins):
             relative.copy(em, ins, following, Tag(ins, "incache"))
             em.piece(ins, Kind.RELOCATED)
