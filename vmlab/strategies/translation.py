@@ -22,16 +22,21 @@ from vmlab.machine.state import CS, DS, RSP
 from vmlab.parameters import Value
 from vmlab.strategies.base import GuestState
 from vmlab.strategies.techniques import BinaryTranslationTechnique
+from vmlab.vmm.emulate_long import LongEmulator
 from vmlab.vmm.monitor import DeprivilegingMonitor
 from vmlab.vmm.operands import effective_address, fetch
+from vmlab.vmm.shadow import View
 from vmlab.vmm.translation import Mode, Options, Site, State, Translator, Unit
 from vmlab.vmm.translation.adapt import acquit, convict
+from vmlab.vmm.translation.forms import LONG, NARROW
 from vmlab.vmm.translation.layout import GATE, PENDING, SITE, TARGET
 from vmlab.vmm.translation.pages import CodePages
+from vmlab.vmm.translation.translator import read_instruction
 from vmlab.vmm.translation.vcpu import CACHE_CS, TranslatedCpu
 from vmlab.vmm.translation.windows import Windows
 from vmlab.vmm.vcpu import KERNEL_RING
 
+_TRAPS = frozenset({"int", "int3", "into", "int1"})
 #: Callouts in a row that had nothing to do with watched memory, after which a guilty access is copied again.
 INNOCENT_AFTER = 64
 
@@ -67,15 +72,20 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.emulator.registers.on_paging = self._paging_changed
         self.emulator.registers.on_invlpg = self._invlpg
         machine.tagger = self.translator.tag_block
-        machine.gate(GATE, self._gate)
+        for forms in (NARROW, LONG):
+            machine.gate(forms.linear(GATE), self._gate)
         self._site_at, self._pending_at = (self.space.hole_frame(at) for at in (SITE, PENDING))
         self._state = State(0)
         self._faults: dict[int, int] = {}      # by kernel instruction: faults on memory that the VMM watches
         self._vain: dict[int, int] = {}        # by guilty instruction: callouts in a row for memory that nobody watches
         self._new_space = False      # the guest has just changed its address space
+        self._interpreting = False   # the guest's kernel is in code that is not translated
 
     def make_vcpu(self) -> TranslatedCpu:
         return TranslatedCpu(self.machine.cpu, self.space, self.mmu)
+
+    def make_emulator(self) -> LongEmulator:
+        return LongEmulator(self.machine, self.vcpu, self.platform_devices, self.counts)
 
     def load(self, image: GuestImage, command_line: str) -> None:
         super().load(image, command_line)
@@ -104,6 +114,8 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             cpu.set_cpl(3)
 
     def _paging_changed(self, flush: bool) -> None:
+        if self.vcpu.long_mode != self._in_long_mode:
+            self._change_mode()
         self.pager.reload(flush)
         self.pages.look_again()
         self.windows.look_again()
@@ -114,6 +126,20 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.pages.look_again()
         self.windows.look_again()
 
+    @property
+    def _in_long_mode(self) -> bool:
+        return self.translator.mode.bits == 64
+
+    def _change_mode(self) -> None:
+        """The guest entered long mode: so does the CPU, and the guest's kernel goes to CPL 3 (vmm/long_mode.py)."""
+        if self._in_long_mode:
+            raise UnsupportedByStrategy(f"the guest left long mode at {self.vcpu.rip:#x}, and this VMM does not go back with it")
+        self.windows.close_all()
+        self.translator.set_mode(Mode(64, self.vcpu.kernel_cs.selector, self.vcpu.iopl))   # while its code can still be reached
+        self.space.set_bits(64)
+        self.pager.view = View.KERNEL
+        self.vcpu.start_long_mode()
+
     # ---- into the cache
     def resume(self, site: Site | None = None) -> None:
         """Let the physical CPU go on where the virtual CPU is: in the cache, or directly in user code.
@@ -121,6 +147,9 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         :param site: the callout that is being returned from.
         """
         vcpu, cpu = self.vcpu, self.machine.cpu
+        if self._in_long_mode:
+            self.pager.show(View.USER if vcpu.cpl == 3 else View.KERNEL)
+        self._interpreting = False
         if vcpu.cpl == 3:
             if self.space.in_hole(cpu.rip) or cpu.rip != vcpu.rip:
                 self.counts["bt.direct.enter"] += 1
@@ -135,10 +164,15 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
                 self.mmu.translate(vcpu.rip, fetch=True)   # as fetching the next instruction does: A bits, or a page fault
             except PageFault as fault:
                 self.reflect(Fault(14, fault.error_code, fault.address))
-        self.translator.set_mode(Mode(32, vcpu.kernel_cs.selector, vcpu.iopl))
         vcpu.show_control_registers()
+        if self._in_long_mode and vcpu.bits != 64:
+            self._interpreting = True
+            cpu.rip = self._door
+            self.follow_tables()
+            return
         if self.windows and cpu.segment(DS).base:
             self.windows.close_all()    # they are found by their offset in a flat DS
+        self.translator.set_mode(Mode(64 if self._in_long_mode else 32, vcpu.selector(CS), vcpu.iopl))
         instruction = site.instruction if site is not None else None
         if (site is not None and instruction is not None and site.after and site.unit.alive
                 and vcpu.rip == (site.guest or 0) + instruction.size):
@@ -159,9 +193,40 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
                 unit = self.translator.find(self.vcpu.rip)
         return unit
 
+    @property
+    def _door(self) -> int:
+        """The gate's linear address."""
+        return self.translator.forms.linear(GATE)
+
+    def _interpret(self) -> None:
+        """One instruction of 16- or 32-bit kernel code in long mode, of which a kernel has a few between CR0.PG and its far jump."""
+        vcpu = self.vcpu
+        try:
+            instruction, fault = read_instruction(vcpu.fetch, (vcpu.segment(CS).base + vcpu.rip) & 0xFFFFFFFF, vcpu.bits)
+            if isinstance(fault, PageFault):
+                raise Fault(14, fault.error_code, fault.address)
+            if fault is not None:
+                raise fault
+            if instruction is None:
+                raise Fault(6)
+            if instruction.op is None:
+                self.stores.carry_out(vcpu, instruction, vcpu.rip)
+            elif instruction.op in _TRAPS:
+                self.software_interrupt(instruction)
+            elif self.emulator.knows(instruction.op):
+                self.emulate(instruction)
+            else:
+                raise Fault(6)
+        except Fault as fault_of_guest:
+            self.reflect(fault_of_guest)
+        self.resume()
+
     # ---- out of the cache: a callout
     def _gate(self) -> None:
         """Translated code left for the VMM; SITE says why."""
+        if self._interpreting:
+            self._interpret()
+            return
         site = self.translator.sites.get(self.machine.ram.read32(self._site_at))
         if site is None:
             self.refuse("a callout that does not exist: the guest wrote the VMM's page")
@@ -185,7 +250,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         elif site.instruction.op == "into" and not vcpu.eflags & OF:
             vcpu.rip += site.instruction.size
             self.emulator.count("into", False)
-        elif site.instruction.op in ("int", "int3", "into", "int1"):
+        elif site.instruction.op in _TRAPS:
             self.software_interrupt(site.instruction)
         elif self.emulator.knows(site.instruction.op):
             self.emulate(site.instruction)
@@ -217,7 +282,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def _where(self) -> State:
         """The guest's state where the physical CPU is; sets the virtual RIP, changes nothing else."""
         rip = self.machine.cpu.rip
-        if rip == GATE:
+        if rip == self._door:
             state: State | None = State(self.vcpu.rip)   # the VMM was running
         else:
             state = self.translator.states.get(rip) if self.space.in_hole(rip) else State(rip)
@@ -237,13 +302,24 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             cpu.set_gpr(RSP, cpu.gpr(RSP) + state.esp, self.translator.forms.word)
         self._state = State(self.vcpu.rip)
         if self.space.in_hole(cpu.rip):
-            cpu.rip = GATE   # not in a template any more; :meth:`resume` says where to go on
+            cpu.rip = self._door   # not in a template any more; :meth:`resume` says where to go on
 
     def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
         self._where()
         self._undo()
-        super().exception(vector, error_code, software=software)
+        if vector == 6 and self._calls_system():
+            self.follow_tables()
+        else:
+            super().exception(vector, error_code, software=software)
         self.resume()
+
+    def _calls_system(self) -> bool:
+        """SYSCALL in user code: the CPU's EFER.SCE is off, so it is an undefined instruction until the VMM has looked at it."""
+        instruction = self.machine.faulting if self.vcpu.cpl == 3 else None
+        if instruction is None or instruction.op != "syscall":
+            return False
+        self.emulate(instruction)
+        return True
 
     def carry_out(self, address: int) -> None:
         """A store to translated code or a traced table, or a device's register."""
@@ -294,7 +370,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         if self.vcpu.cpl == 3:
             return super().decode_at(rip)
         self.counts["vmm.decode"] += 1
-        return decode(fetch(self.vcpu, rip), 32)
+        return decode(fetch(self.vcpu, rip), self.vcpu.bits)
 
     def interrupt(self) -> None:
         state = self._where()

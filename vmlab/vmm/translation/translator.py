@@ -268,7 +268,7 @@ class Translator:
         mask, bits = self.forms.mask, self.forms.bits
         at = unit.guest
         while True:
-            ins, fault = _decode_at(fetch, at, bits)
+            ins, fault = read_instruction(fetch, at, bits)
             if fault is not None:
                 if not em.count:
                     self._take_back(unit)
@@ -355,12 +355,12 @@ class Translator:
 
     def _shadow_can_follow(self, following: int, fetch: Fetch) -> bool:
         """STI's shadow covers one instruction; in the cache only if that one is known and is no STI."""
-        after, _ = _decode_at(fetch, following, self.forms.bits)
+        after, _ = read_instruction(fetch, following, self.forms.bits)
         return after is not None and after.op != "sti"
 
 
-def _decode_at(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, PageFault | GuestRefused | None]:
-    """(instruction, None), (None, None) for bytes that are none, (None, what fetching raised).
+def read_instruction(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, PageFault | GuestRefused | None]:
+    """What lies at ``at``: (instruction, None), (None, None) for bytes that are none, (None, what fetching raised).
 
     The next page is looked at only by an instruction that reaches into it, as the CPU would.
     """
@@ -375,4 +375,4 @@ def _decode_at(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, Pa
     return found, None
 
 
-__all__ = ["Options", "Translator"]
+__all__ = ["Options", "Translator", "read_instruction"]
