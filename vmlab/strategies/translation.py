@@ -164,7 +164,6 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
                 self.mmu.translate(vcpu.rip, fetch=True)   # as fetching the next instruction does: A bits, or a page fault
             except PageFault as fault:
                 self.reflect(Fault(14, fault.error_code, fault.address))
-        vcpu.show_control_registers()
         if self._in_long_mode and vcpu.bits != 64:
             self._interpreting = True
             cpu.rip = self._door
@@ -172,7 +171,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             return
         if self.windows and cpu.segment(DS).base:
             self.windows.close_all()    # they are found by their offset in a flat DS
-        self.translator.set_mode(Mode(64 if self._in_long_mode else 32, vcpu.selector(CS), vcpu.iopl))
+        self._show_state()
         instruction = site.instruction if site is not None else None
         if (site is not None and instruction is not None and site.after and site.unit.alive
                 and vcpu.rip == (site.guest or 0) + instruction.size):
@@ -181,14 +180,20 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             cpu.rip = self._unit().start
         self.follow_tables()
 
+    def _show_state(self) -> None:
+        """What translated code reads of the virtual CPU, and what it has built in."""
+        self.vcpu.show_control_registers()
+        self.translator.set_mode(Mode(64 if self._in_long_mode else 32, self.vcpu.selector(CS), self.vcpu.iopl))
+
     def _unit(self, after: Site | None = None, *, indirect: bool = False) -> Unit:
         """The unit of the guest's kernel code at RIP, translated if need be; a fetch that faults is the guest's own #PF."""
         unit = self.translator.find(self.vcpu.rip)
         while unit is None:
             try:
                 unit = self.translator.translate(self.vcpu.rip, self.vcpu.fetch, after=after, indirect=indirect)
-            except PageFault as fault:
-                self.reflect(Fault(14, fault.error_code, fault.address))
+            except (PageFault, Fault) as fault:
+                self.reflect(Fault(14, fault.error_code, fault.address) if isinstance(fault, PageFault) else fault)
+                self._show_state()
                 after, indirect = None, False
                 unit = self.translator.find(self.vcpu.rip)
         return unit

@@ -14,6 +14,7 @@ from vmlab.errors import GuestRefused
 from vmlab.ledger import Counts
 from vmlab.machine.counter import Tag, Tags
 from vmlab.machine.decode import Instruction, decode
+from vmlab.machine.delivery import Fault
 from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import RCX
@@ -234,7 +235,7 @@ class Translator:
             unit.entry, unit.start = start, start + entry_size(self.forms, guest)
         try:
             self._fill(unit, fetch, self.options.unit_limit)
-        except (PageFault, GuestRefused):
+        except (PageFault, GuestRefused, Fault):
             self.cache.take_back(bottom)
             raise
         if indirect:
@@ -359,7 +360,7 @@ class Translator:
         return after is not None and after.op != "sti"
 
 
-def read_instruction(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, PageFault | GuestRefused | None]:
+def read_instruction(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, PageFault | GuestRefused | Fault | None]:
     """What lies at ``at``: (instruction, None), (None, None) for bytes that are none, (None, what fetching raised).
 
     The next page is looked at only by an instruction that reaches into it, as the CPU would.
@@ -370,7 +371,7 @@ def read_instruction(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | No
         found = decode(raw, bits)
         if found is None and inside < 15:
             found = decode(raw + fetch((at + inside) & (1 << bits) - 1, 15 - inside), bits)
-    except (PageFault, GuestRefused) as fault:
+    except (PageFault, GuestRefused, Fault) as fault:
         return None, fault
     return found, None
 
