@@ -84,7 +84,7 @@ class Asking:
 
     def entry_at(self, address: int) -> int:
         """Machine address of the L1 entry for a linear address below the guest's memory size."""
-        l2 = self.ram.read64(self.domain.l3) & 0xFFFFFF000
+        l2 = self.ram.read64(self.domain.root) & 0xFFFFFF000
         l1 = self.ram.read64(l2 + 8 * (address >> 21)) & 0xFFFFFF000
         return l1 + 8 * (address >> 12 & 511)
 
@@ -107,7 +107,7 @@ def check_counts(strategy: Paravirtualization) -> None:
         assert kinds.setdefault(mfn, kind) is kind, f"{mfn:#x} is {kinds[mfn]} and {kind}"
         uses[mfn] = uses.get(mfn, 0) + 1
 
-    use(domain.l3 >> 12, Kind.L3)
+    use(domain.root >> 12, Kind.L3)
     if strategy.hypervisor.ring.frame is not None:
         use(strategy.hypervisor.ring.frame, Kind.WRITABLE)
     for mfn in domain.tables._guests:

@@ -18,6 +18,7 @@ from vmlab.strategies.base import Strategy
 from vmlab.strategies.native import Native
 from vmlab.strategies.paravirtual import Paravirtualization
 from vmlab.vmm import xen
+from vmlab.vmm.xen_abi import NARROW, SharedInfo
 
 ITERATIONS, DENSITY = 13, 100
 PIC_PORTS = {0x20, 0x21, 0xA0, 0xA1}
@@ -109,18 +110,18 @@ def test_the_guests_interrupt_flag_is_the_upcall_mask() -> None:
 
 
 def test_start_info_has_the_public_layout() -> None:
-    info = xen.start_info(pages=4096, shared_info=0x32000, pt_base=0x170000, pt_frames=11, mfn_list=0x16C000, command_line="a=b")
+    info = NARROW.start_info(pages=4096, shared_info=0x32000, pt_base=0x170000, pt_frames=11, mfn_list=0x16C000, command_line="a=b")
     assert len(info) == 1112
     assert info.startswith(b"xen-")
     assert struct.unpack_from("<III", info, 32) == (4096, 0x32000, xen.SIF_PRIVILEGED)
     assert struct.unpack_from("<III", info, 60) == (0x170000, 11, 0x16C000)
     assert info[80:84] == b"a=b\0"
     with pytest.raises(ValueError, match="1023"):
-        xen.start_info(pages=1, shared_info=0, pt_base=0, pt_frames=0, mfn_list=0, command_line="x" * 1024)
+        NARROW.start_info(pages=1, shared_info=0, pt_base=0, pt_frames=0, mfn_list=0, command_line="x" * 1024)
 
 
 def test_the_hypercall_page_is_numbers_and_traps() -> None:
-    page = xen.hypercall_page()
+    page = NARROW.hypercall_page()
     assert page[29 * 32 :][:8] == b"\xb8" + struct.pack("<I", 29) + b"\xcd\x82\xc3"
     assert page[23 * 32 :][:8] == b"\x50\xb8" + struct.pack("<I", 23) + b"\xcd\x82"
 
@@ -131,7 +132,7 @@ def ram() -> Ram:
 
 
 def test_an_event_asks_for_an_upcall_once(ram: Ram) -> None:
-    shared = xen.SharedInfo(ram, 0x32000)
+    shared = SharedInfo(ram, 0x32000)
     assert shared.masked
     shared.raise_event(33)
     assert shared.pending
@@ -142,7 +143,7 @@ def test_an_event_asks_for_an_upcall_once(ram: Ram) -> None:
 
 
 def test_a_masked_port_keeps_its_event_until_it_is_unmasked(ram: Ram) -> None:
-    shared = xen.SharedInfo(ram, 0x32000)
+    shared = SharedInfo(ram, 0x32000)
     ram.write32(0x32000 + 2048 + 128, 1 << 5)
     shared.raise_event(5)
     assert not shared.pending
@@ -182,7 +183,7 @@ def test_a_store_into_the_hypervisor_is_refused_and_recorded() -> None:
 
 def test_a_store_into_its_own_page_tables_faults() -> None:
     strategy = guest(b"", memory="static")
-    table = strategy.domain.l3 - strategy.domain.machine(0)
+    table = strategy.domain.root - strategy.domain.machine(0)
     strategy.machine.ram.write(strategy.domain.machine(ENTRY), b"\xa3" + struct.pack("<I", table))
     with pytest.raises(GuestFault, match=r"exception 14, error code 0x3"):
         strategy.run(100_000)

@@ -215,7 +215,7 @@ def test_the_ring_refuses_what_is_not_the_guests(operation: int, sector: int, se
     port = connect(ask)
     first = ask.domain.mfn(0)
     request(ask, 0, operation, sector, *(
-        (ask.domain.l3 >> 12 if pfn == "table" else (first + pfn) & 0xFFFFFFFF, a, b) for pfn, a, b in segments))
+        (ask.domain.root >> 12 if pfn == "table" else (first + pfn) & 0xFFFFFFFF, a, b) for pfn, a, b in segments))
     before = bytes(ask.ram.bytes[: 16 << 20])
     events(ask, xen.EVTCHNOP_SEND, port)
     settle(ask)
@@ -269,7 +269,7 @@ def test_the_disk_by_ports_stays_in_the_guest(address: int) -> None:
 
 def test_the_disk_by_ports_writes_no_page_table() -> None:
     ask = with_disk()
-    table = ask.domain.l3 - ask.domain.machine(0)
+    table = ask.domain.root - ask.domain.machine(0)
     for offset, value in ((d.AT_COUNT, 1), (d.AT_ADDRESS, table), (d.AT_COMMAND, d.READ)):
         ask.call(55, 1, d.FIRST_PORT + offset, 4, value)
     assert ask.call(55, 0, d.FIRST_PORT + d.AT_COMMAND, 4) == d.DONE | d.ERROR | d.BAD_ADDRESS << 8

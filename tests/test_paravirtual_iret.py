@@ -60,7 +60,7 @@ class Storm:
             self.left -= 1
             self.injected += 1
             self.vmm.events.raise_irq(DISK_IRQ)
-            self.vmm._deliver_events()
+            self.vmm.deliver_events()
 
     def _handler(self, _at: int) -> None:
         cpu = self.machine.cpu

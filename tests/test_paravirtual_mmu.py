@@ -21,15 +21,15 @@ POOL = 0x200                        # pfns from here are free to play with
 def new_space(ask: Asking, first: int = POOL) -> tuple[int, int, int]:
     """An L3 with the kernel's own part and a hole, not yet pinned: (l3, user L2, hole L2) as mfns."""
     l3, user, hole = (ask.fresh_frame(first + i) for i in range(3))
-    kernel = ask.ram.read64(ask.domain.l3)
+    kernel = ask.ram.read64(ask.domain.root)
     assert ask.update((l3 << 12, kernel), ((l3 << 12) + 8, user << 12 | P), ((l3 << 12) + 24, hole << 12 | P)) == 0
     return l3, user, hole
 
 
 def test_the_tables_of_start_of_day_are_counted() -> None:
     ask = Asking()
-    assert ask.frames.kind(ask.domain.l3 >> 12) is Kind.L3
-    assert ask.frames.uses(ask.domain.l3 >> 12) == 2    # pinned, and in CR3
+    assert ask.frames.kind(ask.domain.root >> 12) is Kind.L3
+    assert ask.frames.uses(ask.domain.root >> 12) == 2    # pinned, and in CR3
     check_counts(ask.strategy)
 
 
@@ -47,7 +47,7 @@ def test_an_address_space_is_built_pinned_and_loaded() -> None:
         Kind.L3, Kind.L2, Kind.L2_HOLE, Kind.L1)
     assert ask.ram.read64((hole << 12) + 8 * (xen.HYPERVISOR_START >> 21 & 511)) == 0x3001  # the hypervisor filled it
     assert ask.extended((NEW_BASE, l3)) == 0
-    assert ask.domain.l3 == l3 << 12 == ask.strategy.machine.cpu.cr(3)
+    assert ask.domain.root == l3 << 12 == ask.strategy.machine.cpu.cr(3)
     assert ask.hypervisor.memory.read(1 << 30, 16) == ask.ram.read(page << 12, 16)
     check_counts(ask.strategy)
 
@@ -88,16 +88,16 @@ REFUSALS = {
     "a frame of the hypervisor": lambda ask, l1: ((l1 << 12), 0x20000 | P),
     "a frame beyond the guest": lambda ask, l1: ((l1 << 12), ask.domain.mfn(ask.domain.pages) << 12 | P),
     "its own table writable": lambda ask, l1: ((l1 << 12), l1 << 12 | P | RW),
-    "the L3 writable": lambda ask, l1: ((l1 << 12), ask.domain.l3 | P | RW),
-    "a large page": lambda ask, l1: (ask.ram.read64(ask.domain.l3) & ~0xFFF | 0x7F0, ask.domain.mfn(512) << 12 | 0x83),
+    "the L3 writable": lambda ask, l1: ((l1 << 12), ask.domain.root | P | RW),
+    "a large page": lambda ask, l1: (ask.ram.read64(ask.domain.root) & ~0xFFF | 0x7F0, ask.domain.mfn(512) << 12 | 0x83),
     "a global page": lambda ask, l1: ((l1 << 12), ask.domain.mfn(5) << 12 | 0x103),
     "an address of 41 bits": lambda ask, l1: ((l1 << 12), 1 << 40 | P),
     "NX, which is off": lambda ask, l1: ((l1 << 12), 1 << 63 | ask.domain.mfn(5) << 12 | P),
-    "the hypervisor's part of an L2": lambda ask, l1: ((ask.ram.read64(ask.domain.l3 + 24) & ~0xFFF) + 8 * 450, 0),
-    "no hole": lambda ask, l1: (ask.domain.l3 + 24, 0),
-    "rights in an L3 entry": lambda ask, l1: (ask.domain.l3 + 8, ask.domain.mfn(POOL + 1) << 12 | P | RW),
-    "an L2 in place of an L1": lambda ask, l1: (ask.ram.read64(ask.domain.l3) & ~0xFFF | 0x7F8, ask.ram.read64(ask.domain.l3) | RW),
-    "the hole's L2 a second time": lambda ask, l1: (ask.domain.l3 + 8, ask.ram.read64(ask.domain.l3 + 24)),
+    "the hypervisor's part of an L2": lambda ask, l1: ((ask.ram.read64(ask.domain.root + 24) & ~0xFFF) + 8 * 450, 0),
+    "no hole": lambda ask, l1: (ask.domain.root + 24, 0),
+    "rights in an L3 entry": lambda ask, l1: (ask.domain.root + 8, ask.domain.mfn(POOL + 1) << 12 | P | RW),
+    "an L2 in place of an L1": lambda ask, l1: (ask.ram.read64(ask.domain.root) & ~0xFFF | 0x7F8, ask.ram.read64(ask.domain.root) | RW),
+    "the hole's L2 a second time": lambda ask, l1: (ask.domain.root + 8, ask.ram.read64(ask.domain.root + 24)),
     "the hypervisor's memory": lambda ask, l1: (0x3000, 0),
     "an address between two entries": lambda ask, l1: ((l1 << 12) + 4, 0),
 }
@@ -248,6 +248,6 @@ def test_counts_agree_with_the_tables_whatever_is_asked(operations: list[tuple])
             ask.call(10, domain.mfn(rest[0]) << 12, 0, rest[1] & 0xFFFFFFFF, rest[1] >> 32)
         else:
             l3, user, hole = (domain.mfn(pfn) for pfn in rest)
-            ask.update((l3 << 12, ask.ram.read64(domain.l3)), ((l3 << 12) + 8, user << 12 | P), ((l3 << 12) + 24, hole << 12 | P))
+            ask.update((l3 << 12, ask.ram.read64(domain.root)), ((l3 << 12) + 8, user << 12 | P), ((l3 << 12) + 24, hole << 12 | P))
     check_counts(ask.strategy)
     assert ask.ram.read(0x20000, 0xE000) == bytes(0xE000)   # the hypervisor's part was not the guest's to write

@@ -67,7 +67,7 @@ HYPERCALLS = (
     "set_trap_table", "mmu_update", "set_gdt", "stack_switch", "set_callbacks", "fpu_taskswitch",
     "update_descriptor", "multicall", "update_va_mapping", "set_timer_op", "xen_version",
     "console_io", "grant_table_op", "vm_assist", "iret", "vcpu_op", "mmuext_op", "sched_op",
-    "event_channel_op", "physdev_op", "ring_op", "port_io", "unknown",
+    "event_channel_op", "physdev_op", "set_segment_base", "ring_op", "port_io", "unknown",
 )
 
 #: What a paravirtual guest wanted, or what happened to it, each time the hypervisor was entered.
@@ -118,7 +118,6 @@ def _kinds() -> Iterator[EventKind]:
     yield machine("translated.sensitive", "system instructions of the guest run as identical copies in the cache", "instruction")
     yield machine("translated.unit", "translation units executed", "unit")
     yield machine("translated.lookup", "targets looked up inside the cache")
-    yield machine("translated.simulated", "stores to watched memory simulated inside the cache", "instruction")
     for op, words in SYSTEM_INSTRUCTIONS.items():
         yield vmm(f"emulate.{op}", f"{words} emulated by the VMM", "instruction")
     yield vmm("emulate.other", "another instruction emulated by the VMM", "instruction")
@@ -131,6 +130,7 @@ def _kinds() -> Iterator[EventKind]:
         yield machine(f"fault.delivered.{vector}", f"#{name.upper()} delivered by the CPU through the IDT")
         yield vmm(f"reflect.{vector}", f"#{name.upper()} reflected to the guest by the VMM")
     yield machine("trap.int", "software interrupt into the VMM through a gate")
+    yield machine("trap.syscall", "SYSCALL into the VMM")
     yield machine("interrupt.monitor", "device interrupts into the VMM (among interrupt.delivered)")
     yield machine("interrupt.software", "INT n delivered by the CPU through the IDT")
     yield machine("interrupt.delivered", "device interrupts taken by the CPU")
@@ -164,6 +164,8 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("mmuext.pin", "page tables pinned on the guest's request", "table")
     yield vmm("mmuext.unpin", "page tables unpinned on the guest's request", "table")
     yield vmm("mmuext.new_baseptr", "page-table bases loaded on the guest's request")
+    yield vmm("mmuext.new_user_baseptr", "page-table bases named for its users by a 64-bit guest")
+    yield vmm("guest.side", "changes between the page tables of a 64-bit guest's kernel and those of its users")
     yield vmm("mmuext.tlb_flush", "TLB flushes on the guest's request")
     yield vmm("mmuext.invlpg", "single translations flushed on the guest's request")
     yield vmm("ring.request", "requests taken from the shared block ring", "request")
@@ -184,8 +186,6 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("bt.undo", "faults and interrupts in the middle of a template, its effects undone")
     yield vmm("bt.code_write", "stores of the guest into pages with translated code")
     yield vmm("bt.adapt", "instructions retranslated because they kept faulting")
-    yield vmm("bt.adapt.back", "adapted instructions copied again, because what they reach is watched no more")
-    yield vmm("bt.window", "windows on watched memory given to simulated stores")
     yield vmm("bt.direct.enter", "switches to direct execution of user code")
     # Memory virtualization.
     yield vmm("shadow.fault.hidden", "hidden page faults: the shadow lacked what the guest's tables allow")

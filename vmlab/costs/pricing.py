@@ -193,9 +193,10 @@ def _refusal(counts: Mapping[str, int], profile: Profile, platform: str) -> Unsu
 def _breakdown(counts: Mapping[str, int], model: CostModel) -> dict[str, float]:
     causes = dict.fromkeys(CAUSES, 0.0)
     calls = sum(count for kind, count in counts.items() if kind.startswith("hypercall."))
+    gate = "trap.syscall" if "trap.syscall" in counts else "trap.int"
     for kind, count in counts.items():
-        if kind == "trap.int" and calls:
-            # A hypercall's transition is a software interrupt into the VMM: show it with the hypercalls.
+        if kind == gate and calls:
+            # A hypercall's transition is a software interrupt into the VMM, in 64 bits SYSCALL: show it with the hypercalls.
             through_gate = min(count, calls)
             causes["hypercalls"] += through_gate * model.unit(kind)
             count -= through_gate

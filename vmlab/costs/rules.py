@@ -86,6 +86,8 @@ def _rules() -> dict[str, Rule]:
         rules[f"trap.{name}"] = _rule("traps", "exception.delivery", "insn.iret", "path.trap")
         rules[f"fault.delivered.{vector}"] = _rule("interrupts and faults", "exception.delivery")
     rules["trap.int"] = _rule("traps", "int.delivery", "insn.iret", "path.trap")
+    # The way in is the instruction itself, which retired and is priced as machine.syscall.
+    rules["trap.syscall"] = _rule("traps", "insn.sysret", "path.trap")
     rules["interrupt.software"] = _rule("interrupts and faults", "int.delivery")
     # A device interrupt costs its delivery whoever takes it, and the IRET of a guest's handler retires and is counted as
     # machine.iret. A VMM's handler is Python: its entry and exit code and its IRET are priced here, beside the delivery.
@@ -104,11 +106,13 @@ def _rules() -> dict[str, Rule]:
         rules[f"hypercall.{name}"] = _rule("hypercalls", "path.hypercall")
     rules["mmu.update"] = _rule("hypercalls", "path.mmu_update")
     rules["mmu.validate"] = _rule("hypercalls", "path.mmu_validate")
-    for name in ("pin", "unpin"):
+    for name in ("pin", "unpin", "new_user_baseptr"):
         rules[f"mmuext.{name}"] = _rule("hypercalls", "path.mmuext")
     # A TLB is flushed, and a base loaded, by MOV to CR3.
     for name in ("new_baseptr", "tlb_flush"):
         rules[f"mmuext.{name}"] = _rule("hypercalls", "path.mmuext", "insn.mov_to_cr")
+    # A 64-bit guest's kernel and its users have page tables of their own, and GS bases (SWAPGS).
+    rules["guest.side"] = _rule("hypercalls", "insn.mov_to_cr", "insn.swapgs")
     rules["ring.request"] = _rule("devices", "path.ring_request")
     # Three OUTs program the timer; a disk request takes six, and one IN when it is done.
     rules["vmm.timer"] = Rule("devices", ((1, "path.device"), (3, "insn.out"), (3, "shared.port_latency_ns")))
@@ -126,9 +130,7 @@ def _rules() -> dict[str, Rule]:
     rules["bt.evict"] = _rule("translation", "path.invalidate")
     rules["bt.undo"] = _rule("interrupts and faults", "path.window")
     rules["bt.code_write"] = _rule("translation", "path.lookup")
-    # A patch each, as a chained exit is; the new unit is priced as any other.
-    for patch in ("bt.adapt", "bt.adapt.back", "bt.window"):
-        rules[patch] = _rule("translation", "path.chain")
+    rules["bt.adapt"] = _rule("translation", "path.chain")
     # Translated code runs deprivileged; user code is entered through an IRET of the monitor's.
     rules["bt.direct.enter"] = _rule("traps", "path.direct", "insn.iret")
     rules["vmm.decode"] = _rule("VMM emulation", "path.decode")
@@ -150,7 +152,7 @@ def _not_priced() -> dict[str, str]:
     share = "says how an instruction was executed; what the CPU retired is priced as machine.*"
     reasons = {f"machine.{op}": why for op, why in _ELSEWHERE.items()}
     reasons |= {f"retired.{name}": share for name in ("user", "kernel", *SYSTEM_INSTRUCTIONS)}
-    reasons |= {f"translated.{name}": share for name in ("ident", "incache", "sensitive", "unit", "lookup", "simulated")}
+    reasons |= {f"translated.{name}": share for name in ("ident", "incache", "sensitive", "unit", "lookup")}
     reasons |= {f"emulated.{name}": "the same instructions by ring; priced as emulate.*" for name in ("user", "kernel")}
     reasons |= {f"reflect.{vector}": "the VMM's work is priced as vmm.inject" for vector in EXCEPTIONS}
     reasons |= {f"iret.{name}": "which ring an IRET went to; priced as machine.iret" for name in ("same", "outer")}

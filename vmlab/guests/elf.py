@@ -97,6 +97,8 @@ def _notes(name: str, data: bytes, headers: list[Any]) -> PvNotes | None:
                 if desc_size not in (4, 8):
                     raise GuestImageError(f"guest image {name!r}: the note {key} has {desc_size} bytes, not 4 or 8")
                 values[key] = int.from_bytes(desc, "little")
+                if key == "entry":
+                    values["bits"] = 8 * desc_size
             else:
                 values[key] = desc.rstrip(b"\0").decode("ascii")
     if "entry" not in values:
@@ -110,7 +112,7 @@ def _notes(name: str, data: bytes, headers: list[Any]) -> PvNotes | None:
 
     page = number("hypercall_page") if "hypercall_page" in values else None
     return PvNotes(number("entry"), page, number("virt_base"), number("paddr_offset"), text("guest_os"),
-                   text("xen_version"), text("loader"), text("pae_mode"), text("features"))
+                   text("xen_version"), text("loader"), text("pae_mode"), text("features"), number("bits"))
 
 
 def _check_multiboot(name: str, data: bytes) -> None:

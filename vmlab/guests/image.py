@@ -20,7 +20,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class PvNotes:
-    """What the Xen ELF notes say (xen/include/public/elfnote.h). Addresses are virtual."""
+    """What the Xen ELF notes say (xen/include/public/elfnote.h). Addresses are virtual.
+
+    ``bits``: width of the kernel, told by that of its notes' numbers, for the file is an ELF32 either way.
+    """
 
     entry: int
     hypercall_page: int | None
@@ -31,6 +34,7 @@ class PvNotes:
     loader: str
     pae_mode: str
     features: str
+    bits: int = 32
 
 
 @dataclass(frozen=True)

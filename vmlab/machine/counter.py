@@ -46,7 +46,7 @@ def _weight(tags: Tags) -> int:
 class Block:
     """A straight line of code as Unicorn translated it, and how often it ran.
 
-    The three counts are lists indexed by ``user``: 0 for CPL 0–2, 1 for CPL 3.
+    The three counts are lists indexed by ``user``: 0 for CPL 0–2, 1 for CPL 3 (but see :attr:`Counter.user_from`).
     """
 
     __slots__ = ("again", "end", "instructions", "iret", "key", "offsets", "pc", "rep", "ring", "runs", "size", "slot", "tags", "taken", "weight")
@@ -90,6 +90,9 @@ class Counter:
         self._read_cpl = read_cpl
         self.blocks: dict[int, Block] = {}
         self.user = self.cpl = 0
+        #: The ring from which on instructions count as a user's. A monitor whose guest's kernel shares ring 3 with the
+        #: guest's users sets it to 4 while the kernel runs: to a ring that there is not.
+        self.user_from = 3
         self.time = 0
         self.limit = 1 << 62
         #: The next block start needs a look (an interrupt waits); what is outside Python reads it here.
@@ -151,7 +154,7 @@ class Counter:
 
     def set_cpl(self, cpl: int) -> None:
         """The machine changed CPL by itself."""
-        self.cpl, self.user = cpl, int(cpl == 3)
+        self.cpl, self.user = cpl, int(cpl >= self.user_from)
 
     # ---- IRET: which ring it went to shows in the CPL afterwards
     @property
@@ -316,7 +319,7 @@ def _sum(blocks: Iterable[Block], short: dict[tuple[int, int, int], int]) -> Sna
                         add(f"retired.{instruction.op}", n)
                 elif tag is not None:
                     if tag.guest is not None:
-                        guest[0] += n   # a kernel's, whatever ring the cache runs in
+                        guest[user] += n
                         add(f"translated.{tag.how}", n)
                         if tag.how == "ident" and instruction.op:
                             add("translated.sensitive", n)

@@ -174,6 +174,10 @@ class Cpu:
         at = self.layout.msrs[number]
         return self._u32[at // 4] if number == SYSENTER_CS else self._u64[at // 8]
 
+    def set_msr(self, number: int, value: int) -> None:
+        """Write one of the 64-bit MSRs of SYSCALL (STAR, LSTAR, CSTAR, SFMASK)."""
+        self._u64[self.layout.msrs[number] // 8] = value
+
     def cr(self, number: int) -> int:
         return self._u64[AT_CR // 8 + number]
 

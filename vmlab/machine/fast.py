@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vmlab.machine.pc import Machine
 
 # The words of blocks.c's ``state``, each 8 bytes, in its order.
-(_TIME, _LIMIT, _USER, _ATTENTION, _CURRENT, _PLACES, _MASK, _RECORDS, _HFLAGS, _ATTEND, _READ_CPL, _CPL, _SAME, _OUTER) = range(14)
+(_TIME, _LIMIT, _USER, _ATTENTION, _CURRENT, _PLACES, _MASK, _RECORDS, _HFLAGS, _ATTEND, _READ_CPL, _CPL, _SAME, _OUTER, _USER_FROM) = range(15)
 _REP, _RING, _IRET = 1 << 32, 1 << 33, 1 << 34
 _RECORD, _PLACE = 8, 2  # words in a ``record`` and a ``place``
 _COUNTS = struct.Struct("=6Q")
@@ -54,7 +54,7 @@ class FastCounter(Counter):
     """
 
     def __init__(self, read_cpl: Callable[[], int], attend: Attend, hflags: int | None) -> None:
-        self._state, self.address = _words(14)
+        self._state, self.address = _words(15)
         self._callbacks = _ATTEND_CALLBACK(attend), _CPL_CALLBACK(read_cpl)
         for word, callback in zip((_ATTEND, _READ_CPL), self._callbacks, strict=True):
             self._state[word] = ctypes.cast(callback, ctypes.c_void_p).value or 0
@@ -93,6 +93,14 @@ class FastCounter(Counter):
         self._state[_USER] = value
 
     @property
+    def user_from(self) -> int:
+        return self._state[_USER_FROM]
+
+    @user_from.setter
+    def user_from(self, value: int) -> None:
+        self._state[_USER_FROM] = value
+
+    @property
     def attention(self) -> bool:
         return bool(self._state[_ATTENTION])
 
@@ -129,7 +137,7 @@ class FastCounter(Counter):
 
     def set_cpl(self, cpl: int) -> None:
         state = self._state
-        state[_CPL], state[_USER] = cpl, cpl == 3
+        state[_CPL], state[_USER] = cpl, cpl >= state[_USER_FROM]
 
     @property
     def cpl(self) -> int:

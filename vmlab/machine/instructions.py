@@ -224,7 +224,10 @@ class Instructions:
         self._transferred(address)
 
     def _syscall(self, address: int, instruction: Instruction) -> None:
+        machine = self._machine
         syscall(self._cpu, self._cpu.rip + instruction.size)
+        if machine.monitor is not None and not machine.in_guest:
+            machine.events["trap.syscall"] += 1
         self._transferred(address)
 
     def _transferred(self, address: int) -> None:

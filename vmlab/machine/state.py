@@ -29,7 +29,7 @@ from vmlab.machine.engine import INTR_CALLBACK, Engine, library
 
 ES, CS, SS, DS, FS, GS = range(6)
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
-R11 = 11
+R8, R10, R11 = 8, 10, 11
 
 # Offsets from the start of CPUX86State (QEMU target/i386/cpu.h, as in Unicorn 2.1.4), in bytes.
 AT_EIP, AT_EFLAGS, AT_HFLAGS, AT_HFLAGS2, AT_SEGMENTS, AT_LDT, AT_TR, AT_GDT, AT_IDT, AT_CR, AT_EFER = (

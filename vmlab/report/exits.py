@@ -30,10 +30,15 @@ class ExitRow:
 
 
 def reasons(events: Mapping[str, int]) -> dict[str, int]:
-    """Count by kind, most frequent first. The gate of a hypercall (``trap.int``) is not an exit of its own."""
+    """Count by kind, most frequent first. The gate of a hypercall is not an exit of its own."""
     calls = sum(n for kind, n in events.items() if kind.startswith("hypercall."))
-    found = {kind: n - (min(n, calls) if kind == "trap.int" else 0) for kind, n in events.items() if kind.startswith(LEAVING)}
+    found = {kind: n - (min(n, calls) if kind == gate(events) else 0) for kind, n in events.items() if kind.startswith(LEAVING)}
     return dict(sorted(((kind, n) for kind, n in found.items() if n > 0), key=lambda row: (-row[1], row[0])))
+
+
+def gate(events: Mapping[str, int]) -> str:
+    """How hypercalls enter: by INT n, in 64 bits by SYSCALL."""
+    return "trap.syscall" if "trap.syscall" in events else "trap.int"
 
 
 def exit_rows(view: View, workload: str, profile: str) -> list[ExitRow]:
@@ -44,22 +49,23 @@ def exit_rows(view: View, workload: str, profile: str) -> list[ExitRow]:
 
 def cell_rows(cell: Cell, profile: str, technique: str) -> list[ExitRow]:
     """The rows of one cell. A VM exit's price includes the entry that follows it, a hypercall's the gate that it came through."""
-    found = reasons(cell.get("events") or {})
+    events = cell.get("events") or {}
+    found = reasons(events)
     everything, priced = sum(found.values()), cycles(cell, profile)
     rows = []
     for kind, count in found.items():
-        each = _round_trip(kind, profile) if priced else None
+        each = _round_trip(kind, profile, gate(events)) if priced else None
         share = each * count / float(priced["total"]) if priced and each is not None and priced["total"] else None
         rows.append(ExitRow(technique, kind, EVENTS[kind].words if kind in EVENTS else kind, count, count / everything, each, share))
     return rows
 
 
-def _round_trip(kind: str, profile: str) -> float | None:
+def _round_trip(kind: str, profile: str, gate: str) -> float | None:
     try:
         loaded = costs.load(profile)
     except ConfigError:
         return None
-    back = "entry" if kind.startswith("exit.") else "trap.int" if kind.startswith("hypercall.") else None
+    back = "entry" if kind.startswith("exit.") else gate if kind.startswith("hypercall.") else None
     parts = [costs.unit_cost(part, loaded) for part in (kind, back) if part is not None]
     if any(isinstance(part, costs.Unsupported) for part in parts):
         return None

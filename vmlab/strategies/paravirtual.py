@@ -1,42 +1,51 @@
 """Paravirtualization: the guest's kernel is changed so that it asks instead of executing sensitive instructions.
 
-The interface is Xen's public 32-bit one (xen/include/public): the kernel runs in ring 1, hypercalls come by
-INT 0x82, interrupts are events, the interrupt flag is a byte in a page that guest and VMM share, and the guest's own
-page tables are the machine's, changed only through checked hypercalls. System calls (INT 0x80) go from ring 3 straight
-to ring 1. The native image serves: it patches itself when it is started at its paravirtual entry.
+The interface is Xen's public one (xen/include/public): interrupts are events, the interrupt flag is a byte in a page that
+guest and VMM share, and the guest's own page tables are the machine's, changed only through checked hypercalls. In 32 bits the
+kernel runs in ring 1, hypercalls come by INT 0x82, and system calls (INT 0x80) go from ring 3 straight to ring 1. In 64 the
+kernel shares ring 3 with its users, on page tables of its own; hypercalls and system calls both come by SYSCALL, and all
+pass through the hypervisor. The native image serves: it patches itself when it is started at its paravirtual entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 from vmlab.guests import GuestImage
 from vmlab.machine.cpu import IF
-from vmlab.machine.pc import Machine
-from vmlab.parameters import Value
 from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state
 from vmlab.strategies.techniques import ParavirtualizationTechnique
 from vmlab.vmm.host import PHYSICAL_BASE, physical_bus
 from vmlab.vmm.xen import SIF_PRIVILEGED, SIF_SERVICES
 from vmlab.vmm.xen_domain import Domain
+from vmlab.vmm.xen_domain64 import WideDomain
 from vmlab.vmm.xen_hypervisor import Hypervisor
+from vmlab.vmm.xen_ring1 import NarrowHypervisor
+from vmlab.vmm.xen_ring3 import WideHypervisor
 
 
 class Paravirtualization(ParavirtualizationTechnique, Strategy):
-    """The guest at CPL 1, by hypercalls."""
+    """The guest's kernel at CPL 1, in 64 bits at CPL 3, by hypercalls."""
 
-    def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
-        super().__init__(machine, parameters)
-        self.domain = Domain(machine.ram, GUEST_MEMORY, self.counts, machine.engine.flush_tlb)
-        self.hypervisor = Hypervisor(machine, self.domain, self.counts, self.refused,
-                                     direct_paging=self.chosen["memory"] == "direct", direct_calls=not self._all_by_hypercall,
-                                     bus=physical_bus(machine, self.counts, self.chosen["hypervisor"]))
+    #: Made by :meth:`load`, for only the image says how wide its kernel is.
+    domain: Domain
+    hypervisor: Hypervisor
 
     @property
     def _all_by_hypercall(self) -> bool:
         return self.chosen["services"] == "hypercall"
 
     def load(self, image: GuestImage, command_line: str) -> None:
+        machine = self.machine
+        chosen: dict[str, Any] = {"direct_paging": self.chosen["memory"] == "direct", "direct_calls": not self._all_by_hypercall,
+                                  "bus": physical_bus(machine, self.counts, self.chosen["hypervisor"])}
+        if image.pv is not None and image.pv.bits == 64:
+            wide = WideDomain(machine.ram, GUEST_MEMORY, self.counts, machine.engine.flush_tlb)
+            self.domain, self.hypervisor = wide, WideHypervisor(machine, wide, self.counts, self.refused, **chosen)
+        else:
+            self.domain = Domain(machine.ram, GUEST_MEMORY, self.counts, machine.engine.flush_tlb)
+            self.hypervisor = NarrowHypervisor(machine, self.domain, self.counts, self.refused, **chosen)
         begin = self.domain.build(image, command_line, SIF_PRIVILEGED | (SIF_SERVICES if self._all_by_hypercall else 0))
         self.domain.start(self.machine.cpu, begin)
 

@@ -25,6 +25,7 @@ class Calls:
     def __init__(self, hypervisor: Hypervisor) -> None:
         self._vmm, self._memory = hypervisor, hypervisor.memory
         self._machine, self._domain = hypervisor.machine, hypervisor.domain
+        self._abi = hypervisor.abi
         self._assists: set[int] = set()
 
     def table(self) -> dict[str, Call]:
@@ -39,11 +40,12 @@ class Calls:
     # ---- traps, stacks, descriptors
     def _set_trap_table(self, table: int, *_: int) -> int:
         traps = dict(self._vmm.traps) if table else {}
-        for at in range(table, table + 8 * 257, 8) if table else ():
-            vector, trap = xen.parse_trap(self._memory.read(at, 8))
+        size = self._abi.trap.size
+        for at in range(table, table + size * 257, size) if table else ():
+            vector, trap = self._abi.parse_trap(self._memory.read(at, size))
             if not trap.address:
                 break
-            if trap.cs != xen.FLAT_RING1_CS:
+            if trap.cs != self._abi.kernel_cs or not self._callable(trap.address):
                 return xen.EINVAL
             traps[vector] = trap
         else:
@@ -52,33 +54,50 @@ class Calls:
         self._vmm.set_traps(traps)
         return 0
 
+    def _callable(self, address: int) -> bool:
+        """Whether a guest of 64 bits may name this as code; in 32 bits every word is an address."""
+        return self._abi.bits == 32 or (address + (1 << 47)) & self._abi.mask < 1 << 48
+
     def _stack_switch(self, ss: int, esp: int, *_: int) -> int:
-        if ss | 1 != xen.FLAT_RING1_DS:
+        ss = self._abi.kernel_selector(ss)
+        if ss != self._abi.kernel_ss:
             return xen.EINVAL
-        self._vmm.set_kernel_stack(ss | 1, esp)
+        self._vmm.set_kernel_stack(ss, esp)
         return 0
 
-    def _set_callbacks(self, event_cs: int, event_eip: int, failsafe_cs: int, _failsafe_eip: int, *_: int) -> int:
+    def _set_callbacks(self, *arguments: int) -> int:
         # The failsafe callback is for a return whose selectors fail; here such a return ends the guest.
-        if {event_cs | 1, failsafe_cs | 1} != {xen.FLAT_RING1_CS}:
+        if self._abi.bits == 64:
+            event, failsafe, system_calls = arguments[:3]
+            if not all(map(self._callable, (event, failsafe, system_calls))):
+                return xen.EINVAL
+            self._vmm.event_callback = (self._abi.kernel_cs, event)
+            self._vmm.set_system_calls(system_calls)
+            return 0
+        event_cs, event, failsafe_cs = arguments[:3]
+        if {event_cs | 1, failsafe_cs | 1} != {self._abi.kernel_cs}:
             return xen.EINVAL
-        self._vmm.event_callback = (event_cs | 1, event_eip)
+        self._vmm.event_callback = (event_cs | 1, event)
         return 0
 
     def _set_gdt(self, frames: int, entries: int, *_: int) -> int:
+        entries &= 0xFFFFFFFF
         if entries > xen.FIRST_RESERVED_GDT_ENTRY:
             return xen.EINVAL
         pages = (entries + 511) // 512
         try:
-            self._domain.tables.set_gdt(list(struct.unpack(f"<{pages}I", self._memory.read(frames, 4 * pages))), entries)
+            self._domain.tables.set_gdt(list(struct.unpack(self._abi.words(pages), self._memory.read(frames, self._abi.word * pages))), entries)
         except Refused as refusal:
             return self._refuse(f"a descriptor table: {refusal}")
         self._domain.flush_tlb()
         return 0
 
-    def _update_descriptor(self, address_low: int, address_high: int, low: int, high: int, *_: int) -> int:
+    def _update_descriptor(self, *arguments: int) -> int:
+        """An address and a descriptor, both of 64 bits."""
+        wide = arguments[:2] if self._abi.bits == 64 else (arguments[0] | arguments[1] << 32, arguments[2] | arguments[3] << 32)
+        address, descriptor = wide
         try:
-            self._domain.tables.update(address_low | address_high << 32, low, high)
+            self._domain.tables.update(address, descriptor & 0xFFFFFFFF, descriptor >> 32)
         except Refused as refusal:
             return self._refuse(f"a descriptor: {refusal}")
         return 0
@@ -93,8 +112,9 @@ class Calls:
         return 0
 
     def _vm_assist(self, command: int, kind: int, *_: int) -> int:
-        """4gb_segments(_notify) may be switched: segment limits are not used here. The others are not offered."""
-        if kind not in (0, 1):
+        """Those that change nothing here: segment limits are not used, and the M2P is never in the users' root. No others."""
+        offered = {32: (xen.VMASST_TYPE_4GB_SEGMENTS, xen.VMASST_TYPE_4GB_SEGMENTS_NOTIFY), 64: (xen.VMASST_TYPE_M2P_STRICT,)}
+        if kind not in offered[self._abi.bits]:
             return xen.EINVAL
         if command not in (xen.VMASST_CMD_ENABLE, xen.VMASST_CMD_DISABLE):
             return xen.ENOSYS
@@ -108,7 +128,7 @@ class Calls:
         if command == xen.XENVER_GET_FEATURES:
             if self._memory.read32(buffer):
                 return xen.EINVAL
-            self._memory.write(buffer + 4, bytes(4))
+            self._memory.write(buffer + 4, struct.pack("<I", 1 << xen.XENFEAT_MMU_PT_UPDATE_PRESERVE_AD))
             return 0
         return xen.ENOSYS
 
@@ -116,6 +136,7 @@ class Calls:
         """The text goes out by the serial port, as the hypervisor's own does."""
         if command != xen.CONSOLEIO_WRITE:
             return xen.ENOSYS
+        count &= 0xFFFFFFFF
         if count > _LONGEST_TEXT:
             return xen.EINVAL
         self._vmm.bus.port_write(UART_PORT, 1, *self._memory.read(buffer, count))

@@ -9,19 +9,22 @@ guest's is checked before the CPU can see it: no ring 0, no gates, nothing that 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from vmlab.machine.cpu import Segment, unpack_descriptor
 from vmlab.machine.memory import PAGE, Ram
 from vmlab.machine.paging import P
 from vmlab.vmm import xen
-from vmlab.vmm.xen import FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING3_CS, FLAT_RING3_DS, HYPERVISOR_START, Trap
+from vmlab.vmm.xen import FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING3_CS, FLAT_RING3_DS, HYPERVISOR_START
+from vmlab.vmm.xen_abi import Trap
 from vmlab.vmm.xen_frames import FrameTable, Kind, Refused
 
 # The hypervisor's pages (hpa), and where its hole shows them (linear).
 GDT, IDT, TSS = 0x20000, 0x30000, 0x31000
 PRIVATE = 0xFC400000
 PRIVATE_PAGES = 18
-GDT_AT, IDT_AT, TSS_AT = PRIVATE, PRIVATE + 0x10000, PRIVATE + 0x11000
+GDT_AT, IDT_AT, TSS_AT = 0, 0x10000, 0x11000        # from where the hypervisor's private pages are shown
 TSS_SELECTOR = 0xE040
 TSS_SIZE = 104
 
@@ -34,6 +37,11 @@ _LIMIT = (HYPERVISOR_START >> 12) - 1
 def _flat(access: int) -> bytes:
     """A flat 32-bit descriptor with 4 KiB granularity up to the hole; ``access`` is byte 5."""
     return struct.pack("<HHBBBB", _LIMIT & 0xFFFF, 0, 0, access, 0xC0 | _LIMIT >> 16, 0)
+
+
+def _unlimited(access: int, flags: int) -> bytes:
+    """A flat descriptor without a limit; ``flags`` is the high half of byte 6: G, D, L, AVL."""
+    return struct.pack("<HHBBBB", 0xFFFF, 0, 0, access, flags << 4 | 0xF, 0)
 
 
 def checked(low: int, high: int) -> tuple[int, int]:
@@ -57,8 +65,23 @@ def checked(low: int, high: int) -> tuple[int, int]:
     return low, high
 
 
+def checked_wide(low: int, high: int) -> tuple[int, int]:
+    """The same for a 64-bit guest: ring 3 and nothing else, and no limits, for paging alone protects the hypervisor."""
+    if not high & _PRESENT:
+        return low, high
+    if not high & _S:
+        raise Refused(f"system descriptor {high:08x}:{low:08x}")
+    return low, high | 3 << 13
+
+
 class DescriptorTables:
     """GDT, IDT and TSS in machine memory. ``private_l1``: hpa of the page table that shows them at :data:`PRIVATE`."""
+
+    #: The flat segments: selector and descriptor.
+    flat: Mapping[int, bytes] = MappingProxyType({selector: _flat(access) for selector, access in (
+        (FLAT_RING1_CS, 0xBB), (FLAT_RING1_DS, 0xB3), (FLAT_RING3_CS, 0xFB), (FLAT_RING3_DS, 0xF3))})
+    #: A descriptor of the guest's as the CPU may see it.
+    checked: Callable[[int, int], tuple[int, int]] = staticmethod(checked)
 
     def __init__(self, ram: Ram, frames: FrameTable, private_l1: int) -> None:
         self._ram, self._frames, self._l1 = ram, frames, private_l1
@@ -68,8 +91,8 @@ class DescriptorTables:
         """GDT with the flat segments of rings 1 and 3, an IDT with no gates of the guest's yet, a TSS."""
         ram = self._ram
         ram.write(GDT, bytes(0x10000))
-        for selector, access in ((FLAT_RING1_CS, 0xBB), (FLAT_RING1_DS, 0xB3), (FLAT_RING3_CS, 0xFB), (FLAT_RING3_DS, 0xF3)):
-            ram.write(GDT + (selector & ~7), _flat(access))
+        for selector, descriptor in self.flat.items():
+            ram.write(GDT + (selector & ~7), descriptor)
         ram.write(IDT, bytes(PAGE))
         ram.write(TSS, bytes(TSS_SIZE - 2) + struct.pack("<H", TSS_SIZE))  # no I/O bitmap: IN and OUT are refused
         ram.write(self._l1, bytes(PAGE))
@@ -120,7 +143,7 @@ class DescriptorTables:
 
     def _check(self, mfn: int) -> None:
         words = list(struct.iter_unpack("<II", self._ram.read(mfn << 12, PAGE)))
-        self._ram.write(mfn << 12, b"".join(struct.pack("<II", *checked(low, high)) for low, high in words))
+        self._ram.write(mfn << 12, b"".join(struct.pack("<II", *self.checked(low, high)) for low, high in words))
 
     def update(self, address: int, low: int, high: int) -> None:
         """update_descriptor: one entry at machine ``address``, in a descriptor table or any page that is no page table."""
@@ -129,4 +152,19 @@ class DescriptorTables:
             raise Refused(f"{address:#x} is not the address of a descriptor of the guest's")
         if self._frames.kind(mfn) not in (Kind.DESCRIPTORS, Kind.WRITABLE, Kind.NONE):
             raise Refused(f"frame {mfn:#x} is a {self._frames.kind(mfn).value}")
-        self._ram.write(address, struct.pack("<II", *checked(low, high)))
+        self._ram.write(address, struct.pack("<II", *self.checked(low, high)))
+
+
+class WideDescriptorTables(DescriptorTables):
+    """The same for a 64-bit guest (xen-x86_64.h: FLAT_RING3_CS32 …). No gate leads past the hypervisor."""
+
+    flat: Mapping[int, bytes] = MappingProxyType({
+        xen.FLAT_RING3_CS32: _unlimited(0xFB, 0xC), xen.FLAT_RING3_SS64: _unlimited(0xF3, 0xC), xen.FLAT_RING3_CS64: _unlimited(0xFB, 0xA)})
+    checked = staticmethod(checked_wide)
+
+    def set_kernel_stack(self, ss: int, rsp: int) -> None:
+        """Nothing to do: every entry comes to the hypervisor first, which builds the guest's frames."""
+
+    def set_direct_gate(self, vector: int, trap: Trap | None) -> None:
+        """No gate goes from ring 3 to ring 3 with another stack and other page tables."""
+        assert trap is None

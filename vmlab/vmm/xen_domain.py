@@ -2,9 +2,10 @@
 
 Machine memory (hpa): the hypervisor below 16 MiB, the guest's frames above, so that machine frame numbers differ
 from the guest's own. The guest's linear space (gva) is its pseudo-physical memory one to one (VIRT_BASE 0),
-mapped by PAE tables that lie in its own frames, read-only to it; its changes to them go through the hypercalls of
-:mod:`vmlab.vmm.xen_mmu`. The hypervisor's hole at the top is supervisor and read-only: ring 1 is supervisor to
-paging, and CR0.WP = 1 makes read-only hold for it (SDM Vol. 3A §4.6).
+mapped by tables that lie in its own frames, read-only to it; its changes to them go through the hypercalls of
+:mod:`vmlab.vmm.xen_mmu`. The hypervisor's hole at the top of 32 bits is supervisor and read-only: ring 1 is supervisor to
+paging, and CR0.WP = 1 makes read-only hold for it (SDM Vol. 3A §4.6). In 64 bits (:mod:`vmlab.vmm.xen_domain64`) the
+guest's kernel is in ring 3, and supervisor pages are out of its reach altogether.
 Start of day follows xen/include/public/xen.h, "Start-of-day memory layout".
 """
 
@@ -21,15 +22,17 @@ from vmlab.machine.cpu import IF, Cpu, Segment
 from vmlab.machine.memory import PAGE, Ram
 from vmlab.machine.paging import CR4_PAE, RW, US, P
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSI, RSP, SS
-from vmlab.vmm.xen import FLAT_RING1_CS, FLAT_RING1_DS, M2P_START, SIF_PRIVILEGED, SharedInfo, hypercall_page, start_info
+from vmlab.vmm.xen import FLAT_RING1_CS, FLAT_RING1_DS, M2P_START, SIF_PRIVILEGED
+from vmlab.vmm.xen_abi import NARROW, Abi, SharedInfo
 from vmlab.vmm.xen_descriptors import GDT_AT, IDT_AT, PRIVATE, TSS_AT, TSS_SELECTOR, TSS_SIZE, DescriptorTables
-from vmlab.vmm.xen_frames import FrameTable, Kind
+from vmlab.vmm.xen_frames import FrameTable, Refused
+from vmlab.vmm.xen_tables import PAE, Format, HoleEntries
 
 GUEST_FRAMES = 16 << 20             # hpa of the guest's first frame
 
 # The hypervisor's pages (hpa).
-_M2P_L1, _PRIVATE_L1, _M2P, _SHARED_INFO = 0x3000, 0x4000, 0x10000, 0x32000
-_CR0 = 0x80010011                   # PG, WP, ET, PE
+_M2P_L1, PRIVATE_L1, _M2P, _SHARED_INFO = 0x3000, 0x4000, 0x10000, 0x32000
+CR0 = 0x80010011                    # PG, WP, ET, PE
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,23 @@ class StartOfDay:
 
 
 class Domain:
-    """The memory of one paravirtual guest. ``flush_tlb`` makes the physical CPU forget its translations."""
+    """The memory of one paravirtual guest of 32 bits. ``flush_tlb`` makes the physical CPU forget its translations."""
+
+    abi: Abi = NARROW
+    format: Format = PAE
+    tables_of: type[DescriptorTables] = DescriptorTables
+    private = PRIVATE                   # where the linear space shows the hypervisor's own pages
+    m2p = _M2P                          # hpa of the machine-to-physical table
+    hole: HoleEntries = ((M2P_START >> 21 & 511, _M2P_L1 | P), (PRIVATE >> 21 & 511, PRIVATE_L1 | P))
 
     def __init__(self, ram: Ram, memory: int, counts: Counts, flush_tlb: Callable[[], None]) -> None:
         self.ram, self.memory, self.flush_tlb = ram, memory, flush_tlb
         self.pages = memory // PAGE
-        self.shared = SharedInfo(ram, _SHARED_INFO)
-        hole = ((M2P_START >> 21 & 511, _M2P_L1 | P), (PRIVATE >> 21 & 511, _PRIVATE_L1 | P))
-        self.frames = FrameTable(ram, self.mfn(0), self.pages, hole, flush_tlb, counts)
+        self.shared = SharedInfo(ram, _SHARED_INFO, self.abi)
+        self.frames = FrameTable(ram, self.mfn(0), self.pages, self.hole, flush_tlb, counts, self.format)
         self.frames.lend(self.shared.frame >> 12)
-        self.tables = DescriptorTables(ram, self.frames, _PRIVATE_L1)
-        self.l3 = 0                     # hpa of the L3 in CR3
+        self.tables = self.tables_of(ram, self.frames, PRIVATE_L1)
+        self.root = 0                   # hpa of the table in CR3 while the guest's kernel runs
 
     # ---- building
     def build(self, image: GuestImage, command_line: str, flags: int = SIF_PRIVILEGED) -> StartOfDay:
@@ -61,19 +70,20 @@ class Domain:
         for segment in image.segments:
             self.write(segment.address, segment.data + bytes(segment.memory_size - len(segment.data)))
         at = (image.end + PAGE - 1) // PAGE * PAGE
-        mfn_list, at = at, at + (4 * self.pages + PAGE - 1) // PAGE * PAGE
+        mfn_list, at = at, at + (self.abi.word * self.pages + PAGE - 1) // PAGE * PAGE
         info, at = at, at + PAGE
-        table_count = 3 + (self.pages + 511) // 512
+        table_count = 3 + (self.pages + 511) // 512     # PAE: L3, and L2 of the first and last GiB; four levels: L4, L3, L2
         tables, at = at, at + table_count * PAGE
         stack, at = at + PAGE, at + PAGE
         if at + (512 << 10) > self.memory:
             raise UnsupportedByStrategy(f"guest {image.name!r} does not fit into {self.memory >> 20} MiB as a paravirtual domain")
-        self.write(mfn_list, struct.pack(f"<{self.pages}I", *(self.mfn(pfn) for pfn in range(self.pages))))
-        self.write(info, start_info(pages=self.pages, shared_info=self.shared.frame, pt_base=tables, pt_frames=table_count,
+        self.write(mfn_list, struct.pack(self.abi.words(self.pages), *(self.mfn(pfn) for pfn in range(self.pages))))
+        self.write(info, self.abi.start_info(pages=self.pages, shared_info=self.shared.frame, pt_base=tables, pt_frames=table_count,
                                     mfn_list=mfn_list, command_line=command_line, flags=flags))
         if notes.hypercall_page is not None:
-            self.write(notes.hypercall_page, hypercall_page())
-        self._build_m2p()
+            self.write(notes.hypercall_page, self.abi.hypercall_page())
+        self.ram.write(self.m2p, self._m2p())
+        self._show_m2p()
         self.tables.build()
         self._build_tables(tables, table_count)
         return StartOfDay(notes.entry, stack, info)
@@ -82,11 +92,9 @@ class Domain:
         notes = image.pv
         if notes is None:
             raise UnsupportedByStrategy(
-                f"guest {image.name!r} has no paravirtual entry (no Xen ELF notes). Only 32-bit kernels are run: with 64 bits there are no "
-                "segment limits and no ring 1 apart from users, so that a kernel must share ring 3 with them, on page tables of its "
-                "own, and each of its system calls passes through the hypervisor")
-        if notes.pae_mode not in ("yes", "bimodal", "yes,bimodal") or notes.virt_base or notes.paddr_offset:
-            raise UnsupportedByStrategy(f"guest {image.name!r} is not a PAE kernel mapped at its physical addresses")
+                f"guest {image.name!r} has no paravirtual entry (no Xen ELF notes): its kernel was not written for a hypervisor")
+        if (notes.bits == 32 and notes.pae_mode not in ("yes", "bimodal", "yes,bimodal")) or notes.virt_base or notes.paddr_offset:
+            raise UnsupportedByStrategy(f"guest {image.name!r} is not a kernel with PAE or 64 bits, mapped at its physical addresses")
         for name, address in (("entry", notes.entry), ("hypercall page", notes.hypercall_page)):
             if address is not None and not 0 < address <= image.end - (PAGE if name == "hypercall page" else 1):
                 raise GuestImageError(f"guest image {image.name!r}: {name} in its notes, {address:#x}, lies outside it")
@@ -94,47 +102,58 @@ class Domain:
             raise UnsupportedByStrategy(f"guest {image.name!r} requires {notes.features!r}, and no such feature is offered")
         return notes
 
-    def _build_m2p(self) -> None:
-        """The machine-to-physical table, and the page table that shows it in the hole."""
+    def _m2p(self) -> bytes:
+        """The machine-to-physical table."""
         frames = self.ram.size // PAGE
-        table = [0xFFFFFFFF] * frames
+        table = [self.abi.mask] * frames
         for pfn in range(self.pages):
             table[self.mfn(pfn)] = pfn
-        self.ram.write(_M2P, struct.pack(f"<{frames}I", *table))
+        return struct.pack(self.abi.words(frames), *table)
+
+    def _show_m2p(self) -> None:
+        """The page table that shows it in the hole."""
         self.ram.write(_M2P_L1, bytes(PAGE))
-        for page in range((4 * frames + PAGE - 1) // PAGE):
+        for page in range((4 * (self.ram.size // PAGE) + PAGE - 1) // PAGE):
             self.ram.write64(_M2P_L1 + 8 * page, (_M2P + page * PAGE) | P)
 
     def set_m2p(self, mfn: int, pfn: int) -> None:
         """One entry of the machine-to-physical table, which the guest can read and the hypervisor does not use."""
-        self.ram.write32(_M2P + 4 * mfn, pfn)
+        self.ram.write(self.m2p + self.abi.word * mfn, (pfn & self.abi.mask).to_bytes(self.abi.word, "little"))
 
     def _build_tables(self, base: int, count: int) -> None:
-        """L3, L2 of the first and of the last GiB, then L1 pages; the tables themselves are mapped read-only.
+        """The upper tables, then L1 pages; the tables themselves are mapped read-only.
 
-        Then the L3 is pinned and becomes the base, checked like any that the guest will make.
+        Then the root is pinned and becomes the base, checked like any that the guest will make.
         """
-        tables = range(base // PAGE, base // PAGE + count)
-        l3, low, high, first_l1 = base, base + PAGE, base + 2 * PAGE, base + 3 * PAGE
+        tables, first_l1 = range(base // PAGE, base // PAGE + count), base + 3 * PAGE
         self.write(base, bytes(count * PAGE))
-        for slot, l2 in ((0, low), (3, high)):
-            self._put(l3, slot, self.machine(l2) | P)
+        l2 = self._upper_tables(base)
         for index in range(count - 3):
-            self._put(low, index, self.machine(first_l1 + index * PAGE) | US | RW | P)
+            self._put(l2, index, self.machine(first_l1 + index * PAGE) | US | RW | P)
         for pfn in range(self.pages):
             self._put(first_l1, pfn, self.mfn(pfn) << 12 | US | P | (0 if pfn in tables else RW))
-        self.frames.pin(self.machine(l3) >> 12, 3)
-        self.set_base(self.machine(l3) >> 12)
+        self.frames.pin(self.machine(base) >> 12, len(self.format.shifts))
+        self.set_base(self.machine(base) >> 12)
+
+    def _upper_tables(self, base: int) -> int:
+        """L3, L2 of the first and of the last GiB; returns the first L2."""
+        for slot, l2 in ((0, base + PAGE), (3, base + 2 * PAGE)):
+            self._put(base, slot, self.machine(l2) | P)
+        return base + PAGE
 
     def _put(self, table: int, index: int, entry: int) -> None:
         self.ram.write64(self.machine(table) + 8 * index, entry)
 
     def set_base(self, mfn: int) -> None:
-        """Make this L3 the one that CR3 will name. Raises :class:`~vmlab.vmm.xen_frames.Refused`."""
-        self.frames.get(mfn, Kind.L3)
-        if self.l3:
-            self.frames.put(self.l3 >> 12)
-        self.l3 = mfn << 12
+        """Make this the root that CR3 will name. Raises :class:`~vmlab.vmm.xen_frames.Refused`."""
+        self.frames.get(mfn, self.format.root)
+        if self.root:
+            self.frames.put(self.root >> 12)
+        self.root = mfn << 12
+
+    def set_user_base(self, mfn: int) -> None:
+        """Only a 64-bit kernel has a root apart for its users. Raises :class:`~vmlab.vmm.xen_frames.Refused`."""
+        raise Refused("there is one root for kernel and users")
 
     # ---- the physical CPU
     def start(self, cpu: Cpu, begin: StartOfDay) -> None:
@@ -142,11 +161,9 @@ class Domain:
         cpu.enter_protected(begin.entry, Segment(0x08, 0, 0xFFFFFFFF, 0xCF9B00), Segment(0x10, 0, 0xFFFFFFFF, 0xCF9300))
         cpu.load()
         cpu.set_cr(4, CR4_PAE)
-        cpu.set_cr(3, self.l3)
-        cpu.set_cr(0, _CR0)
-        cpu.set_table("gdt", Segment(0, GDT_AT, 0xFFFF, 0))
-        cpu.set_table("idt", Segment(0, IDT_AT, 256 * 8 - 1, 0))
-        cpu.set_table("tr", Segment(TSS_SELECTOR, TSS_AT, TSS_SIZE - 1, 0x8900))
+        cpu.set_cr(3, self.root)
+        cpu.set_cr(0, CR0)
+        self._load_tables(cpu, 8)
         cpu.set_segment(CS, self.tables.descriptor(FLAT_RING1_CS))
         for number in (SS, DS, ES):
             cpu.set_segment(number, self.tables.descriptor(FLAT_RING1_DS))
@@ -158,6 +175,12 @@ class Domain:
         cpu.set_gpr(RSP, begin.stack)
         cpu.rip = begin.entry
         cpu.store()
+
+    def _load_tables(self, cpu: Cpu, gate: int) -> None:
+        """GDT, IDT of gates of ``gate`` bytes, and TSS, where the hole shows them."""
+        cpu.set_table("gdt", Segment(0, self.private + GDT_AT, 0xFFFF, 0))
+        cpu.set_table("idt", Segment(0, self.private + IDT_AT, 256 * gate - 1, 0))
+        cpu.set_table("tr", Segment(TSS_SELECTOR, self.private + TSS_AT, TSS_SIZE - 1, 0x8900))
 
     # ---- frames
     def mfn(self, pfn: int) -> int:

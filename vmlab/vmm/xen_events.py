@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmlab.vmm import xen
-from vmlab.vmm.xen import SharedInfo
+from vmlab.vmm.xen_abi import SharedInfo
 from vmlab.vmm.xen_memory import GuestMemory
 
 _IRQS = 16
@@ -65,7 +65,7 @@ class EventChannels:
         return next((p for p, c in self._channels.items() if c.status == status and c.number == number), None)
 
     def _allocate(self, channel: Channel) -> int | None:
-        port = next((p for p in range(1, xen.EVENT_PORTS) if p not in self._channels), None)
+        port = next((p for p in range(1, self._shared.ports) if p not in self._channels), None)
         if port is not None:
             self._channels[port] = channel
         return port
@@ -129,7 +129,7 @@ class EventChannels:
         domain, port = struct.unpack("<HxxI", self._memory.read(argument, 8))
         if domain != xen.DOMID_SELF:
             return xen.ESRCH
-        if not 0 < port < xen.EVENT_PORTS:
+        if not 0 < port < self._shared.ports:
             return xen.EINVAL
         channel = self._channels.get(port, Channel(xen.EVTCHNSTAT_CLOSED))
         self._memory.write(argument + 8, struct.pack("<III", channel.status, 0, channel.number))

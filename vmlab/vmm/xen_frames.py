@@ -4,48 +4,20 @@ Under direct paging the guest's own page tables are the machine's. A frame is a 
 writable, or neither; never two of these at once, so the guest can write no table. Each use is counted, and a frame
 changes its type only when nothing counts on the old one (Barham et al., SOSP 2003 §3.3.3; mm.c of Xen calls these
 ``PGT_l1_page_table`` … ``PGT_writable_page``). A frame is checked, entry by entry, when it becomes a table.
-
-PAE tables, 512 entries of 8 bytes but for the four of the L3 (SDM Vol. 3A §4.4). The L2 that L3 slot 3 names holds the
-hypervisor's hole: its last entries are the hypervisor's, so no two address spaces may share one.
+What tables look like at the guest's width is in :mod:`vmlab.vmm.xen_tables`.
 """
 
 from __future__ import annotations
 
-import enum
 import struct
 from collections.abc import Callable, Iterator
 
 from vmlab.ledger import Counts
 from vmlab.machine.memory import PAGE, Ram
-from vmlab.machine.paging import RW, A, D, P
-from vmlab.machine.paging import US as USER
-from vmlab.vmm.xen import HYPERVISOR_START
+from vmlab.machine.paging import RW, P
+from vmlab.vmm.xen_tables import FRAME, PAE, TABLES, Format, HoleEntries, Kind
 
-_FRAME = 0xFFFFFF000                # machine addresses have 36 bits here
-_L1_FLAGS = P | RW | USER | A | D | 0xE00       # and the three bits that are software's
-_L2_FLAGS = P | RW | USER | A | 0xE00
-_L3_FLAGS = P | 0xE00               # all else is reserved in a PDPTE (SDM Vol. 3A table 4-8)
-HOLE_SLOT = 3                       # of the L3
-_FIRST_HOLE_ENTRY = HYPERVISOR_START >> 21 & 511
-
-#: (index in the L2, entry) of the hypervisor's own part of a linear space.
-HoleEntries = tuple[tuple[int, int], ...]
-
-
-class Kind(enum.Enum):
-    """What a frame serves as."""
-
-    NONE = "no table and not writable"
-    L1 = "L1 page table"
-    L2 = "L2 page table"
-    L2_HOLE = "L2 page table with the hypervisor's hole"
-    L3 = "L3 page table"
-    WRITABLE = "writable page"
-    DESCRIPTORS = "descriptor table"
-
-
-TABLES = frozenset((Kind.L1, Kind.L2, Kind.L2_HOLE, Kind.L3))
-_LEVEL = {1: Kind.L1, 2: Kind.L2, 3: Kind.L3}
+__all__ = ["TABLES", "FrameTable", "Kind", "Refused"]
 
 
 class Refused(Exception):
@@ -55,12 +27,13 @@ class Refused(Exception):
 class FrameTable:
     """Types and counts of the frames ``first`` … ``first + count - 1`` (mfn), which are all that the guest has.
 
-    :param hole: the L2 entries that every linear space gets from the hypervisor.
+    :param hole: the entries that every linear space gets from the hypervisor.
     :param flush: forget cached translations: called before a frame that was writable becomes something else.
     """
 
-    def __init__(self, ram: Ram, first: int, count: int, hole: HoleEntries, flush: Callable[[], None], counts: Counts) -> None:
-        self.ram, self.first, self.count = ram, first, count
+    def __init__(self, ram: Ram, first: int, count: int, hole: HoleEntries, flush: Callable[[], None], counts: Counts,
+                 tables: Format = PAE) -> None:
+        self.ram, self.first, self.count, self._tables = ram, first, count, tables
         self._hole, self._flush, self._counts = hole, flush, counts
         self._kind = [Kind.NONE] * count
         self._uses = [0] * count
@@ -133,10 +106,12 @@ class FrameTable:
         self._kind[index] = Kind.NONE
 
     def pin(self, mfn: int, level: int) -> None:
-        """Keep the frame a table of this level (1–3) though no address space uses it. Raises :class:`Refused`."""
+        """Keep the frame a table of this level though no address space uses it. Raises :class:`Refused`."""
         if mfn in self._pinned:
             raise Refused(f"frame {mfn:#x} is pinned already")
-        self.get(mfn, _LEVEL[level])
+        if level not in self._tables.levels:
+            raise Refused(f"there is no level {level} of page tables")
+        self.get(mfn, self._tables.levels[level])
         self._pinned.add(mfn)
 
     def unpin(self, mfn: int) -> None:
@@ -163,13 +138,15 @@ class FrameTable:
         if kind not in TABLES:
             self.ram.write64(address, entry)
             return
-        if kind is Kind.L2_HOLE and slot >= _FIRST_HOLE_ENTRY:
+        tables = self._tables
+        if not tables.guests(kind, slot):
             raise Refused(f"entry {slot} of frame {mfn:#x} is the hypervisor's")
-        if kind is Kind.L3 and slot > HOLE_SLOT:
+        if slot >= tables.looked_at(kind):
             self.ram.write64(address, entry)  # behind the four entries of a PAE L3 nobody looks
             return
-        if kind is Kind.L3 and slot == HOLE_SLOT and not entry & P:
+        if tables.required(kind) == slot and not entry & P:
             raise Refused("an address space without the hypervisor's hole")
+        entry = self._in_force(entry)
         old = self.ram.read64(address)
         if self._same_use(kind, old, entry):
             self._check_flags(kind, entry)
@@ -177,43 +154,50 @@ class FrameTable:
             self._get_entry(kind, slot, entry)
             self._put_entry(kind, old)
         self.ram.write64(address, entry)
-        if kind is Kind.L3:
+        if tables.is_register(kind):
             self._flush()
+
+    def _in_force(self, entry: int) -> int:
+        """What is stored for this entry of the guest's."""
+        return entry | self._tables.added if entry & P else entry
 
     @staticmethod
     def _same_use(kind: Kind, old: int, new: int) -> bool:
         """Both present, to the same frame with the same right to write: nothing to count."""
-        mask = _FRAME | P | (RW if kind is Kind.L1 else 0)
-        return bool(old & P) and old & mask == new & mask and not new >> 36
+        mask = FRAME | P | (RW if kind is Kind.L1 else 0)
+        return bool(old & P) and old & mask == new & mask
 
     def _entries(self, mfn: int, kind: Kind) -> Iterator[tuple[int, int]]:
         """(slot, entry) of each present entry that is the guest's."""
-        count = HOLE_SLOT + 1 if kind is Kind.L3 else _FIRST_HOLE_ENTRY if kind is Kind.L2_HOLE else 512
-        raw = self.ram.bytes[mfn << 12:(mfn << 12) + 8 * count]
-        return ((slot, entry) for slot, (entry,) in enumerate(struct.iter_unpack("<Q", raw)) if entry & P)
+        raw = self.ram.bytes[mfn << 12:(mfn << 12) + 8 * self._tables.looked_at(kind)]
+        guests = self._tables.guests
+        return ((slot, entry) for slot, (entry,) in enumerate(struct.iter_unpack("<Q", raw)) if entry & P and guests(kind, slot))
 
     def _validate(self, mfn: int, kind: Kind) -> None:
         """Check every entry of a frame that becomes a table; on refusal what was counted is taken back."""
         self._counts["mmu.validate"] += 1
-        if kind is Kind.L3 and not self.ram.read64((mfn << 12) + 8 * HOLE_SLOT) & P:
+        tables, at = self._tables, mfn << 12
+        required = tables.required(kind)
+        if required is not None and not self.ram.read64(at + 8 * required) & P:
             raise Refused("an address space without the hypervisor's hole")
         done: list[int] = []
         try:
             for slot, entry in self._entries(mfn, kind):
                 self._get_entry(kind, slot, entry)
                 done.append(entry)
+                if entry != self._in_force(entry):
+                    self.ram.write64(at + 8 * slot, self._in_force(entry))
         except Refused:
             for entry in done:
                 self._put_entry(kind, entry)
             raise
-        if kind is Kind.L2_HOLE:
-            self.ram.write((mfn << 12) + 8 * _FIRST_HOLE_ENTRY, bytes(8 * (512 - _FIRST_HOLE_ENTRY)))
+        if kind is tables.holds_hole:
+            self.ram.write(at + 8 * tables.first_hole, bytes(8 * (tables.end_hole - tables.first_hole)))
             for slot, entry in self._hole:
-                self.ram.write64((mfn << 12) + 8 * slot, entry)
+                self.ram.write64(at + 8 * slot, entry)
 
     def _check_flags(self, kind: Kind, entry: int) -> None:
-        allowed = _L1_FLAGS if kind is Kind.L1 else _L3_FLAGS if kind is Kind.L3 else _L2_FLAGS
-        if entry & P and entry & ~(_FRAME | allowed):
+        if entry & P and entry & ~(FRAME | self._tables.flags[kind]):
             raise Refused(f"entry {entry:#x} of an {kind.value} sets bits that are not the guest's to set")
 
     def _get_entry(self, kind: Kind, slot: int, entry: int) -> None:
@@ -221,11 +205,9 @@ class FrameTable:
         if not entry & P:
             return
         self._check_flags(kind, entry)
-        mfn = (entry & _FRAME) >> 12
-        if kind is Kind.L3:
-            self.get(mfn, Kind.L2_HOLE if slot == HOLE_SLOT else Kind.L2)
-        elif kind is not Kind.L1:
-            self.get(mfn, Kind.L1)
+        mfn = (entry & FRAME) >> 12
+        if kind is not Kind.L1:
+            self.get(mfn, self._tables.named(kind, slot))
         elif mfn not in self._lent:
             if not self.owns(mfn):
                 raise Refused(f"frame {mfn:#x} is not the guest's")
@@ -234,6 +216,6 @@ class FrameTable:
 
     def _put_entry(self, kind: Kind, entry: int) -> None:
         """What an entry that goes away used."""
-        mfn = (entry & _FRAME) >> 12
+        mfn = (entry & FRAME) >> 12
         if entry & P and (kind is not Kind.L1 or (entry & RW and mfn not in self._lent)):
             self.put(mfn)

@@ -6,14 +6,14 @@ import struct
 
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.paging import PageFault
-from vmlab.vmm.xen import HYPERVISOR_START
+from vmlab.vmm.xen_abi import Abi
 
 
 class GuestMemory:
     """Every pointer in a hypercall goes through here; one into the hypervisor's hole is a page fault like any other."""
 
-    def __init__(self, cpu: Cpu) -> None:
-        self._cpu = cpu
+    def __init__(self, cpu: Cpu, abi: Abi) -> None:
+        self._cpu, self._abi = cpu, abi
 
     def read(self, address: int, size: int) -> bytes:
         """``size`` bytes at a linear address. Raises :class:`PageFault`."""
@@ -29,7 +29,10 @@ class GuestMemory:
         """One word. Raises :class:`PageFault`."""
         return int(struct.unpack("<I", self.read(address, 4))[0])
 
-    @staticmethod
-    def _check(address: int, size: int, error_code: int) -> None:
-        if address + size > HYPERVISOR_START:
+    def read_word(self, address: int) -> int:
+        """One C long. Raises :class:`PageFault`."""
+        return int.from_bytes(self.read(address, self._abi.word), "little")
+
+    def _check(self, address: int, size: int, error_code: int) -> None:
+        if self._abi.reaches_hole(address, size):
             raise PageFault(address, error_code)

@@ -14,9 +14,11 @@ from vmlab.ledger import Counts
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.paging import PageFault
 from vmlab.vmm import xen
+from vmlab.vmm.xen_abi import Abi
 from vmlab.vmm.xen_domain import Domain
 from vmlab.vmm.xen_frames import Kind, Refused
 from vmlab.vmm.xen_memory import GuestMemory
+from vmlab.vmm.xen_tables import FRAME
 
 #: Xen goes on with a longer list after a look at other domains; here there are none, and one list has an end.
 MAX_BATCH = 2048
@@ -26,6 +28,7 @@ class Mmu:
     """The physical CPU's page tables on behalf of one guest. ``direct``: the guest may do more than change an L1 entry."""
 
     def __init__(self, cpu: Cpu, domain: Domain, memory: GuestMemory, counts: Counts, refused: list[str], *, direct: bool) -> None:
+        self._abi: Abi = domain.abi
         self._cpu, self._domain, self._memory, self._counts, self._refused = cpu, domain, memory, counts, refused
         self._frames = domain.frames
         self._direct = direct
@@ -41,12 +44,12 @@ class Mmu:
         """struct mmuext_op: pins, the page-table base, and the TLB."""
         if not self._direct:
             return xen.ENOSYS
-        return self._batch(operations, count, done, domain, 12, self._one_extended)
+        return self._batch(operations, count, done, domain, self._abi.extended.size, self._one_extended)
 
-    def update_va_mapping(self, address: int, low: int, high: int, flags: int, *_: int) -> int:
+    def update_va_mapping(self, address: int, *rest: int) -> int:
         """One L1 entry of the present address space, named by the linear address that it maps."""
         self._counts["mmu.update"] += 1
-        entry = low | high << 32
+        entry, flags = (rest[0] | rest[1] << 32, rest[2]) if self._abi.bits == 32 else rest[:2]
         try:
             at = self._l1_entry(address)
             self._frames.update(at, entry)
@@ -62,7 +65,8 @@ class Mmu:
     def _batch(self, array: int, count: int, done: int, domain: int, size: int,
                one: Callable[[bytes], int]) -> int:
         """Carry out a list until its end or the first that fails; ``done`` is told how many were."""
-        count &= ~xen.MMU_UPDATE_PREEMPTED
+        count = count & 0xFFFFFFFF & ~xen.MMU_UPDATE_PREEMPTED
+        domain &= 0xFFFFFFFF
         if domain != xen.DOMID_SELF:
             return xen.ESRCH
         if count > MAX_BATCH:
@@ -105,7 +109,7 @@ class Mmu:
         return self._domain.ram.read64(address & ~7) & mask
 
     def _one_extended(self, raw: bytes) -> int:
-        command, argument, _ = struct.unpack("<III", raw)
+        command, argument, _ = self._abi.extended.unpack(raw)
         try:
             if command in xen.MMUEXT_PIN_LEVELS:
                 self._counts["mmuext.pin"] += 1
@@ -116,8 +120,11 @@ class Mmu:
             elif command == xen.MMUEXT_NEW_BASEPTR:
                 self._counts["mmuext.new_baseptr"] += 1
                 self._domain.set_base(argument)
-                self._cpu.set_cr(3, self._domain.l3)
+                self._cpu.set_cr(3, self._domain.root)
                 self._frames.tlb_flushed()
+            elif command == xen.MMUEXT_NEW_USER_BASEPTR and self._abi.bits == 64:
+                self._counts["mmuext.new_user_baseptr"] += 1
+                self._domain.set_user_base(argument)
             elif command in xen.MMUEXT_FLUSHES:
                 self._flush_all()
             elif command in xen.MMUEXT_INVLPGS:
@@ -138,15 +145,16 @@ class Mmu:
     # ---- the machine
     def _l1_entry(self, address: int) -> int:
         """Machine address of the L1 entry that maps ``address`` in the present address space."""
-        if address >= xen.HYPERVISOR_START:
+        if self._abi.reaches_hole(address, 1):
             raise Refused("the address is the hypervisor's")
-        table = self._domain.l3
-        for shift in (30, 21):
-            entry = self._domain.ram.read64(table + 8 * (address >> shift & (3 if shift == 30 else 511)))
+        table = self._domain.root
+        *upper, last = self._domain.format.shifts
+        for shift in upper:         # an address of 32 bits has two of them for the L3
+            entry = self._domain.ram.read64(table + 8 * (address >> shift & 511))
             if not entry & 1:
                 raise Refused("there is no L1 table for this address")
-            table = entry & 0xFFFFFF000
-        return table + 8 * (address >> 12 & 511)
+            table = entry & FRAME
+        return table + 8 * (address >> last & 511)
 
     def _flush_all(self) -> None:
         self._counts["mmuext.tlb_flush"] += 1

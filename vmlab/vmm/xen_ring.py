@@ -1,6 +1,6 @@
 """The block device as a shared ring: the guest writes requests into memory, one event says that there are some.
 
-The page has the layout of xen/include/public/io/ring.h, requests and responses that of io/blkif.h (32-bit x86). The
+The page has the layout of xen/include/public/io/ring.h, requests and responses that of io/blkif.h at the guest's width. The
 backend is the hypervisor itself and drives the physical disk. Everything on the ring is the guest's word and is
 copied before it is checked. A segment names a frame by its machine frame number, where Xen takes a grant reference:
 there is nobody but the hypervisor to grant it to, and the frame must be the guest's own.
@@ -17,12 +17,13 @@ from vmlab.machine.devices import disk as d
 from vmlab.machine.memory import PAGE, Ram
 from vmlab.vmm import xen
 from vmlab.vmm.disk import DiskDriver, Request
+from vmlab.vmm.xen_abi import Abi
 from vmlab.vmm.xen_events import EventChannels
 from vmlab.vmm.xen_frames import FrameTable, Kind, Refused
 from vmlab.vmm.xen_memory import GuestMemory
 
-RING_SIZE = 32                      # (4096 - 64) / 108, down to a power of two
-_HEADER, _ENTRY = 64, 108
+RING_SIZE = 32                      # (4096 - 64) / 108, or / 112 in 64 bits, down to a power of two
+_HEADER = 64
 _REQ_PROD, _REQ_EVENT, _RSP_PROD, _RSP_EVENT = 0, 4, 8, 12
 BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_FLUSH = 0, 1, 3
 BLKIF_OKAY, BLKIF_ERROR, BLKIF_EOPNOTSUPP = 0, -1, -2
@@ -44,7 +45,8 @@ class BlockRing:
     """The backend of the one block device. ``refuse`` records what the guest tried."""
 
     def __init__(self, ram: Ram, frames: FrameTable, memory: GuestMemory, events: EventChannels, driver: DiskDriver,
-                 counts: Counts, refuse: Callable[[str], None]) -> None:
+                 counts: Counts, refuse: Callable[[str], None], abi: Abi) -> None:
+        self._entry, self._id_at = abi.ring_entry, abi.ring_id
         self._ram, self._frames, self._memory, self._events = ram, frames, memory, events
         self._driver, self._counts, self._refuse = driver, counts, refuse
         self._page = 0                          # hpa; 0: not connected
@@ -91,14 +93,15 @@ class BlockRing:
             self._refuse(f"the guest claims {wanted - self._produced & 0xFFFFFFFF} requests on a ring of {RING_SIZE}")
             return
         while self._consumed != wanted:
-            at = self._page + _HEADER + _ENTRY * (self._consumed % RING_SIZE)
+            at = self._page + _HEADER + self._entry * (self._consumed % RING_SIZE)
             self._consumed = self._consumed + 1 & 0xFFFFFFFF
             self._counts["ring.request"] += 1
-            self._begin(self._ram.read(at, _ENTRY))
+            self._begin(self._ram.read(at, self._entry))
         self._ram.write32(self._page + _REQ_EVENT, self._consumed + 1)  # to be told of the next one (RING_FINAL_CHECK_FOR_REQUESTS)
 
     def _begin(self, raw: bytes) -> None:
-        operation, segments, _handle, identity, sector = struct.unpack_from("<BBHQQ", raw)
+        operation, segments, _handle = struct.unpack_from("<BBH", raw)
+        identity, sector = struct.unpack_from("<QQ", raw, self._id_at)
         transfer = _Transfer(identity, operation, [], [])
         if operation not in _COMMANDS:
             self._respond(transfer, BLKIF_EOPNOTSUPP)
@@ -120,7 +123,7 @@ class BlockRing:
     def _map(self, transfer: _Transfer, raw: bytes, segments: int, sector: int) -> None:
         """Check every segment. A frame that the disk will write must be writable memory, and stays so until then."""
         for number in range(segments):
-            mfn, first, last = struct.unpack_from("<IBBxx", raw, 20 + 8 * number)
+            mfn, first, last = struct.unpack_from("<IBBxx", raw, self._id_at + 16 + 8 * number)
             if first > last or last >= PAGE // d.SECTOR:
                 raise Refused(f"sectors {first} to {last} of a page")
             if not self._frames.owns(mfn):
@@ -150,7 +153,7 @@ class BlockRing:
         """Put the response on the ring, and raise the event if the guest wants to hear of this one (ring.h: rsp_event)."""
         for mfn in transfer.held:
             self._frames.put(mfn)
-        at = self._page + _HEADER + _ENTRY * (self._produced % RING_SIZE)
+        at = self._page + _HEADER + self._entry * (self._produced % RING_SIZE)
         self._ram.write(at, struct.pack("<QBxh", transfer.identity, transfer.operation, status))
         old, self._produced = self._produced, self._produced + 1 & 0xFFFFFFFF
         self._ram.write32(self._page + _RSP_PROD, self._produced)

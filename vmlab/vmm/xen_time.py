@@ -15,14 +15,16 @@ from vmlab.machine.pc import Machine
 from vmlab.vmm import xen
 from vmlab.vmm.host import PhysicalBus
 from vmlab.vmm.timer import PhysicalTimer
+from vmlab.vmm.xen_abi import Abi
 from vmlab.vmm.xen_memory import GuestMemory
 
 
 class GuestTimers:
     """The vCPU's single-shot timer (which set_timer_op sets too) and its periodic one."""
 
-    def __init__(self, machine: Machine, bus: PhysicalBus, memory: GuestMemory, counts: Counts, expired: Callable[[], None]) -> None:
-        self._machine, self._memory, self._expired = machine, memory, expired
+    def __init__(self, machine: Machine, bus: PhysicalBus, memory: GuestMemory, abi: Abi, counts: Counts,
+                 expired: Callable[[], None]) -> None:
+        self._machine, self._memory, self._abi, self._expired = machine, memory, abi, expired
         self._physical = PhysicalTimer(machine, bus, counts)
         self._single: int | None = None
         self._periodic: int | None = None
@@ -48,8 +50,8 @@ class GuestTimers:
 
     # ---- hypercalls
     def set_timer_op(self, low: int, high: int, *_: int) -> int:
-        """VIRQ_TIMER at this system time, at once if that has passed; 0 takes the wish back."""
-        timeout = low | high << 32
+        """VIRQ_TIMER at this system time, at once if that has passed; 0 takes the wish back. 64 bits: two words in 32."""
+        timeout = low if self._abi.bits == 64 else low | high << 32
         self._single = timeout or None
         self._arm()
         return 0
@@ -76,7 +78,7 @@ class GuestTimers:
             self._periodic = None
         elif command == xen.VCPUOP_GET_RUNSTATE_INFO:
             now = self._machine.time
-            self._memory.write(argument, struct.pack("<I5Q", xen.RUNSTATE_RUNNING, now, now - self.blocked, 0, self.blocked, 0))
+            self._memory.write(argument, self._abi.runstate.pack(xen.RUNSTATE_RUNNING, now, now - self.blocked, 0, self.blocked, 0))
             return 0
         else:
             return xen.ENOSYS

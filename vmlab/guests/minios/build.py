@@ -19,8 +19,7 @@ TOOLS = ("gcc", "as", "ld", "objcopy")
 
 #: By image: width in bits, and what only it is made of; all other sources are in both.
 IMAGES = {"minios.elf": 32, "minios64.elf": 64}
-_ONLY = {"start32.S": 32, "entry32.S": 32, "library32.S": 32, "pv.S": 32, "pv.c": 32, "pv_pages.c": 32, "pv_disk.c": 32,
-         "start64.S": 64, "entry64.S": 64, "library64.S": 64}
+_ONLY = {"start32.S": 32, "entry32.S": 32, "library32.S": 32, "start64.S": 64, "entry64.S": 64, "library64.S": 64}
 _FLAGS = [
     "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wa,--fatal-warnings",
     "-ffreestanding", "-fno-builtin", "-fno-pic", "-fno-pie", "-fno-stack-protector", "-fno-asynchronous-unwind-tables",

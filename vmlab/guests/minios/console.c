@@ -21,11 +21,11 @@ void print(const char *format, ...)
     va_start(list, format);
     word length = format_list(line, format, list);
     va_end(list);
-#ifdef __x86_64__
-    console_send(line, length);
-#else
     const char *text = line;
-    asm volatile(SITE(K_CONSOLE, 0, "call console_send") : "+a"(text), "+d"(length) :: "ecx", "memory", "cc");
+#ifdef __x86_64__
+    asm volatile(SITE(K_CONSOLE, ROOM_CALL, "call console_send") : "+D"(text), "+S"(length) :: CALL_CLOBBERS);
+#else
+    asm volatile(SITE(K_CONSOLE, ROOM_CALL, "call console_send") : "+a"(text), "+d"(length) :: "ecx", "memory", "cc");
 #endif
 }
 

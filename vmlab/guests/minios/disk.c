@@ -58,11 +58,11 @@ word disk_run(void)
     counts.disk_requests++;
     cli();
     disk_request.pending = 1;
-#ifdef __x86_64__
-    disk_start(&disk_request);
-#else
     struct disk_request *request = &disk_request;
-    asm volatile(SITE(K_DISK, 0, "call disk_start") : "+a"(request) :: "edx", "ecx", "memory", "cc");
+#ifdef __x86_64__
+    asm volatile(SITE(K_DISK, ROOM_CALL, "call disk_start") : "+D"(request) :: "rsi", CALL_CLOBBERS);
+#else
+    asm volatile(SITE(K_DISK, ROOM_CALL, "call disk_start") : "+a"(request) :: "edx", "ecx", "memory", "cc");
 #endif
     while (disk_request.pending)
         wait_on(&finished);

@@ -1,6 +1,8 @@
 # entry32.S: from user mode and interrupts to trap() and back, and from one kernel stack to another; 32 bits.
 #include "types.h"
 #include "sites.h"
+.macro PV_FRAME
+.endm
 .macro TRAP_ADDRESS name
     .long \name
 .endm
@@ -16,7 +18,7 @@ trap_common:
 fork_return:                    # a new process begins here
     popa
     add $8, %esp
-    SITE K_IRET, 4, iret
+    SITE K_IRET, ROOM_CALL, iret
 
 # SYSENTER (SDM Vol. 3A section 5.8.7): IF = 0, ESP = the word of the TSS that holds the kernel stack. The caller left
 # its stack in ECX and where to go on in EDX.

@@ -5,40 +5,12 @@
     .long 0
     .quad \name
 .endm
-.macro PUSH_ALL
-    push %rax
-    push %rcx
-    push %rdx
-    push %rbx
-    push %rbp
-    push %rsi
-    push %rdi
-    push %r8
-    push %r9
-    push %r10
-    push %r11
-    push %r12
-    push %r13
-    push %r14
-    push %r15
-.endm
-.macro POP_ALL
-    pop %r15
-    pop %r14
-    pop %r13
-    pop %r12
-    pop %r11
-    pop %r10
-    pop %r9
-    pop %r8
-    pop %rdi
-    pop %rsi
-    pop %rbp
-    pop %rbx
-    pop %rdx
+# A 64-bit hypervisor's frame has RCX and R11 on top: its traps come in here, a few bytes before the stub (pv.h: FRAME_POPS).
+.macro PV_FRAME
     pop %rcx
-    pop %rax
+    pop %r11
 .endm
+#include "save64.inc"
     .text
     .globl trap_common, fork_return, syscall_entry, switch_stack
 #include "traps.inc"
@@ -51,7 +23,7 @@ trap_common:
 fork_return:                    # a new process begins here
     POP_ALL
     add $16, %rsp
-    iretq
+    SITE K_IRET, ROOM_CALL, iretq
 
 # SYSCALL (SDM Vol. 3A section 5.8.8): RCX = where to go on, R11 = flags; IF = 0 by the mask; the stack is the user's.
 syscall_entry:

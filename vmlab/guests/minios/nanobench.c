@@ -15,7 +15,7 @@ asm(".text\nnano_return: ret");
 /* A store as entry_write does it, but not counted one by one: the loop is to hold the store alone. */
 static inline void modify(entry *at, word value)
 {
-    asm volatile(SITE(K_ENTRY_WRITE, 3, STORE) :: "a"(at), "d"(value) : "memory");
+    asm volatile(SITE(K_ENTRY_WRITE, ROOM_CALL, STORE) :: "a"(at), "d"(value) : "memory");
 }
 
 /* The fault goes to trap(), whose handler maps nothing and goes on at the fix-up, behind the faulting instruction. */

@@ -16,7 +16,7 @@ typedef u64 entry;
 static inline word entry_read(entry *at)
 {
     word value = (word)at;
-    asm volatile(SITE(K_ENTRY_READ, 3, "mov (%%" A "), %%" A) : "+a"(value) :: "memory");
+    asm volatile(SITE(K_ENTRY_READ, ROOM_CALL, "mov (%%" A "), %%" A) : "+a"(value) :: "memory");
     return value;
 }
 
@@ -29,14 +29,14 @@ static inline word entry_read(entry *at)
 /* One change in a series: the series ends with entry_write_now, invlpg, flush_tlb or load_cr3. */
 static inline void entry_write(entry *at, word value)
 {
-    asm volatile(SITE(K_ENTRY_WRITE, 3, STORE) :: "a"(at), "d"(value) : "memory");
+    asm volatile(SITE(K_ENTRY_WRITE, ROOM_CALL, STORE) :: "a"(at), "d"(value) : "memory");
     counts.pt_writes++;
 }
 
 /* A change that must be seen by the next instruction. */
 static inline void entry_write_now(entry *at, word value)
 {
-    asm volatile(SITE(K_ENTRY_WRITE_NOW, 3, STORE) :: "a"(at), "d"(value) : "memory");
+    asm volatile(SITE(K_ENTRY_WRITE_NOW, ROOM_CALL, STORE) :: "a"(at), "d"(value) : "memory");
     counts.pt_writes++;
 }
 
@@ -44,21 +44,28 @@ static inline void entry_write_now(entry *at, word value)
 static inline void table_new(void *page)
 {
     word count = 1024;
-    asm volatile(SITE(K_TABLE_NEW, 3, "rep stosl") : "+D"(page), "+c"(count) : "a"(0) : "memory");
+    asm volatile(SITE(K_TABLE_NEW, ROOM_CALL, "rep stosl") : "+D"(page), "+c"(count) : "a"(0) : "memory");
 }
 
 /* This page is no page table any more; `link` is stored in its first word. */
 static inline void table_free(void *page, word link)
 {
-    asm volatile(SITE(K_TABLE_FREE, 3, STORE) :: "a"(page), "d"(link) : "memory");
+    asm volatile(SITE(K_TABLE_FREE, ROOM_CALL, STORE) :: "a"(page), "d"(link) : "memory");
 }
 
-#ifndef __x86_64__
+#ifdef __x86_64__
+/* A root gets its one entry; with it this table becomes a root (a PML4). */
+static inline void root_new(entry *root, word middle)
+{
+    asm volatile(SITE(K_ROOT_NEW, ROOM_CALL, STORE) :: "a"(root), "d"(middle) : "memory");
+    counts.pt_writes++;
+}
+#else
 /* A root gets its two entries, the user's last; with it this page becomes a root (32 bits: a PDPT). */
 static inline void root_new(entry *root, word kernel, word user)
 {
     *(word *)root = kernel;
-    asm volatile(SITE(K_ROOT_NEW, 3, STORE) :: "a"(root + 1), "d"(user) : "memory");
+    asm volatile(SITE(K_ROOT_NEW, ROOM_CALL, STORE) :: "a"(root + 1), "d"(user) : "memory");
     counts.pt_writes += 2;
 }
 #endif
@@ -66,5 +73,5 @@ static inline void root_new(entry *root, word kernel, word user)
 /* Nothing uses this root any more; `link` is stored in its first word. */
 static inline void root_free(void *root, word link)
 {
-    asm volatile(SITE(K_ROOT_FREE, 3, STORE) :: "a"(root), "d"(link) : "memory");
+    asm volatile(SITE(K_ROOT_FREE, ROOM_CALL, STORE) :: "a"(root), "d"(link) : "memory");
 }

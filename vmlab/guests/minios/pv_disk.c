@@ -13,6 +13,9 @@
 struct request {
     u8 operation, segments;
     u16 handle;
+#ifdef __x86_64__
+    u32 unused;                         /* 64-bit numbers are aligned to 8 */
+#endif
     u32 id[2], sector[2];
     struct { u32 frame; u8 first, last; u16 unused; } segment[11];
 };

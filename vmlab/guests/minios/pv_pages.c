@@ -21,8 +21,8 @@ static struct { word address, value; } links[NEW_TABLES];       /* entries that 
 static u32 new_count, link_count;
 static u32 is_new[MAX_MEMORY / PAGE / 32];
 
-static struct { u32 number; int result; u32 arguments[6]; } calls[8];
-static struct { u32 command, argument, unused; } extended[2];
+static struct { word number; long result; word arguments[6]; } calls[8];
+static struct { u32 command; word argument, unused; } extended[2];
 static u32 call_count, extended_count;
 
 static word kernel_stack;               /* for the next entry from user mode; 0: the hypervisor knows */
@@ -54,7 +54,7 @@ static void extended_later(u32 command, word argument)
 static void send(void)
 {
     if (call_count == 1) {
-        u32 *a = calls[0].arguments;
+        word *a = calls[0].arguments;
         pv_must(hypercall(calls[0].number, a[0], a[1], a[2], a[3], 0));
     } else if (call_count) {
         pv_must(hypercall(HYPERCALL_MULTICALL, (word)calls, call_count, 0, 0, 0));
@@ -176,7 +176,7 @@ void table_made(word page)
 /* Writable again, and nothing stale in the TLB. */
 static void plain_later(word page)
 {
-    call_later(HYPERCALL_UPDATE_VA_MAPPING, page, machine(page) | PRESENT | WRITABLE, 0, UVMF_INVLPG);
+    call_later(HYPERCALL_UPDATE_VA_MAPPING, page, WIDE(machine(page) | PRESENT | WRITABLE) UVMF_INVLPG AND_ONE_MORE);
 }
 
 void table_no_more(word page, word link)
@@ -187,6 +187,52 @@ void table_no_more(word page, word link)
     *(word *)page = link;
 }
 
+#ifdef __x86_64__
+/* --- roots come in pairs: what runs in ring 3 may reach whatever its tables map, so programs have a root of their own, which
+ * leads to their part of the linear space alone. Both lead to the same level-2 table for it. */
+static u32 program_roots[MAX_MEMORY / PAGE];    /* by the kernel's root */
+
+static void extended_pair(u32 command, word first, u32 command_too, word second)
+{
+    extended[0].command = command;
+    extended[0].argument = first;
+    extended[1].command = command_too;
+    extended[1].argument = second;
+    call_later(HYPERCALL_MMUEXT_OP, (word)extended, 2, 0, DOMID_SELF);
+}
+
+void root_made(word root, word kernels)
+{
+    u64 *middle = (u64 *)FRAME(kernels), *programs = page_new(), *lower = page_new();
+    change(root, kernels);
+    if (!fresh((word)middle))           /* then a change of it may still wait */
+        queue_send();
+    clear(lower, PAGE);
+    lower[USER >> 30] = middle[USER >> 30];
+    clear(programs, PAGE);
+    programs[0] = machine((word)lower) | PRESENT | WRITABLE | FROM_USER;
+    table_made((word)lower);
+    table_made((word)programs);
+    program_roots[root / PAGE] = (word)programs;
+    queue_later();
+    extended_pair(ROOT_LEVEL, machine(root) / PAGE, ROOT_LEVEL, machine((word)programs) / PAGE);
+    send();
+}
+
+void root_no_more(word root, word link)
+{
+    word programs = program_roots[root / PAGE], lower = machine_to_phys[*(u64 *)programs / PAGE] * PAGE;
+    queue_later();
+    extended_pair(MMUEXT_UNPIN_TABLE, machine(root) / PAGE, MMUEXT_UNPIN_TABLE, machine(programs) / PAGE);
+    plain_later(root);
+    plain_later(programs);
+    plain_later(lower);
+    send();
+    *(word *)root = link;
+    *(word *)programs = page_free((void *)programs);
+    *(word *)lower = page_free((void *)lower);
+}
+#else
 /* --- roots: a table of four entries; the last names a level-2 table that the hypervisor fills, one for every root */
 void root_made(word second, word user)
 {
@@ -200,7 +246,7 @@ void root_made(word second, word user)
     table_made((word)root);
     table_made(hole);
     queue_later();
-    extended_later(MMUEXT_PIN_L3_TABLE, machine((word)root) / PAGE);
+    extended_later(ROOT_LEVEL, machine((word)root) / PAGE);
     send();
 }
 
@@ -215,14 +261,19 @@ void root_no_more(word root, word link)
     *(word *)root = link;
     *(word *)hole = page_free((void *)hole);
 }
+#endif
 
 void root_load(word root)
 {
     queue_later();
     if (kernel_stack)
-        call_later(HYPERCALL_STACK_SWITCH, FLAT_RING1_SS, kernel_stack, 0, 0);
+        call_later(HYPERCALL_STACK_SWITCH, KERNEL_SS, kernel_stack, 0, 0);
     kernel_stack = 0;
+#ifdef __x86_64__
+    extended_pair(MMUEXT_NEW_BASEPTR, machine(root) / PAGE, MMUEXT_NEW_USER_BASEPTR, machine(program_roots[root / PAGE]) / PAGE);
+#else
     extended_later(MMUEXT_NEW_BASEPTR, machine(root) / PAGE);
+#endif
     send();
 }
 
@@ -243,15 +294,22 @@ void page_flush(word address)
     send();
 }
 
-/* The tables we were started with let users in everywhere. Ours are the same but for the level 2, where they do not. */
+/* The tables we were started with let users in everywhere. Ours are the same but for the level 2, where they do not. (In
+ * 64 bits the kernel is a user to the page tables, and there are no users of its own before they have a root.) */
 void pv_pages_init(const struct start_info *start)
 {
+#ifdef __x86_64__
+    const u64 *root = (const u64 *)start->pt_base, *first_root = (const u64 *)(machine_to_phys[root[0] / PAGE] * PAGE);
+    const word flags = PRESENT | WRITABLE;
+#else
     const u64 *first_root = (const u64 *)start->pt_base;
+    const word flags = PRESENT;
+#endif
     const u64 *old = (const u64 *)(machine_to_phys[first_root[0] / PAGE] * PAGE);
     for (u32 i = 0; i < 512; i++)
         kernel_table[i] = old[i] & ~(u64)FROM_USER;
     table_made((word)kernel_table);
-    change((word)first_root, (word)kernel_table | PRESENT);
+    change((word)first_root, (word)kernel_table | flags);
     tlb_flush();
     longest = find_number(command_line, "batch=", 32);
     if (longest < 1 || longest > LONGEST)

@@ -33,7 +33,7 @@ void space_new(struct space *space)
     entry_write(middle, (word)kernel_table | PRESENT | WRITABLE);
     entry_write(middle + 1, (word)space->table | USER_ENTRY);
     root = table();
-    entry_write(root, (word)middle | USER_ENTRY);
+    root_new(root, (word)middle | USER_ENTRY);
 #else
     root = page_new();
     clear(root, 4 * sizeof *root);

@@ -1,23 +1,5 @@
 # start32.S: the native entry, 32 bits. A Multiboot 1 loader jumps to `start`; ends in main().
 #include "multiboot.inc"
-
-start:                          # EAX = 0x2badb002, EBX = Multiboot information; flat, unpaged, IF = 0
-    cld
-    mov $boot_stack_top, %esp
-    mov 8(%ebx), %ecx           # mem_upper: KiB of memory above 1 MiB
-    add $1024, %ecx
-    shr $11, %ecx               # large pages of 2 MiB
-    cmp $MAX_MEMORY >> 21, %ecx
-    jbe 1f
-    mov $MAX_MEMORY >> 21, %ecx
-1:  mov %ecx, %edx
-    mov $kernel_table, %edi
-    mov $0x83, %eax             # present, writable, large; one to one
-2:  mov %eax, (%edi)
-    add $8, %edi
-    add $0x200000, %eax
-    loop 2b
-    movl $0xfee0009b, kernel_table + 511 * 8    # the local APIC at 0x3fe00000: PCD, PWT
     movl $kernel_table + 1, boot_root           # a PDPTE has no other bits
 
     mov %cr4, %eax

@@ -36,7 +36,7 @@ typedef struct {
 
 typedef struct {
     uint64_t time, limit;    /* guest instructions */
-    uint64_t user;           /* 1 at CPL 3 */
+    uint64_t user;           /* 1 at CPL user_from and above */
     uint64_t attention;      /* ask Python at the next block */
     uint64_t current;        /* number of the block that runs; 0: none */
     uint64_t places, mask;   /* the hash table: address, number of places - 1 */
@@ -46,6 +46,7 @@ typedef struct {
     uint64_t read_cpl;       /* int (*)(void) */
     uint64_t cpl;            /* as of the block that runs */
     uint64_t irets[2];       /* IRETs that retired, indexed by "changed CPL" */
+    uint64_t user_from;      /* 3, or 4 while ring 3 is a guest kernel's */
 } state;
 
 #define AT(type, address) ((type)(uintptr_t)(address))
@@ -104,7 +105,7 @@ static NEVER_INLINE void rare(state *s, uint64_t number, uint64_t pc, uint32_t s
         if (AT(record *, s->records)[s->current].traits & IRET)
             s->irets[cpl != s->cpl]++;
         s->cpl = cpl;
-        s->user = cpl == 3;
+        s->user = cpl >= s->user_from;
     }
     count(s, number, pc);
 }

@@ -194,19 +194,20 @@ function drawExits() {
   const model = modelOf(state.cpu), rows = [];
   for (const variant of shown(workHere())) {
     const index = last(variant.cells), cell = data.cells[index], priced = priceOf(index, state.cpu), found = [];
-    let calls = 0;
+    let calls = 0, gate = "trap.int";
+    for (let i = 0; i < cell.events.length; i += 2) if (data.kinds[cell.events[i]] === "trap.syscall") gate = "trap.syscall";
     for (let i = 0; i < cell.events.length; i += 2) if (data.kinds[cell.events[i]].startsWith("hypercall.")) calls += cell.events[i + 1];
     for (let i = 0; i < cell.events.length; i += 2) {
       const kind = data.kinds[cell.events[i]];
       let count = cell.events[i + 1];
       if (!LEAVING.some((prefix) => kind.startsWith(prefix))) continue;
-      if (kind === "trap.int") count -= Math.min(count, calls); // the transitions of hypercalls, counted as such
+      if (kind === gate) count -= Math.min(count, calls); // the transitions of hypercalls, counted as such
       if (count > 0) found.push([kind, count]);
     }
     const all = found.reduce((sum, [, count]) => sum + count, 0), per = cell.operations || 0;
     for (const [kind, count] of found.sort((a, b) => b[1] - a[1])) {
       let cycles = null;
-      try { cycles = priced && model.unit(kind) + (kind.startsWith("exit.") ? model.unit("entry") : kind.startsWith("hypercall.") ? model.unit("trap.int") : 0); } catch (error) { if (!(error instanceof NoFigure)) throw error; }
+      try { cycles = priced && model.unit(kind) + (kind.startsWith("exit.") ? model.unit("entry") : kind.startsWith("hypercall.") ? model.unit(gate) : 0); } catch (error) { if (!(error instanceof NoFigure)) throw error; }
       rows.push([variant.label, data.words[kind] || kind, count.toLocaleString("en-US"), (100 * count / all).toFixed(1) + " %", per ? (count / per).toPrecision(2) : "–",
         cycles === null || cycles === undefined ? "–" : cyclesText(cycles), cycles && priced ? (100 * cycles * count / priced.total).toFixed(1) + " %" : "–"]);
     }

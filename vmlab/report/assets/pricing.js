@@ -177,8 +177,9 @@ class CostModel {
     const add = (cause, cycles) => causes.set(cause, causes.get(cause) + cycles);
     let calls = 0;
     for (const [kind, count] of counts) if (kind.startsWith("hypercall.")) calls += count;
+    const gate = counts.some(([kind]) => kind === "trap.syscall") ? "trap.syscall" : "trap.int";
     for (let [kind, count] of counts) {
-      if (kind === "trap.int" && calls) { // a hypercall's transition is shown with the hypercalls
+      if (kind === gate && calls) { // a hypercall's transition is shown with the hypercalls
         const throughGate = Math.min(count, calls);
         add("hypercalls", throughGate * this.unit(kind));
         count -= throughGate;

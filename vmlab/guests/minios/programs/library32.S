@@ -8,7 +8,7 @@ user_entry:                     # EAX = program, EDX = argument
 fast_call:                      # EAX = number. SYSENTER: ECX = stack, EDX = where to go on; the kernel keeps the rest
     mov %esp, %ecx
     mov $1f, %edx
-    SITE K_SYSENTER, 0, sysenter
+    SITE K_SYSENTER, ROOM_INT, sysenter
 1:  ret
 
 try_read:                       # EAX = address, EDX = where to put the value
