@@ -1,8 +1,8 @@
 """Builds docs/ as a static site that opens from disk: ``python docs/build.py [--out site] [--steps]``.
 
 Every Markdown page becomes HTML beside a menu; links between pages follow, links to source files point into the checkout.
-``--steps`` records the stepper pages anew (about a minute) and puts them into the site. Needs markdown-it-py (``pip install -e '.[docs]'``);
-nothing in the site is loaded from elsewhere, and no page of it but the steppers has a script.
+``--steps`` records the stepper pages anew (about a minute) and puts them into the site. Needs vmlab and markdown-it-py
+(``pip install -e '.[docs]'``); nothing in the site is loaded from elsewhere, and no page of it but the steppers has a script.
 """
 
 from __future__ import annotations
@@ -16,33 +16,23 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from vmlab.report.document import document
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 
-#: The menu, in reading order. Pages that are not named here follow as "More", and the decision records by themselves.
+#: The menu, in reading order; every page of docs/ is named here. The decision records follow by themselves.
 MENU = {
     "Begin": ["tour.md", "gallery.md", "report.md", "tracing.md"],
-    "How it works": ["techniques.md", "machine.md", "hardware-assistance.md", "paravirtualization.md", "type2.md", "minios.md", "probe.md"],
-    "Use": ["experiments.md", "claims.md", "cost-profiles.md", "validation.md"],
+    "How it works": ["techniques.md", "machine.md", "memory.md", "binary-translation.md", "paravirtualization.md", "hardware-assistance.md",
+                     "type2.md", "minios.md", "probe.md"],
+    "Use": ["experiments.md", "claims.md", "cost-profiles.md", "validation.md", "performance.md"],
     "Extend": ["writing-a-strategy.md", "writing-a-guest.md"],
 }
 
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'self' 'unsafe-inline' file:; img-src 'self' data: file:">
-<title>$title</title>
-<link rel="stylesheet" href="${up}site.css">
-</head>
-<body>
-<a class="skip" href="#content">To the text</a>
+_BODY = Template("""<a class="skip" href="#content">To the text</a>
 <nav aria-label="Pages"><p class="home"><a href="${up}index.html">vmlab</a></p>$menu</nav>
-<main id="content">$body</main>
-</body>
-</html>
-""")
+<main id="content">$body</main>""")
 
 _STYLE = """
 * { box-sizing: border-box; }
@@ -70,18 +60,19 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; bo
 
 
 def build(out: Path, *, steps: bool = False) -> list[Path]:
-    """Write the site; the pages written. A link that leads nowhere, or a page that the menu names and that is not there, is a SystemExit."""
-    sources = sorted(DOCS.glob("*.md")) + sorted((DOCS / "adr").glob("*.md"))
+    """Write the site; the pages written. A link that leads nowhere, or a menu that does not name just the pages that are there, is a SystemExit."""
+    pages, records = sorted(DOCS.glob("*.md")), sorted((DOCS / "adr").glob("*.md"))
     known = {name for names in MENU.values() for name in names}
-    if gone := sorted(name for name in known if not (DOCS / name).exists()):
+    if gone := sorted(known - {page.name for page in pages}):
         raise SystemExit(f"docs/build.py: the menu names {', '.join(gone)}, which does not exist")
+    if lacking := sorted({page.name for page in pages} - known):
+        raise SystemExit(f"docs/build.py: {', '.join(lacking)}: not in the menu (MENU in docs/build.py)")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "site.css").write_text(_STYLE.lstrip(), encoding="utf-8")
     shutil.copytree(DOCS / "img", out / "img", dirs_exist_ok=True)
     shutil.rmtree(out / "steps", ignore_errors=True)
     made = _steps(out) if steps else []
     made.append(_write(out, out / "index.html", ROOT / "README.md"))
-    return made + [_write(out, out / path.relative_to(DOCS).with_suffix(".html"), path) for path in sources]
+    return made + [_write(out, out / path.relative_to(DOCS).with_suffix(".html"), path) for path in (*pages, *records)]
 
 
 def title_of(path: Path) -> str:
@@ -94,8 +85,8 @@ def _write(out: Path, target: Path, source: Path) -> Path:
     up = os.path.relpath(out, target.parent).replace(os.sep, "/") + "/"
     up = "" if up == "./" else up
     target.parent.mkdir(parents=True, exist_ok=True)
-    body = _html(source, target, out)
-    target.write_text(_PAGE.substitute(title=escape(title_of(source)), up=up, menu=_menu(out, target), body=body), encoding="utf-8")
+    body = _BODY.substitute(up=up, menu=_menu(out, target), body=_html(source, target, out))
+    target.write_text(document(title_of(source), body, style=_STYLE, images="'self' data: file:"), encoding="utf-8")
     return target
 
 
@@ -138,12 +129,9 @@ def _link(link: str, source: Path, target: Path, out: Path) -> str:
 
 def _menu(out: Path, target: Path) -> str:
     parts = []
-    named = {name for names in MENU.values() for name in names}
     groups = {title: [DOCS / name for name in names] for title, names in MENU.items()}
-    groups |= {"More": sorted(path for path in DOCS.glob("*.md") if path.name not in named), "Decision records": sorted((DOCS / "adr").glob("*.md"))}
+    groups["Decision records"] = sorted((DOCS / "adr").glob("*.md"))
     for title, pages in groups.items():
-        if not pages:
-            continue
         rows = []
         for page in pages:
             there = out / page.relative_to(DOCS).with_suffix(".html")

@@ -32,8 +32,10 @@ TRANSLATED: Mapping[str, tuple[str, Mapping[str, Value]]] = {
 }
 SILENT: Mapping[str, tuple[str, Mapping[str, Value]]] = {"trap-silent": ("trap-and-emulate", {"memory": "tracing", "sensitive": "silent"})}
 WAYS = [("minios", way) for way in (*NARROW, *BOTH)] + [("minios64", way) for way in BOTH]
+#: The 64-bit kernel translated. Every workload under both schemes, and the 32-bit one: tests/test_memory_schemes.py -m slow.
+WIDE = [("minios64", way) for way in TRANSLATED]
 #: For kernels that break or forbid: also what is not faithful in everything.
-ALL_WAYS = [*WAYS, *(("minios", way) for way in (*TRANSLATED, *SILENT))]
+ALL_WAYS = [*WAYS, *(("minios", way) for way in (*TRANSLATED, *SILENT)), *WIDE]
 SMALL: Mapping[str, Mapping[str, Value]] = {
     "fork": {"pages": 30}, "mmap": {"pages": 24}, "build": {"pages": 20}, "chase": {"pages": 40}, "mixed": {"pages": 8},
     "random": {"seeds": 2, "iterations": 40}, "idle": {"timer": 100_000},
@@ -73,7 +75,7 @@ def run(guest: str, way: str, workload: str, more: tuple[tuple[str, Value], ...]
     return Ended(machine.console.decode(), exit_code, strategy.read_guest(at, end - at), content, tuple(strategy.refused), error)
 
 
-@pytest.mark.parametrize(("guest", "way"), WAYS)
+@pytest.mark.parametrize(("guest", "way"), [*WAYS, ("minios64", "translation-lazy")])
 @pytest.mark.parametrize("workload", sorted(set(WORKLOADS) - {"bad"}))
 def test_the_outcome_is_the_bare_machines(guest: str, way: str, workload: str) -> None:
     ended = run(guest, way, workload)
@@ -96,13 +98,13 @@ def test_twenty_random_programs_agree(guest: str, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("guest", "way"), WAYS)
+@pytest.mark.parametrize(("guest", "way"), [*WAYS, *WIDE])
 def test_a_thousand_random_programs_agree(guest: str, way: str) -> None:
     sizes = (("seeds", 1000), ("seed", 1), ("iterations", 24))
     assert run(guest, way, "random", sizes).seen() == run(guest, "native", "random", sizes).seen()
 
 
-@pytest.mark.parametrize(("guest", "way"), WAYS)
+@pytest.mark.parametrize(("guest", "way"), [*WAYS, *WIDE])
 @pytest.mark.parametrize("workload", ["server", "mixed"])
 def test_ticks_change_no_outcome(guest: str, way: str, workload: str) -> None:
     for timer, phase in ((20_000, 0), (20_000, 9_001)):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import Browser, needs_chromium
+from browser import Browser, Page, needs_chromium
 
 from vmlab import costs
 from vmlab.cli import step as verb
 from vmlab.cli.main import main
+from vmlab.experiment.cell import Run
 from vmlab.report import steps
 from vmlab.trace.align import groups, places
+from vmlab.trace.listing import Listing, unfold
 from vmlab.trace.recorder import Moment, Step
 from vmlab.trace.scenarios import SCENARIOS
+from vmlab.trace.words import eventful
 
 READY = "document.documentElement?.dataset.ready === 'yes'"
 QUICK = ["cli", "popf", "port-io", "interrupt"]
@@ -84,6 +89,58 @@ def test_long_windows_run_quiet_stretches_together() -> None:
     assert [(g.start, g.end) for g in made] == [(0, 40), (40, 41), (41, 100)]
 
 
+def test_a_translator_that_reads_on_is_no_event() -> None:
+    ruler = [step(a) for a in range(100)]
+    ruler[20].events |= {"bt.callout.chain": 1, "bt.translate.unit": 1, "bt.translate.instruction": 5, "machine.alu": 1}
+    ruler[60].events |= {"bt.callout.chain": 1, "emulate.cli": 1}
+    assert not eventful(ruler[20]) and eventful(ruler[60]) and not eventful(ruler[0])
+    assert [(g.start, g.end) for g in groups(ruler, [(ruler, list(range(100)))], 20)] == [(0, 60), (60, 61), (61, 100)]
+
+
+def test_a_listing_is_a_path_through_distinct_instructions() -> None:
+    listing = Listing()
+    # Two instructions five times between others: the first straight run begins with them, the last one ends with them.
+    path = listing.path([step(a) for a in (1, 2, *[10, 11] * 5, 3)])
+    assert listing.rows == [["guest", hex(a), hex(a)] for a in (1, 2, 10, 11, 3)]
+    assert path == [[0, 4], {"times": 3, "of": [[2, 2]]}, [2, 3]]
+    # A loop around a loop.
+    assert listing.path([step(a) for a in [*[11, 10] * 4, 1] * 3]) == [{"times": 3, "of": [[3, 1], {"times": 3, "of": [[2, 2]]}, [2, 1], [0, 1]]}]
+    assert list(unfold([{"times": 2, "of": [[0, 2], [7, 1]]}])) == [0, 1, 7, 0, 1, 7]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_listing_loses_nothing(seed: int) -> None:
+    rng, listing = random.Random(seed), Listing()
+    code: list[int] = []
+    while len(code) < 400:
+        body = [rng.randrange(40) for _ in range(rng.randint(1, 6))]
+        code += body * rng.choice((1, 1, 2, 9, 30))
+    for part in (code, code[::-1], []):
+        path = listing.path([step(a) for a in part])
+        assert [int(listing.rows[entry][1], 16) for entry in unfold(path)] == part
+
+
+def covers(data: dict[str, Any]) -> None:
+    """Every instruction of the bare machine is in a group, every step of a lane in a line or a fold of it."""
+    at = 1
+    for group in data["groups"]:
+        assert group["first"] == at
+        at += group["count"]
+    assert at == data["instructions"] + 1
+    for lane in data["lanes"]:
+        for group in lane["groups"]:
+            assert sum(line.get("skipped", 1) for line in group["lines"]) == group["steps"]
+            for line in group["lines"]:
+                if "path" in line:
+                    assert len(list(unfold(line["path"]))) == line["skipped"] > 1
+                    assert max(unfold(line["path"])) < len(data["codes"])
+
+
+def test_pages_cover_all_that_was_recorded(recorded: dict[str, Any]) -> None:
+    for data in recorded.values():
+        covers(data)
+
+
 def test_a_scenario_that_does_not_exist_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["step", "clii"]) == 2
     assert "'cli'" in capsys.readouterr().err
@@ -100,6 +157,12 @@ def test_pages_are_whole_at_every_width(browser: Browser, urls: dict[str, str], 
     assert page.complaints() == []
     assert page.run("document.querySelectorAll('.lane').length") == len(SCENARIOS[name].lanes)
     assert page.run("document.documentElement.scrollWidth") <= width
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", [QUICK[0], *(pytest.param(name, marks=pytest.mark.slow) for name in QUICK[1:])])
+def test_every_step_is_reached_by_arrow_key(browser: Browser, urls: dict[str, str], recorded: dict[str, Any], name: str) -> None:
+    every_step_by_keyboard(browser.open(urls[name], ready=READY), recorded[name])
 
 
 @needs_chromium
@@ -165,8 +228,47 @@ def test_the_other_scenarios_are_recorded_and_whole(browser: Browser, tmp_path: 
     data = verb.recorded(name)
     assert len([lane for lane in data["lanes"] if not lane["reason"]]) >= 5, [lane["reason"] for lane in data["lanes"]]
     assert len(data["groups"]) > 10
+    covers(data)
+    the_lane_is_the_run(name, data)
     verb.write(tmp_path / "page.html", data)
-    for width in (380, 1600):
+    assert (tmp_path / "page.html").stat().st_size < 1_000_000
+    for width in (380, 900, 1600):
         page = browser.open((tmp_path / "page.html").as_uri(), width=width, ready=READY)
         assert page.complaints() == []
         assert page.run("document.documentElement.scrollWidth") <= width
+        every_step_by_keyboard(page, data)
+        assert page.complaints() == []
+
+
+def the_lane_is_the_run(name: str, data: dict[str, Any]) -> None:
+    """The groups of the bare machine's lane add up to its region of interest, which was run without a recorder."""
+    scenario = SCENARIOS[name]
+    lane = data["lanes"][0]
+    run = Run("native", verb.checked("native", scenario.guest, scenario.workload, scenario.parameters), path="portable")
+    run.go()
+    region = run.marks["vmlab_roi_end"].minus(run.marks["vmlab_roi_begin"])
+    assert abs(data["instructions"] - region.user - region.kernel) <= 4  # the markers' own
+    added: Counter[str] = Counter()
+    for group in lane["groups"]:
+        added.update(group["events"])
+    assert sum(abs(region.events.get(kind, 0) - added[kind]) for kind in {*region.events, *added}) <= 16
+
+
+def every_step_by_keyboard(page: Page, data: dict[str, Any]) -> None:
+    """From the first step to the last by arrow key; folds open and list the code of the bare machine."""
+    page.press("Home")
+    for number, group in enumerate(data["groups"], 1):
+        said = page.run("document.getElementById('said').textContent")
+        assert said.startswith(f"Step {number} of {len(data['groups'])}: the guest's {group['code']}"), said
+        page.press("ArrowRight")
+    folds = [number for number, group in enumerate(data["groups"]) if group["count"] > 1]
+    if folds:
+        page.run(f"location.hash = '#step={folds[0] + 1}'")
+        page.wait("document.querySelector('.lane details.quiet') !== null")
+        page.run("document.querySelector('.lane details.quiet summary').focus()")
+        page.press("Enter")
+        page.wait("document.querySelector('.lane .listing li') !== null")
+        path = data["lanes"][0]["groups"][folds[0]]["lines"][0]["path"]
+        first = data["codes"][next(unfold(path))]
+        assert page.run("document.querySelector('.lane .listing li').textContent").split(maxsplit=1) == first[1:]
+        assert page.run("document.getElementById('where').textContent").startswith(f"{folds[0] + 1} of"), "Enter opens, and does not step"

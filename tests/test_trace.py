@@ -42,8 +42,15 @@ def test_the_steps_add_up_to_the_regions_ledger(technique: str, workload: str) -
     assert sum(abs(n) for n in missing.values()) <= 16
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
-def test_the_quick_ledger_is_the_runs_own_at_every_instruction(technique: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("technique", "parameters"), [
+    *((technique, SMALL | {"workload": "mixed", "iterations": 1}) for technique in TECHNIQUES),
+    # A system's first touch of a page: faults, and REP over whole pages, which is looked at once.
+    *(pytest.param(technique, {"guest": "minios", "workload": "pagefault", "iterations": 1, "memory": memory}, marks=marks)
+      for technique, memory, marks in (("hardware-assisted", "tracing", ()), ("binary-translation", "tracing", pytest.mark.slow),
+                                       ("paravirtualization", "direct", pytest.mark.slow)))])
+def test_the_quick_ledger_is_the_runs_own_at_every_instruction(
+    technique: str, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from vmlab.trace.ledger import RunningLedger
 
     quick, compared = RunningLedger.snapshot, 0
@@ -57,7 +64,7 @@ def test_the_quick_ledger_is_the_runs_own_at_every_instruction(technique: str, m
         return ours
 
     monkeypatch.setattr(RunningLedger, "snapshot", both)
-    record(technique, SMALL | {"workload": "mixed", "iterations": 1})
+    record(technique, parameters)
     assert compared > 100
 
 

@@ -105,16 +105,6 @@ def test_the_stack_holds_the_guests_return_addresses() -> None:
     assert guest.guest_state().gpr[4] == STACK0
 
 
-def test_a_store_that_keeps_faulting_becomes_a_callout() -> None:
-    """Beside translated code, a hundred times: eight traps with adaptation, a hundred without; the same memory."""
-    source = f"mov ecx, 100; l: add dword ptr [{CODE + 0x800:#x}], ecx; dec ecx; jnz l; mov eax, [{CODE + 0x800:#x}]; mov [{DATA:#x}], eax; {END}"
-    on, off = run(source), run(source, adaptation="off")
-    assert on.read_guest(DATA, 4) == off.read_guest(DATA, 4) == (5050).to_bytes(4, "little")
-    assert (on.counts["bt.code_write"], off.counts["bt.code_write"]) == (8, 100)
-    assert (on.counts["bt.adapt"], on.counts["bt.callout.adapted"]) == (1, 92)
-    assert on.snapshot().kernel == off.snapshot().kernel
-
-
 # ---- the command
 def test_translate_shows_units_and_their_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["translate", "--bytes", "fa b8 01 00 00 00 fb c3", "--json"]) == 0

@@ -118,6 +118,7 @@ def _kinds() -> Iterator[EventKind]:
     yield machine("translated.sensitive", "system instructions of the guest run as identical copies in the cache", "instruction")
     yield machine("translated.unit", "translation units executed", "unit")
     yield machine("translated.lookup", "targets looked up inside the cache")
+    yield machine("translated.simulated", "stores to watched memory simulated inside the cache", "instruction")
     for op, words in SYSTEM_INSTRUCTIONS.items():
         yield vmm(f"emulate.{op}", f"{words} emulated by the VMM", "instruction")
     yield vmm("emulate.other", "another instruction emulated by the VMM", "instruction")
@@ -186,6 +187,8 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("bt.undo", "faults and interrupts in the middle of a template, its effects undone")
     yield vmm("bt.code_write", "stores of the guest into pages with translated code")
     yield vmm("bt.adapt", "instructions retranslated because they kept faulting")
+    yield vmm("bt.adapt.back", "adapted instructions copied again, because what they reach is watched no more")
+    yield vmm("bt.window", "windows on watched memory given to simulated stores")
     yield vmm("bt.direct.enter", "switches to direct execution of user code")
     # Memory virtualization.
     yield vmm("shadow.fault.hidden", "hidden page faults: the shadow lacked what the guest's tables allow")

@@ -24,13 +24,14 @@ examples:
   vmlab translate --bytes "fa b8 01 00 00 00 fb c3" --steps
 
 Units that ran most come first. Kinds: identical (copied), in-cache (works on the virtual CPU), callout (into the monitor),
-control flow. Cycles are per execution of the unit, beside those of the same guest code on the bare machine.
+control flow, simulated (adapted: it kept faulting as a copy), forwarding (jumps to where it was adapted). Cycles are per execution of
+the unit, beside those of the same guest code on the bare machine.
 """
 
 #: Where code from --asm or --bytes lies, and who calls it.
 _ENTRY, _CODE, _STACK = 0x100000, 0x100100, 0x90000
-_COLOURS = {"identical": "37", "in-cache": "32", "callout": "31", "control flow": "36", "simulated": "35", "relocated": "34"}
-_MARKS = {"identical": " ", "in-cache": "*", "callout": "!", "control flow": ">", "simulated": "~", "relocated": "+"}
+_COLOURS = {"identical": "37", "in-cache": "32", "callout": "31", "control flow": "36", "simulated": "35", "forwarding": "35", "relocated": "34"}
+_MARKS = {"identical": " ", "in-cache": "*", "callout": "!", "control flow": ">", "simulated": "~", "forwarding": "~", "relocated": "+"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps.append({
             "at": strategy.machine.time, "what": what, "guest": unit.guest, "cache": unit.start, "end": unit.end,
             "from": None if site is None else site.unit.guest, "by": None if site is None else site.form,
+            "access": site.guest if site is not None and site.form == "forward" else None,
         })
 
     for made_before in strategy.translator.units.values():   # made when the guest was loaded
@@ -240,4 +242,10 @@ def _step(step: Mapping[str, Any], symbols: Mapping[str, int]) -> str:
     if step["what"] == "chained":
         how = "falls through" if step["by"] == "inline" else "jumps"
         return f"{at}  the exit of {_symbol(symbols, step['from'])} now {how} to {where} without the monitor"
+    if step["what"] in ("adapted", "adapted back"):
+        why = "kept faulting on watched memory" if step["what"] == "adapted" else "meets watched memory no more"
+        if step["access"] is None:
+            return f"{at}  {where} was thrown away, since an access in it {why}; it will be translated anew with the access's other form"
+        return (f"{at}  {where}: the access at {_symbol(symbols, step['access'])} ({step['access']:#x}) {why}; "
+                "a forwarding jump takes its place, and leads to where it is translated anew")
     return f"{at}  {where} was {step['what']}"

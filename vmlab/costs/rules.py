@@ -130,7 +130,9 @@ def _rules() -> dict[str, Rule]:
     rules["bt.evict"] = _rule("translation", "path.invalidate")
     rules["bt.undo"] = _rule("interrupts and faults", "path.window")
     rules["bt.code_write"] = _rule("translation", "path.lookup")
-    rules["bt.adapt"] = _rule("translation", "path.chain")
+    # A patch each, as a chained exit is; the new unit is priced as any other.
+    for patch in ("bt.adapt", "bt.adapt.back", "bt.window"):
+        rules[patch] = _rule("translation", "path.chain")
     # Translated code runs deprivileged; user code is entered through an IRET of the monitor's.
     rules["bt.direct.enter"] = _rule("traps", "path.direct", "insn.iret")
     rules["vmm.decode"] = _rule("VMM emulation", "path.decode")
@@ -152,7 +154,7 @@ def _not_priced() -> dict[str, str]:
     share = "says how an instruction was executed; what the CPU retired is priced as machine.*"
     reasons = {f"machine.{op}": why for op, why in _ELSEWHERE.items()}
     reasons |= {f"retired.{name}": share for name in ("user", "kernel", *SYSTEM_INSTRUCTIONS)}
-    reasons |= {f"translated.{name}": share for name in ("ident", "incache", "sensitive", "unit", "lookup")}
+    reasons |= {f"translated.{name}": share for name in ("ident", "incache", "sensitive", "unit", "lookup", "simulated")}
     reasons |= {f"emulated.{name}": "the same instructions by ring; priced as emulate.*" for name in ("user", "kernel")}
     reasons |= {f"reflect.{vector}": "the VMM's work is priced as vmm.inject" for vector in EXCEPTIONS}
     reasons |= {f"iret.{name}": "which ring an IRET went to; priced as machine.iret" for name in ("same", "outer")}

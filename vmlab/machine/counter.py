@@ -319,7 +319,7 @@ def _sum(blocks: Iterable[Block], short: dict[tuple[int, int, int], int]) -> Sna
                         add(f"retired.{instruction.op}", n)
                 elif tag is not None:
                     if tag.guest is not None:
-                        guest[user] += n
+                        guest[0] += n   # a kernel's, whatever ring the cache runs in
                         add(f"translated.{tag.how}", n)
                         if tag.how == "ident" and instruction.op:
                             add("translated.sensitive", n)

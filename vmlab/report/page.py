@@ -1,8 +1,6 @@
 """report.html: one file that needs nothing else. Everything from a run is escaped where it is put in.
 
-The page's own script and style are allowed by their hashes and nothing else is (content security policy), so that a string from a
-configuration or a guest's console could not run even if it got through. Without scripts the page shows the run's figures as
-images and tables; with them it follows its reader (:mod:`vmlab.report.live`).
+Without scripts the page shows the run's figures as images and tables; with them it follows its reader (:mod:`vmlab.report.live`).
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from typing import Any
 
 from vmlab.ledger import CLASSES, EVENTS, EXIT_REASONS, SYSTEM_INSTRUCTIONS
 from vmlab.report import findings, glossary, live, sections
+from vmlab.report.document import document
 from vmlab.report.style import CAUSES, LOOKS
 from vmlab.report.view import View
 
@@ -44,17 +43,7 @@ class Drawn:
     svg: bytes
 
 
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="$policy">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<a class="skip" href="#finding">To the finding</a>
+_BODY = Template("""<a class="skip" href="#finding">To the finding</a>
 <header>
 <h1>$title</h1>
 <p class="question">$question</p>
@@ -86,26 +75,19 @@ $costs
 $safety
 <details><summary>Manifest, configuration, consoles</summary>$manifest</details>
 <details id="glossary"><summary>Words</summary>$glossary</details>
-</main>
-<script type="application/json" id="data">$data</script>
-<script>$script</script>
-</body>
-</html>
-""")
+</main>""")
 
 
 def page(results: Mapping[str, Any], config: Mapping[str, Any], charts: Sequence[Drawn], manifest: Mapping[str, Any]) -> str:
     """The page as text. The first chart is the headline, and what it found the first sentence."""
     view = View(results)
     title = str(config.get("title") or results.get("experiment") or "vmlab")
-    style, script = (live.ASSETS / "page.css").read_text(encoding="utf-8"), live.script(*SCRIPTS)
     sentences = findings.summary(results)
     if charts and charts[0].name == "nanobenchmarks":  # the others' findings are the summary's own
         sentences[0] = f"{charts[0].title}."
     headline, *others = [_chart(chart) for chart in charts] or ["<p>This run has nothing to draw.</p>"]
-    return _PAGE.substitute(
+    body = _BODY.substitute(
         title=escape(title), question=escape(str(config.get("question") or "")),
-        style=style, script=script, policy=live.policy(style, script),
         sentences="\n".join(f"<li>{glossary.mark(sentence)}</li>" for sentence in sentences),
         headline=headline,
         charts="\n".join(f'<details class="print"><summary>{_summary(chart)}</summary>{made}</details>'
@@ -113,8 +95,9 @@ def page(results: Mapping[str, Any], config: Mapping[str, Any], charts: Sequence
         claims=sections.claims(results.get("claims") or []),
         exits=sections.exits(view), properties=sections.properties(view), cells=sections.cells(view), costs=sections.costs_used(view),
         threats=sections.threats(), safety=sections.safety(view), manifest=sections.manifest(view, manifest, config),
-        glossary=sections.words(), data=live.embed(data(results)),
+        glossary=sections.words(),
     )
+    return document(title, body, style=live.asset("page.css"), script=live.script(*SCRIPTS), data=live.embed(data(results)))
 
 
 def data(results: Mapping[str, Any]) -> dict[str, Any]:

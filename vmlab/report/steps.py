@@ -8,24 +8,14 @@ from string import Template
 from typing import Any
 
 from vmlab import costs
-from vmlab.ledger import EVENTS
 from vmlab.report import glossary, live
+from vmlab.report.document import document
 from vmlab.report.glossary import link, mark
 from vmlab.report.style import LOOKS, look
 
 SCRIPTS = ("pricing.js", "step.js")
 
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="$policy">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<header>
+_BODY = Template("""<header>
 <h1>$title</h1>
 <p>$look</p>
 </header>
@@ -51,12 +41,7 @@ _PAGE = Template("""<!DOCTYPE html>
 from the machine; cycles are counts times published costs.</p>
 <details id="all"><summary>All steps as a table</summary><div class="wide-table">$table</div></details>
 <details id="glossary"><summary>Words</summary>$glossary</details>
-</main>
-<script type="application/json" id="data">$data</script>
-<script>$script</script>
-</body>
-</html>
-""")
+</main>""")
 
 #: The lab's words that a stepper uses.
 _WORDS = ("ring", "interrupt flag", "virtual interrupt flag", "trap", "vm exit", "vm entry", "hypercall", "callout", "translation cache",
@@ -65,17 +50,25 @@ _WORDS = ("ring", "interrupt flag", "virtual interrupt flag", "trap", "vm exit",
 
 def page(recorded: Mapping[str, Any]) -> str:
     """The page of a scenario, from :func:`vmlab.trace.stepper.layout`'s data."""
-    kinds = {kind for lane in recorded["lanes"] for group in lane["groups"] for kind in group["events"]}
-    model = live.model(kinds, costs.names())
-    data = model | {
-        "lanes": [lane | {"name": lane_name(lane), "colour": look(lane["technique"]).colour} for lane in recorded["lanes"]],
-        "groups": recorded["groups"], "order": costs.names(), "cpu": _first_cpu(recorded),
-        "words": {kind: EVENTS[kind].words for kind in kinds if kind in EVENTS},
+    kinds = sorted({kind for lane in recorded["lanes"] for group in lane["groups"] for kind in group["events"]})
+    number = {kind: i for i, kind in enumerate(kinds)}
+    data = live.model(kinds, costs.names()) | {
+        "lanes": [_compact(lane, number) | {"name": lane_name(lane), "colour": look(lane["technique"]).colour} for lane in recorded["lanes"]],
+        "groups": recorded["groups"], "codes": recorded["codes"], "kinds": kinds, "order": costs.names(), "cpu": _first_cpu(recorded),
     }
-    style, script = (live.ASSETS / "step.css").read_text(encoding="utf-8"), live.script(*SCRIPTS)
-    return _PAGE.substitute(
-        title=escape(recorded["title"]), look=mark(recorded["look"]), policy=live.policy(style, script), style=style, script=script,
-        guest_code=link("guest", "The guest's code"), table=_table(recorded), glossary=_glossary(), data=live.embed(data))
+    body = _BODY.substitute(title=escape(recorded["title"]), look=mark(recorded["look"]), guest_code=link("guest", "The guest's code"),
+                            table=_table(recorded), glossary=_glossary())
+    return document(recorded["title"], body, style=live.asset("step.css"), script=live.script(*SCRIPTS), data=live.embed(data))
+
+
+def _compact(lane: Mapping[str, Any], number: Mapping[str, int]) -> dict[str, Any]:
+    """A lane as the page's script reads it: events as [number of kind, count, ...], of a line only what is shown."""
+    groups = []
+    for group in lane["groups"]:
+        lines = [{key: line[key] for key in ("where", "code", "kind", "did", "skipped", "path") if key in line} for line in group["lines"]]
+        groups.append({"lines": lines, "before": group["before"], "after": group["after"],
+                       "events": [part for kind, count in group["events"].items() for part in (number[kind], count)]})
+    return {"technique": lane["technique"], "label": lane["label"], "reason": lane["reason"], "groups": groups, "platform": lane.get("platform")}
 
 
 def _first_cpu(recorded: Mapping[str, Any]) -> str:
@@ -109,8 +102,14 @@ def _table(recorded: Mapping[str, Any]) -> str:
     rows = []
     for number, group in enumerate(recorded["groups"]):
         fields = "".join(f"<td>{_cell(lane, number)}</td>" for lane in lanes)
-        rows.append(f'<tr><th scope="row">{number + 1}. <code>{escape(group["code"])}</code></th>{fields}</tr>')
+        where = f" <small>{escape(group['symbol'])}</small>" if group["symbol"] else ""
+        rows.append(f'<tr><th scope="row">{number + 1}. <code>{escape(group["code"])}</code>{where}</th>{fields}</tr>')
     return f'<table><thead><tr><th scope="col">guest instruction</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def quiet(line: Mapping[str, Any]) -> str:
+    """A stretch in which nothing happened that is worth a stop, in words."""
+    return f"{line['skipped']:,} instructions, {'; '.join(line['did']) or 'no event'}"
 
 
 def _cell(lane: Mapping[str, Any], number: int) -> str:
@@ -122,7 +121,7 @@ def _cell(lane: Mapping[str, Any], number: int) -> str:
     said = []
     for line in group["lines"]:
         if "skipped" in line:
-            said.append(f"… {line['skipped']} more")
+            said.append(escape(quiet(line)))
             continue
         happened = f" <em>{escape(line['kind'])}: {escape('; '.join(line['did']))}</em>" if "kind" in line else ""
         said.append(f"<code>{escape(line['code'])}</code>{happened}")

@@ -80,7 +80,9 @@ class BinaryTranslationTechnique(Technique):
         "emulation": Parameter("sensitive instructions inside the cache, or each by a callout", "in-cache", ("in-cache", "callout")),
         "lookup": Parameter("targets of returns and indirect jumps looked up inside the cache, or each by a callout", "in-cache",
                             ("in-cache", "callout")),
-        "adaptation": Parameter("instructions that keep faulting on memory that the VMM watches become callouts", "on", ("on", "off")),
+        "adaptation": Parameter("accesses that keep faulting on memory that the VMM watches: simulated in the cache where that is sound, "
+                                "called out, or left to fault", "simulate", ("simulate", "callout", "off")),
+        "guilty": Parameter("faults after which an access is adapted", 8, minimum=1, maximum=1000),
         "chaining": Parameter("exits patched to lead straight to translated targets", "on", ("on", "off")),
         "cache": Parameter("bytes of the translation cache", 1 << 20, minimum=16 << 10, maximum=1 << 20),
         "unit": Parameter("guest instructions of a translation unit, at most", 12, minimum=1, maximum=12),

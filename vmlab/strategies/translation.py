@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import capstone
 from capstone import x86_const as cs_x86
 
 from vmlab.errors import UnsupportedByStrategy
@@ -19,28 +18,34 @@ from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import Fault
 from vmlab.machine.paging import PageFault
 from vmlab.machine.pc import Machine
-from vmlab.machine.state import CS, RSP
+from vmlab.machine.state import CS, DS, RSP
 from vmlab.parameters import Value
 from vmlab.strategies.base import GuestState
 from vmlab.strategies.techniques import BinaryTranslationTechnique
+from vmlab.vmm.emulate_long import LongEmulator
 from vmlab.vmm.monitor import DeprivilegingMonitor
 from vmlab.vmm.operands import effective_address, fetch
+from vmlab.vmm.shadow import View
 from vmlab.vmm.translation import Mode, Options, Site, State, Translator, Unit
+from vmlab.vmm.translation.adapt import acquit, convict
+from vmlab.vmm.translation.forms import LONG, NARROW
 from vmlab.vmm.translation.layout import GATE, PENDING, SITE, TARGET
 from vmlab.vmm.translation.pages import CodePages
+from vmlab.vmm.translation.translator import read_instruction
 from vmlab.vmm.translation.vcpu import CACHE_CS, TranslatedCpu
+from vmlab.vmm.translation.windows import Windows
 from vmlab.vmm.vcpu import KERNEL_RING
 
-#: Faults on watched memory after which a store is guilty.
-GUILTY_AFTER = 8
+_TRAPS = frozenset({"int", "int3", "into", "int1"})
+#: Callouts in a row that had nothing to do with watched memory, after which a guilty access is copied again.
+INNOCENT_AFTER = 64
 
 
-def _stored_to(instruction: Instruction) -> Any:
-    """The explicit memory operand that the instruction writes, if it has one."""
-    for operand in instruction.cs.operands:
-        if operand.type == cs_x86.X86_OP_MEM and operand.access & capstone.CS_AC_WRITE and not instruction.string:
-            return operand
-    return None
+def _accessed(instruction: Instruction) -> Any:
+    """The explicit memory operand of an access that may be adapted."""
+    if instruction.string or instruction.op is not None or instruction.kind in ("branch", "jcc", "indirect"):
+        return None
+    return next((operand for operand in instruction.cs.operands if operand.type == cs_x86.X86_OP_MEM), None)
 
 
 class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
@@ -55,24 +60,32 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         chosen = self.chosen
         self.options = Options(
             emulation=str(chosen["emulation"]), lookup=str(chosen["lookup"]), chaining=str(chosen["chaining"]),
-            adaptation=str(chosen["adaptation"]),
+            adaptation=str(chosen["adaptation"]), guilty_after=int(chosen["guilty"]),
             cache_size=int(chosen["cache"]), unit_limit=int(chosen["unit"]),
         )
         self.trap_tsc = self.options.emulation != "in-cache"
         self.translator = Translator(self.space, self.counts, self.options, on_patch=self._forget_code,
                                      watched=self._watched.get, watch=machine.watch)
         self.pages = CodePages(self.pager, self.translator, self.counts)
+        self.windows = Windows(self.pager, self.translator.cache, self.pages, self.counts)
+        self.translator.on_site_gone = self.windows.release
         self.emulator.registers.on_paging = self._paging_changed
         self.emulator.registers.on_invlpg = self._invlpg
         machine.tagger = self.translator.tag_block
-        machine.gate(GATE, self._gate)
+        for forms in (NARROW, LONG):
+            machine.gate(forms.linear(GATE), self._gate)
         self._site_at, self._pending_at = (self.space.hole_frame(at) for at in (SITE, PENDING))
         self._state = State(0)
         self._faults: dict[int, int] = {}      # by kernel instruction: faults on memory that the VMM watches
+        self._vain: dict[int, int] = {}        # by guilty instruction: callouts in a row for memory that nobody watches
         self._new_space = False      # the guest has just changed its address space
+        self._interpreting = False   # the guest's kernel is in code that is not translated
 
     def make_vcpu(self) -> TranslatedCpu:
         return TranslatedCpu(self.machine.cpu, self.space, self.mmu)
+
+    def make_emulator(self) -> LongEmulator:
+        return LongEmulator(self.machine, self.vcpu, self.platform_devices, self.counts)
 
     def load(self, image: GuestImage, command_line: str) -> None:
         super().load(image, command_line)
@@ -101,13 +114,31 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             cpu.set_cpl(3)
 
     def _paging_changed(self, flush: bool) -> None:
+        if self.vcpu.long_mode != self._in_long_mode:
+            self._change_mode()
         self.pager.reload(flush)
         self.pages.look_again()
+        self.windows.look_again()
         self._new_space = True
 
     def _invlpg(self, address: int) -> None:
         self.pager.invlpg(address)
         self.pages.look_again()
+        self.windows.look_again()
+
+    @property
+    def _in_long_mode(self) -> bool:
+        return self.translator.mode.bits == 64
+
+    def _change_mode(self) -> None:
+        """The guest entered long mode: so does the CPU, and the guest's kernel goes to CPL 3 (vmm/long_mode.py)."""
+        if self._in_long_mode:
+            raise UnsupportedByStrategy(f"the guest left long mode at {self.vcpu.rip:#x}, and this VMM does not go back with it")
+        self.windows.close_all()
+        self.translator.set_mode(Mode(64, self.vcpu.kernel_cs.selector, self.vcpu.iopl))   # while its code can still be reached
+        self.space.set_bits(64)
+        self.pager.view = View.KERNEL
+        self.vcpu.start_long_mode()
 
     # ---- into the cache
     def resume(self, site: Site | None = None) -> None:
@@ -116,6 +147,9 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         :param site: the callout that is being returned from.
         """
         vcpu, cpu = self.vcpu, self.machine.cpu
+        if self._in_long_mode:
+            self.pager.show(View.USER if vcpu.cpl == 3 else View.KERNEL)
+        self._interpreting = False
         if vcpu.cpl == 3:
             if self.space.in_hole(cpu.rip) or cpu.rip != vcpu.rip:
                 self.counts["bt.direct.enter"] += 1
@@ -130,8 +164,14 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
                 self.mmu.translate(vcpu.rip, fetch=True)   # as fetching the next instruction does: A bits, or a page fault
             except PageFault as fault:
                 self.reflect(Fault(14, fault.error_code, fault.address))
-        self.translator.set_mode(Mode(32, vcpu.kernel_cs.selector, vcpu.iopl))
-        vcpu.show_control_registers()
+        if self._in_long_mode and vcpu.bits != 64:
+            self._interpreting = True
+            cpu.rip = self._door
+            self.follow_tables()
+            return
+        if self.windows and cpu.segment(DS).base:
+            self.windows.close_all()    # they are found by their offset in a flat DS
+        self._show_state()
         instruction = site.instruction if site is not None else None
         if (site is not None and instruction is not None and site.after and site.unit.alive
                 and vcpu.rip == (site.guest or 0) + instruction.size):
@@ -140,21 +180,58 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             cpu.rip = self._unit().start
         self.follow_tables()
 
+    def _show_state(self) -> None:
+        """What translated code reads of the virtual CPU, and what it has built in."""
+        self.vcpu.show_control_registers()
+        self.translator.set_mode(Mode(64 if self._in_long_mode else 32, self.vcpu.selector(CS), self.vcpu.iopl))
+
     def _unit(self, after: Site | None = None, *, indirect: bool = False) -> Unit:
         """The unit of the guest's kernel code at RIP, translated if need be; a fetch that faults is the guest's own #PF."""
         unit = self.translator.find(self.vcpu.rip)
         while unit is None:
             try:
                 unit = self.translator.translate(self.vcpu.rip, self.vcpu.fetch, after=after, indirect=indirect)
-            except PageFault as fault:
-                self.reflect(Fault(14, fault.error_code, fault.address))
+            except (PageFault, Fault) as fault:
+                self.reflect(Fault(14, fault.error_code, fault.address) if isinstance(fault, PageFault) else fault)
+                self._show_state()
                 after, indirect = None, False
                 unit = self.translator.find(self.vcpu.rip)
         return unit
 
+    @property
+    def _door(self) -> int:
+        """The gate's linear address."""
+        return self.translator.forms.linear(GATE)
+
+    def _interpret(self) -> None:
+        """One instruction of 16- or 32-bit kernel code in long mode, of which a kernel has a few between CR0.PG and its far jump."""
+        vcpu = self.vcpu
+        try:
+            instruction, fault = read_instruction(vcpu.fetch, (vcpu.segment(CS).base + vcpu.rip) & 0xFFFFFFFF, vcpu.bits)
+            if isinstance(fault, PageFault):
+                raise Fault(14, fault.error_code, fault.address)
+            if fault is not None:
+                raise fault
+            if instruction is None:
+                raise Fault(6)
+            if instruction.op is None:
+                self.stores.carry_out(vcpu, instruction, vcpu.rip)
+            elif instruction.op in _TRAPS:
+                self.software_interrupt(instruction)
+            elif self.emulator.knows(instruction.op):
+                self.emulate(instruction)
+            else:
+                raise Fault(6)
+        except Fault as fault_of_guest:
+            self.reflect(fault_of_guest)
+        self.resume()
+
     # ---- out of the cache: a callout
     def _gate(self) -> None:
         """Translated code left for the VMM; SITE says why."""
+        if self._interpreting:
+            self._interpret()
+            return
         site = self.translator.sites.get(self.machine.ram.read32(self._site_at))
         if site is None:
             self.refuse("a callout that does not exist: the guest wrote the VMM's page")
@@ -174,11 +251,11 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         elif site.instruction is None:
             self.reflect(Fault(6))
         elif site.cause == "adapted":
-            self._simulate(site.instruction)
+            self._adapted(site, site.instruction)
         elif site.instruction.op == "into" and not vcpu.eflags & OF:
             vcpu.rip += site.instruction.size
             self.emulator.count("into", False)
-        elif site.instruction.op in ("int", "int3", "into", "int1"):
+        elif site.instruction.op in _TRAPS:
             self.software_interrupt(site.instruction)
         elif self.emulator.knows(site.instruction.op):
             self.emulate(site.instruction)
@@ -210,7 +287,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def _where(self) -> State:
         """The guest's state where the physical CPU is; sets the virtual RIP, changes nothing else."""
         rip = self.machine.cpu.rip
-        if rip == GATE:
+        if rip == self._door:
             state: State | None = State(self.vcpu.rip)   # the VMM was running
         else:
             state = self.translator.states.get(rip) if self.space.in_hole(rip) else State(rip)
@@ -230,13 +307,24 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             cpu.set_gpr(RSP, cpu.gpr(RSP) + state.esp, self.translator.forms.word)
         self._state = State(self.vcpu.rip)
         if self.space.in_hole(cpu.rip):
-            cpu.rip = GATE   # not in a template any more; :meth:`resume` says where to go on
+            cpu.rip = self._door   # not in a template any more; :meth:`resume` says where to go on
 
     def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
         self._where()
         self._undo()
-        super().exception(vector, error_code, software=software)
+        if vector == 6 and self._calls_system():
+            self.follow_tables()
+        else:
+            super().exception(vector, error_code, software=software)
         self.resume()
+
+    def _calls_system(self) -> bool:
+        """SYSCALL in user code: the CPU's EFER.SCE is off, so it is an undefined instruction until the VMM has looked at it."""
+        instruction = self.machine.faulting if self.vcpu.cpl == 3 else None
+        if instruction is None or instruction.op != "syscall":
+            return False
+        self.emulate(instruction)
+        return True
 
     def carry_out(self, address: int) -> None:
         """A store to translated code or a traced table, or a device's register."""
@@ -251,22 +339,33 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             super().carry_out(address)
 
     def _suspect(self, at: int, instruction: Instruction) -> None:
-        """Innocent until proven guilty: an ordinary store that faulted often enough becomes a callout."""
-        if self.options.adaptation != "on" or instruction.op is not None or _stored_to(instruction) is None:
+        """Innocent until proven guilty: an ordinary access that faulted often enough is adapted."""
+        if self.options.adaptation == "off" or _accessed(instruction) is None:
             return
         self._faults[at] = self._faults.get(at, 0) + 1
-        if self._faults[at] == GUILTY_AFTER:
-            self.translator.adapt(at)
+        if self._faults[at] >= self.options.guilty_after:
+            del self._faults[at]
+            convict(self.translator, at)
 
-    def _simulate(self, instruction: Instruction) -> None:
-        """A guilty store, without the trap; where it goes is looked at anew each time."""
+    def _adapted(self, site: Site, instruction: Instruction) -> None:
+        """A guilty access, without the trap; where it goes is looked at anew each time."""
         vcpu = self.vcpu
-        at = vcpu.rip
+        at, address = vcpu.rip, effective_address(vcpu, instruction, _accessed(instruction))
         try:
-            self.stores.carry_out(vcpu, instruction, effective_address(vcpu, instruction, _stored_to(instruction)))
+            self.stores.carry_out(vcpu, instruction, address)
         except Fault as fault:
             self.reflect(fault)
             return
+        gpa = self.mmu.peek(address)
+        if self.pager.is_device(gpa) or self.windows.watches(gpa >> 12):
+            self._vain.pop(at, None)
+            if site.binding:
+                self.windows.offer(site, address)
+        else:
+            self._vain[at] = self._vain.get(at, 0) + 1
+            if self._vain[at] == INNOCENT_AFTER:
+                del self._vain[at]
+                acquit(self.translator, at)
         if vcpu.shadow_at == at:
             vcpu.shadow_at = None
         self.inject_pending()
@@ -276,7 +375,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         if self.vcpu.cpl == 3:
             return super().decode_at(rip)
         self.counts["vmm.decode"] += 1
-        return decode(fetch(self.vcpu, rip), 32)
+        return decode(fetch(self.vcpu, rip), self.vcpu.bits)
 
     def interrupt(self) -> None:
         state = self._where()

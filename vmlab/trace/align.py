@@ -7,11 +7,12 @@ is shown with the instruction before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vmlab.trace.recorder import Step
-from vmlab.trace.words import kind_of
+from vmlab.trace.words import eventful
 
 #: How far ahead a lost lane looks for the ruler's next instruction.
 _REACH = 3000
@@ -31,6 +32,7 @@ def places(ruler: Sequence[Step], lane: Sequence[Step]) -> list[int]:
     """For each step of ``lane`` the number of the ruler's instruction that it belongs to; never descending."""
     wanted = [step.address for step in ruler]
     here = _addresses(lane)
+    ruled, own = _occurrences(wanted), _occurrences(here)
     found: list[int] = []
     i = -1                      # the ruler's instruction that the lane is at
     previous: int | None = None
@@ -41,7 +43,7 @@ def places(ruler: Sequence[Step], lane: Sequence[Step]) -> list[int]:
         elif follows:
             i += 1
         else:
-            i = _resume(wanted, here, i, j)
+            i = _resume(wanted, ruled, here, own, i, j)
         previous = address
         found.append(max(i, 0))
     return found
@@ -57,18 +59,33 @@ def _addresses(lane: Sequence[Step]) -> list[int]:
     return made
 
 
-def _resume(wanted: Sequence[int], here: Sequence[int], i: int, j: int) -> int:
+def _occurrences(addresses: Sequence[int]) -> dict[int, list[int]]:
+    """Where each address stands, ascending."""
+    found: dict[int, list[int]] = {}
+    for k, address in enumerate(addresses):
+        found.setdefault(address, []).append(k)
+    return found
+
+
+def _between(of: Sequence[int], start: int, end: int) -> Sequence[int]:
+    """The members of an ascending list from ``start`` up to ``end``, without it."""
+    return of[bisect_left(of, start):bisect_left(of, end)]
+
+
+def _resume(wanted: Sequence[int], ruled: Mapping[int, list[int]], here: Sequence[int], own: Mapping[int, list[int]], i: int, j: int) -> int:
     """Where the lane is on the ruler after an instruction that does not follow: ahead, if it skipped some; else where it was.
 
-    It skipped if that is nearer than the lane's own way back to the ruler's next instruction.
+    It skipped if that is nearer than the lane's own way back to the ruler's next instruction. ``ruled`` and ``own`` are the
+    occurrences of addresses on the ruler and in the lane.
     """
     coming = _distinct(here, j, _SURE)
-    skipped = next((k - i - 1 for k in range(i + 2, min(len(wanted), i + 2 + _REACH)) if list(wanted[k:k + len(coming)]) == coming), None)
+    ahead = _between(ruled.get(coming[0], ()), i + 2, i + 2 + _REACH)
+    skipped = next((k - i - 1 for k in ahead if list(wanted[k:k + len(coming)]) == coming), None)
     if skipped is None:
         return i
     next_ones = list(wanted[i + 1:i + 1 + _SURE])
-    extra = next((k - j for k in range(j + 1, min(len(here), j + 1 + _REACH))
-                  if here[k] == next_ones[0] and _distinct(here, k, len(next_ones)) == next_ones), None)
+    back = _between(own.get(next_ones[0], ()), j + 1, j + 1 + _REACH)
+    extra = next((k - j for k in back if _distinct(here, k, len(next_ones)) == next_ones), None)
     return i if extra is not None and extra <= skipped else i + 1 + skipped
 
 
@@ -84,7 +101,11 @@ def _distinct(here: Sequence[int], j: int, count: int) -> list[int]:
 
 
 def groups(ruler: Sequence[Step], lanes: Sequence[tuple[Sequence[Step], Sequence[int]]], most: int) -> list[Group]:
-    """The ruler cut into at most about ``most`` groups: instructions at which something happens stand alone, the rest runs together."""
+    """The ruler cut into groups: each instruction alone where there are at most ``most``; of more those at which something happens.
+
+    Something happens where a lane's step is :func:`~vmlab.trace.words.eventful` or changes privilege or the guest's own interrupt
+    flag. The instructions between two such run together, however many they are.
+    """
     count = len(ruler)
     if count <= most:
         return [Group(i, i + 1) for i in range(count)]
@@ -92,7 +113,7 @@ def groups(ruler: Sequence[Step], lanes: Sequence[tuple[Sequence[Step], Sequence
     for steps, at in lanes:
         for step, i in zip(steps, at, strict=True):
             after = step.after or step.before
-            if kind_of(step) != "instruction" or after.cpl != step.before.cpl or after.virtual_if != step.before.virtual_if:
+            if eventful(step) or after.cpl != step.before.cpl or after.virtual_if != step.before.virtual_if:
                 alone[i] = True
     made: list[Group] = []
     start = 0

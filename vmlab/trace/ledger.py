@@ -1,7 +1,8 @@
 """The ledger at every instruction, quickly: only what changed since the last look is summed anew.
 
-:meth:`vmlab.machine.counter.Counter.snapshot` sums over every block that ever ran. Between two instructions few blocks
-change, so their old part is taken away and their new part added. The result is the same (a test compares them step by step).
+:meth:`vmlab.machine.counter.Counter.snapshot` sums over every block that ever ran. From one instruction to the next only the block
+that the CPU was in and the one that it is in now can change, so their old part is taken away and their new part added. The result
+is the same (a test compares them step by step). Where an instruction passes without a look, :meth:`RunningLedger.note` keeps its block in mind.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ class RunningLedger:
         self._known: dict[int, tuple[Block, _Signature, _Cuts, Snapshot]] = {}
         self._events: dict[str, int] = {}
         self._user = self._kernel = self._machine = 0
+        self._touched: dict[int, Block] = {}
+        self._blocks = -1  # how many there were at the last look; another number: look at all of them
+
+    def note(self) -> None:
+        """An instruction begins, and :meth:`snapshot` will not be asked for it."""
+        block = self._counter.current
+        if block is not None:
+            self._touched[id(block)] = block
 
     def snapshot(self, upto: int) -> Snapshot:
         """As ``strategy.snapshot(upto)``."""
@@ -34,13 +43,16 @@ class RunningLedger:
             index_here = block.offsets.get(upto - block.pc)
             if index_here is not None and index_here < len(block.instructions):
                 cuts.setdefault(block.key, []).append((index_here, counter.user, 1))
-        for one in counter._all_blocks():
+        self.note()
+        count = len(counter.blocks) + len(counter._retired)
+        for one in counter._all_blocks() if count != self._blocks else self._touched.values():
             runs, taken, again = one.runs, one.taken, one.again
             signature = (runs[0], runs[1], taken[0], taken[1], again[0], again[1])
             mine: _Cuts = tuple(cuts.get(one.key, ()))
             known = self._known.get(id(one))
             if known is None or known[1] != signature or known[2] != mine:
                 self._replace(one, signature, mine, known[3] if known is not None else None)
+        self._touched, self._blocks = {} if block is None else {id(block): block}, count
         events = dict(self._events)
         irets = dict(zip(("iret.same", "iret.outer"), counter.irets, strict=True))
         for source in (irets, self._strategy.machine.events, self._strategy.counts):

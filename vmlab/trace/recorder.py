@@ -100,7 +100,7 @@ class _EnoughError(Exception):
 
 
 def record(technique: str, parameters: Mapping[str, Value], *, first: int = 0, last: int | None = None, limit: int = LIMIT,
-           whole: bool = False, interrupt: Trigger | None = None) -> Trace:
+           whole: bool = False, interrupt: Trigger | None = None, registers: bool = True) -> Trace:
     """Run a cell and record part of it.
 
     :param first: guest instructions of the region of interest to let pass unrecorded.
@@ -108,12 +108,13 @@ def record(technique: str, parameters: Mapping[str, Value], *, first: int = 0, l
     :param limit: steps recorded at most.
     :param whole: count from the guest's first instruction instead of from the region's, and go on after the region.
     :param interrupt: raise a line of the machine's interrupt controller, as a device would.
+    :param registers: keep the general registers of every moment; without them a long recording takes half the memory.
     :raises ConfigError: an unknown technique or parameter, or a window that is empty.
     """
     if limit < 1 or (last is not None and last <= first):
         raise ConfigError(f"nothing to record: from {first} to {last}, at most {limit} steps")
     run = Run(technique, parameters, path="portable")
-    recorder = Recorder(run, first, last, limit, whole, interrupt)
+    recorder = Recorder(run, first, last, limit, whole, interrupt, registers)
     complete, end = True, "the guest ended its run"
     try:
         stop = run.go()
@@ -129,9 +130,9 @@ def record(technique: str, parameters: Mapping[str, Value], *, first: int = 0, l
 class Recorder:
     """Attached to a run before it goes; :attr:`steps` grows while it does."""
 
-    def __init__(self, run: Run, first: int, last: int | None, limit: int, whole: bool, interrupt: Trigger | None) -> None:
+    def __init__(self, run: Run, first: int, last: int | None, limit: int, whole: bool, interrupt: Trigger | None, registers: bool = True) -> None:
         self._run, self._machine, self._first, self._last, self._limit = run, run.machine, first, last, limit
-        self._interrupt = interrupt
+        self._interrupt, self._registers = interrupt, registers
         self._visits, self._last_guest = 0, -1
         self._lane: Lane = lane_of(run.strategy)
         self._ledger = RunningLedger(run.strategy)
@@ -162,6 +163,7 @@ class Recorder:
             return
         repeats = bool(self.steps) and self.steps[-1].address == address and self.steps[-1].code.startswith("rep")
         if repeats and self._previous is not None:
+            self._ledger.note()
             return  # the next element of the same instruction: whatever it brings belongs to the same step
         now = self._ledger.snapshot(address)
         number = now.user + now.kernel - self._origin
@@ -215,13 +217,14 @@ class Recorder:
             self._close(self._run.strategy.snapshot(), self._moment())
 
     def _moment(self) -> Moment:
+        cpu, flags = self._machine.cpu, self._lane.flags()
+        return Moment(self._general() if self._registers else {}, cpu.cpl, flags.real_if, flags.virtual_if, flags.pending, self._machine.in_guest)
+
+    def _general(self) -> dict[str, int]:
         cpu = self._machine.cpu
         wide = bool(cpu.hflags & HF_CS64)
         registers = {("r" if wide else "e") + name: cpu.gpr(i) & (2**64 - 1 if wide else 2**32 - 1) for i, name in enumerate(_NAMES)}
-        if wide:
-            registers |= {f"r{i}": cpu.gpr(i) for i in range(8, 16)}
-        flags = self._lane.flags()
-        return Moment(registers, cpu.cpl, flags.real_if, flags.virtual_if, flags.pending, self._machine.in_guest)
+        return registers | {f"r{i}": cpu.gpr(i) for i in range(8, 16)} if wide else registers
 
     def _step(self, number: int, address: int, moment: Moment) -> Step:
         cpu = self._machine.cpu

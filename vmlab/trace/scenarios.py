@@ -23,7 +23,7 @@ class LaneChoice:
 
 @dataclass(frozen=True)
 class Scenario:
-    """``steps`` bounds the guest instructions shown; ``interrupt_at``: (guest instruction, line of the controller) that a device raises."""
+    """All of the workload's region of interest is shown. ``interrupt_at``: (guest instruction, line of the controller) that a device raises."""
 
     name: str
     title: str
@@ -32,8 +32,6 @@ class Scenario:
     parameters: Mapping[str, Value]
     lanes: tuple[LaneChoice, ...]
     guest: str = "nano"
-    first: int = 0
-    steps: int = 60
     interrupt_at: tuple[int, int] | None = None
 
 
@@ -76,20 +74,20 @@ _ALL = (
     Scenario(
         "system-call", "A system call",
         "A program calls its kernel by INT 0x80: through the table in memory, through the monitor, or from ring 3 straight to ring 1.",
-        "null_call", {"iterations": 2}, _MEMORY, guest="minios", steps=400),
+        "null_call", {"iterations": 2}, _MEMORY, guest="minios"),
     Scenario(
         "page-table-write", "One page-table entry is written",
         "Natively it is one store. With shadow tables it is a fault into the monitor; with direct paging a hypercall; with nested tables a store "
         "again.",
-        "ptemod", {"iterations": 3}, _MEMORY, guest="minios", steps=400),
+        "ptemod", {"iterations": 3}, _MEMORY, guest="minios"),
     Scenario(
         "page-fault", "A first touch of a page",
         "The guest's own page fault, and what the monitor adds to it.",
-        "pagefault", {"iterations": 2}, _MEMORY, guest="minios", steps=1500),
+        "pagefault", {"iterations": 2}, _MEMORY, guest="minios"),
     Scenario(
         "fork", "Fork, a child that ends, wait",
         "Page tables are copied, filled and thrown away: the worst case of every shadow.",
-        "forkwait", {"iterations": 1}, _MEMORY, guest="minios", steps=6000),
+        "forkwait", {"iterations": 1}, _MEMORY, guest="minios"),
 )
 
 #: By name.

@@ -9,17 +9,17 @@ from typing import Any
 from vmlab.errors import VmlabError
 from vmlab.parameters import Value
 from vmlab.trace.align import Group, groups, places
-from vmlab.trace.recorder import Step, Trace, Trigger, record
+from vmlab.trace.listing import Listing
+from vmlab.trace.recorder import Moment, Step, Trace, Trigger, record
 from vmlab.trace.scenarios import LaneChoice, Scenario
-from vmlab.trace.words import did, kind_of
+from vmlab.trace.words import did, eventful, in_words, kind_of
 
-#: Groups of guest instructions that a page has at most, about.
+#: A region of up to so many guest instructions is shown instruction by instruction; of a longer one quiet stretches are folded.
 MOST_GROUPS = 90
-#: Lines of executed code shown for one group and lane; of more the eventful ones are kept.
+#: Lines of executed code shown for one instruction and lane; of more, stretches without event are folded.
 MOST_LINES = 14
-
-#: A lane is recorded for at most this many times the ruler's instructions.
-_LONGER = 4
+#: Steps of a lane recorded at most: ten times what the longest scenario's takes.
+MOST_STEPS = 1_000_000
 
 Check = Callable[[str, str, str, Mapping[str, Value]], Mapping[str, Value]]
 
@@ -43,10 +43,7 @@ def record_lanes(scenario: Scenario, check: Check) -> list[Recorded]:
     for choice in scenario.lanes:
         try:
             parameters = check(choice.technique, scenario.guest, scenario.workload, {**scenario.parameters, **choice.parameters})
-            # A lane may need several instructions of its kernel for one of the bare machine's, and a translator several steps for each.
-            longer = 1 if choice.technique == "native" else _LONGER
-            trace = record(choice.technique, parameters, first=scenario.first, last=scenario.first + longer * scenario.steps,
-                           limit=2 * longer * scenario.steps + 200, interrupt=interrupt or _first_trigger(scenario))
+            trace = record(choice.technique, parameters, limit=MOST_STEPS, interrupt=interrupt or _first_trigger(scenario), registers=False)
         except VmlabError as error:
             made.append(Recorded(choice, None, str(error)))
             continue
@@ -71,82 +68,92 @@ def _same_place(ruler: Trace, number: int, line: int) -> Trigger:
 def layout(scenario: Scenario, lanes: list[Recorded]) -> dict[str, Any]:
     """The page's data: groups of guest instructions, and what each lane did for each.
 
+    ``codes`` is the table of instructions that the paths of folded stretches go through (:mod:`vmlab.trace.listing`).
+
     :raises VmlabError: the bare machine itself could not be recorded.
     """
     first = lanes[0]
     if first.trace is None:
         raise VmlabError(f"{scenario.name}: the bare machine could not be recorded: {first.reason}")
-    ruler = first.trace.steps[:scenario.steps]
-    placed = [(lane, lane.trace.steps, places(ruler, lane.trace.steps)) for lane in lanes if lane.trace is not None]
-    cut = [(lane, *_within(steps, at, len(ruler))) for lane, steps, at in placed]
-    parts = groups(ruler, [(steps, at) for _, steps, at in cut], MOST_GROUPS)
-    found = {id(lane): (steps, at) for lane, steps, at in cut}
+    ruler, listing = first.trace.steps, Listing()
+    placed = {id(lane): places(ruler, lane.trace.steps) for lane in lanes if lane.trace is not None}
+    parts = groups(ruler, [(lane.trace.steps, placed[id(lane)]) for lane in lanes if lane.trace is not None], MOST_GROUPS)
     return {
-        "name": scenario.name, "title": scenario.title, "look": scenario.look,
+        "name": scenario.name, "title": scenario.title, "look": scenario.look, "instructions": len(ruler),
         "groups": [_group(ruler, part) for part in parts],
-        "lanes": [_lane(lane, *found[id(lane)], parts) if id(lane) in found else _absent(lane) for lane in lanes],
+        "lanes": [_absent(lane) if lane.trace is None else _lane(lane.choice, lane.trace, placed[id(lane)], parts, listing) for lane in lanes],
+        "codes": listing.rows,
     }
-
-
-def _within(steps: list[Step], at: list[int], count: int) -> tuple[list[Step], list[int]]:
-    """A lane's steps up to where it leaves the ruler's last instruction for good."""
-    end = next((j for j, i in enumerate(at) if i == count - 1 and steps[j].instructions), len(at) - 1)
-    return steps[:end + 1], at[:end + 1]
 
 
 def _group(ruler: list[Step], part: Group) -> dict[str, Any]:
     steps = ruler[part.start:part.end]
+    at = {"first": part.start + 1, "count": len(steps), "address": f"{steps[0].address:#x}"}
     if len(steps) == 1:
-        step = steps[0]
-        return {"count": 1, "code": step.code, "address": f"{step.address:#x}", "symbol": step.symbol}
-    return {"count": len(steps), "code": f"{len(steps)} instructions", "address": f"{steps[0].address:#x}",
-            "symbol": f"{steps[0].symbol} … {steps[-1].symbol}"}
+        return at | {"code": steps[0].code, "symbol": steps[0].symbol}
+    functions = list(dict.fromkeys(step.symbol.partition("+")[0] for step in steps if step.symbol))
+    words = ", ".join(functions[:_FUNCTIONS]) + (f" and {len(functions) - _FUNCTIONS} more" if len(functions) > _FUNCTIONS else "")
+    return at | {"code": f"{len(steps):,} instructions", "symbol": words}
+
+
+#: Functions named in the line of a folded stretch.
+_FUNCTIONS = 3
 
 
 def _absent(lane: Recorded) -> dict[str, Any]:
     return {"technique": lane.choice.technique, "label": lane.choice.label, "reason": lane.reason, "groups": []}
 
 
-def _lane(lane: Recorded, steps: list[Step], at: list[int], parts: list[Group]) -> dict[str, Any]:
-    assert lane.trace is not None
+def _lane(choice: LaneChoice, trace: Trace, at: list[int], parts: list[Group], listing: Listing) -> dict[str, Any]:
     made = []
-    j, last = 0, steps[0].before
+    j, last = 0, trace.steps[0].before
     for part in parts:
         mine = []
-        while j < len(steps) and at[j] < part.end:
-            mine.append(steps[j])
+        while j < len(at) and at[j] < part.end:
+            mine.append(trace.steps[j])
             j += 1
         before = mine[0].before if mine else last
         last = (mine[-1].after or mine[-1].before) if mine else last
-        events: dict[str, int] = {}
-        for step in mine:
-            for kind, count in step.events.items():
-                events[kind] = events.get(kind, 0) + count
-        made.append({"lines": _lines(mine), "steps": len(mine), "before": _state(before), "after": _state(last), "events": events})
-    return {"technique": lane.choice.technique, "label": lane.choice.label, "platform": lane.trace.platform, "groups": made, "reason": "",
-            "parameters": dict(lane.trace.parameters), "ended": len(steps) < len(lane.trace.steps) or not lane.trace.complete}
+        made.append({"lines": _lines(mine, part.end - part.start > 1, listing), "steps": len(mine), "before": _state(before), "after": _state(last),
+                     "events": _sum(mine)})
+    return {"technique": choice.technique, "label": choice.label, "platform": trace.platform, "groups": made, "reason": "",
+            "parameters": dict(trace.parameters)}
 
 
-def _lines(steps: list[Step]) -> list[dict[str, Any]]:
-    """What executed, a line per step; a long row keeps its beginning and what is eventful."""
-    kept = list(range(len(steps)))
-    if len(steps) > MOST_LINES:
-        eventful = [i for i, step in enumerate(steps) if kind_of(step) != "instruction"]
-        kept = sorted({*range(4), *eventful[:MOST_LINES - 5], len(steps) - 1})
+def _sum(steps: list[Step]) -> dict[str, int]:
+    events: dict[str, int] = {}
+    for step in steps:
+        for kind, count in step.events.items():
+            events[kind] = events.get(kind, 0) + count
+    return events
+
+
+def _lines(steps: list[Step], folded: bool, listing: Listing) -> list[dict[str, Any]]:
+    """What executed, a line per step; of a long row, and of a folded stretch, what is quiet runs together."""
+    if len(steps) <= MOST_LINES and not folded:
+        return [_line(step) for step in steps]
     made: list[dict[str, Any]] = []
-    previous = -1
-    for i in kept:
-        if i > previous + 1:
-            made.append({"skipped": i - previous - 1})
-        step = steps[i]
-        line: dict[str, Any] = {"where": step.where, "address": f"{step.address:#x}", "code": step.code, "cpl": step.before.cpl}
-        if kind_of(step) != "instruction":
-            line |= {"kind": kind_of(step), "did": did(step)}
-        made.append(line)
-        previous = i
+    quiet: list[Step] = []
+    for step in [*steps, None]:
+        if step is not None and not eventful(step):
+            quiet.append(step)
+            continue
+        if len(quiet) > 1:
+            happened = _sum([one for one in quiet if kind_of(one) != "instruction"])
+            made.append({"skipped": len(quiet), "path": listing.path(quiet), "did": in_words(happened)})
+        else:
+            made += [_line(one) for one in quiet]
+        quiet = []
+        if step is not None:
+            made.append(_line(step))
     return made
 
 
-def _state(moment: Any) -> list[Any]:
+def _line(step: Step) -> dict[str, Any]:
+    line: dict[str, Any] = {"where": step.where, "address": f"{step.address:#x}", "code": step.code, "cpl": step.before.cpl}
+    return line if kind_of(step) == "instruction" else line | {"kind": kind_of(step), "did": did(step)}
+
+
+def _state(moment: Moment) -> list[Any]:
     """[CPL, real IF, virtual IF, who waits, guest mode]."""
     return [moment.cpl, int(moment.real_if), int(moment.virtual_if), " and ".join(moment.pending), int(moment.guest_mode)]

@@ -15,11 +15,11 @@ from vmlab.machine import task
 from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import HAS_ERROR_CODE, Fault, deliver
-from vmlab.machine.paging import CR4_PAE, EFER_NXE, PF_FETCH, PF_USER, PF_WRITE, PageFault
+from vmlab.machine.paging import CR4_PAE, EFER_NXE, PF_FETCH, PF_WRITE, PageFault
 from vmlab.machine.pc import CR4_TSD, Machine, Stop, StopReason
 from vmlab.machine.state import CS, DS, ES, FS, GS, RAX, RBX, SS
 from vmlab.parameters import Value
-from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy
+from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, visible_registers
 from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
@@ -58,7 +58,7 @@ class DeprivilegingMonitor(Strategy):
                                  is_device=self.platform_devices.is_device)
         self.pager.on_foreign = self.mmu.memory.on_foreign = self.note_foreign
         self.vcpu = self.make_vcpu()
-        self.emulator = Emulator(machine, self.vcpu, self.platform_devices, self.counts)
+        self.emulator = self.make_emulator()
         self.emulator.on_halt = self._halt
         self.emulator.registers.on_paging = self._registers_written
         self.emulator.registers.on_invlpg = self.pager.invlpg
@@ -69,6 +69,10 @@ class DeprivilegingMonitor(Strategy):
     def make_vcpu(self) -> VirtualCpu:
         """The virtual CPU; techniques that keep more of it virtual make their own."""
         return VirtualCpu(self.machine.cpu, self.space, self.mmu, true_selectors=self.true_selectors)
+
+    def make_emulator(self) -> Emulator:
+        """What carries sensitive instructions out."""
+        return Emulator(self.machine, self.vcpu, self.platform_devices, self.counts)
 
     # ---- loading
     def load(self, image: GuestImage, command_line: str) -> None:
@@ -196,7 +200,7 @@ class DeprivilegingMonitor(Strategy):
             self.refuse(f"{'store to' if error_code & PF_WRITE else 'fetch from' if error_code & PF_FETCH else 'access to'} "
                         f"the VMM's memory at {address:#x}")
         try:
-            outcome = self.pager.fault(address, write=bool(error_code & PF_WRITE), user=bool(error_code & PF_USER),
+            outcome = self.pager.fault(address, write=bool(error_code & PF_WRITE), user=self.vcpu.cpl == 3,
                                        fetch=bool(error_code & PF_FETCH))
         except PageFault as fault:
             self.counts["shadow.fault.true"] += 1
@@ -303,7 +307,7 @@ class DeprivilegingMonitor(Strategy):
         cpu, vcpu = self.machine.cpu, self.vcpu
         cpu.load()
         return GuestState(
-            gpr=tuple(cpu.gpr(i) & 0xFFFFFFFF for i in range(8)), rip=vcpu.rip, eflags=vcpu.eflags,
+            gpr=visible_registers(cpu.gpr, vcpu.long_mode), rip=vcpu.rip, eflags=vcpu.eflags,
             selectors=tuple(vcpu.selector(i) for i in (ES, CS, SS, DS, FS, GS)),
             cr0=vcpu.cr(0), cr2=vcpu.cr2, cr3=vcpu.cr(3), cr4=vcpu.cr(4),
             gdt=(vcpu.gdt.base, vcpu.gdt.limit), idt=(vcpu.idt.base, vcpu.idt.limit),

@@ -15,6 +15,9 @@ Three ways to keep them in step with the guest's:
   page. The guest's tables stay writable.
 * ``none``: filled on first use and never corrected: the shadow goes stale.
 
+A 64-bit guest of a deprivileging VMM has its kernel at CPL 3, beside its users, and so each address space has two shadows: what the
+kernel sees (:attr:`View.KERNEL`: every page a user's) and what users see (:attr:`View.USER`: their own pages alone).
+
 An unpaged guest runs on a direct map. This room knows nothing of who runs the guest (SDM Vol. 3A §4; Adams & Agesen,
 ASPLOS 2006, §2.4).
 """
@@ -31,7 +34,7 @@ from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import CR4_PAE, CR4_PSE, EFER_LMA, EFER_NXE, NX, PS, RW, US, A, P, Walk
 from vmlab.machine.paging import D as DIRTY
 from vmlab.vmm.guest_tables import GuestMmu
-from vmlab.vmm.space import HOLE, LARGE, POOL, StaticSpace
+from vmlab.vmm.space import LARGE, POOL, StaticSpace
 
 _FRAME = 0x000FFFFFFFFFF000
 _CLEAN = 1 << 9                     # available to software: read-only only because the guest's D bit was clear
@@ -39,6 +42,7 @@ _ALL = RW | US
 _MAX_ROOTS = 64                     # address spaces cached at most
 _RESERVE = 8                        # frames that one fault may need
 _TABLE = struct.Struct("<512Q")
+_LAST = 511                         # the last entry of a table
 
 
 class Outcome(enum.Enum):
@@ -50,20 +54,28 @@ class Outcome(enum.Enum):
     GUARDED = "a store to a frame that the VMM guards: carry it out"
 
 
+class View(enum.Enum):
+    """Whose shadow it is."""
+
+    ONE = "the rights of supervisor and user are the CPU's own to tell apart"
+    KERNEL = "the guest's kernel, at CPL 3: every page of the guest's is a user page"
+    USER = "the guest's users: no page of the guest's kernel is there"
+
+
 class ShadowPage:
     """One page of shadow table. ``key`` says what it stands for; ``parents`` maps entry addresses to the pages they are in."""
 
-    __slots__ = ("access", "children", "direct", "frame", "gfn", "hole", "key", "level", "parents", "quadrant")
+    __slots__ = ("access", "children", "direct", "frame", "gfn", "hole", "key", "level", "parents", "quadrant", "view")
 
     def __init__(self, key: Key, frame: int) -> None:
         self.key, self.frame = key, frame
-        self.gfn, self.level, self.quadrant, self.access, self.direct, self.hole = key
+        self.gfn, self.level, self.quadrant, self.access, self.direct, self.hole, self.view = key
         self.parents: dict[int, ShadowPage] = {}
         self.children: dict[int, ShadowPage] = {}
 
 
-#: Guest frame, level, quadrant (32-bit tables have 1024 entries), gathered rights of the levels above, direct, holds the hole.
-Key = tuple[int, int, int, int, bool, bool]
+#: Guest frame, level, quadrant (32-bit tables have 1024 entries), gathered rights of the levels above, direct, leads to the hole, view.
+Key = tuple[int, int, int, int, bool, bool, View]
 
 
 class ShadowPager:
@@ -86,14 +98,20 @@ class ShadowPager:
         #: Guest frames that are read-only everywhere for a reason of the VMM's own (code that it has translated).
         self.guarded: set[int] = set()
         self._tracks_leaves = self.tracing
+        #: Frames of which somebody wants to know what shadow entries follow from, told as they are made: (frame, first byte, end).
+        self.explained: set[int] = set()
+        self.on_derived: Callable[[int, int, int], None] = lambda gfn, first, end: None
         #: What the guest reached for beyond its RAM, told once a frame.
         self.on_foreign: Callable[[int], None] = lambda gpa: None
         self._foreign: set[int] = set()
         self._pages: dict[Key, ShadowPage] = {}
         self._by_gfn: dict[int, list[ShadowPage]] = {}
         self._leaves: dict[int, set[int]] = {}          # guest frame -> addresses of shadow leaves that map it
-        self._roots: dict[int, ShadowPage] = {}         # CR3 -> root, least recently used first
+        self._roots: dict[tuple[int, View], ShadowPage] = {}    # by CR3, least recently used first
+        #: Whose shadow the CPU is to run on.
+        self.view = View.ONE
         self._hole_directory = self._make_hole_directory()
+        self._long_holes: dict[View, tuple[int, int]] = {}      # tables of levels 3 and 2 with nothing but the hole
         self._direct = self._make_direct()
         self._root = self._direct
         self._mode = self._current_mode()
@@ -133,14 +151,23 @@ class ShadowPager:
         self._copy_hole(frame)
         return frame
 
-    def _copy_hole(self, directory: int) -> None:
+    def _copy_hole(self, directory: int, view: View = View.ONE) -> None:
         assert self._space is not None
-        for index, entry in self._space.directory_entries():
+        for index, entry in self._space.directory_entries(user=view is View.KERNEL):
             self._ram.write64(directory + 8 * index, entry)
+
+    def _long_hole(self, view: View) -> tuple[int, int]:
+        """In long mode the last entries of levels 4 and 3 lead to the hole: tables for where the guest itself has none."""
+        found = self._long_holes.get(view)
+        if found is None:
+            found = self._long_holes[view] = self._allocate(), self._allocate()
+            self._ram.write64(found[0] + 8 * _LAST, found[1] | P | _ALL | A)
+            self._copy_hole(found[1], view)
+        return found
 
     def _make_direct(self) -> ShadowPage:
         """Linear = guest-physical: 2 MiB pages to the guest's frames, and beyond its RAM to where nothing answers."""
-        root = ShadowPage((0, 3, 0, _ALL, True, False), self._allocate())
+        root = ShadowPage((0, 3, 0, _ALL, True, False, View.ONE), self._allocate())
         for slot in range(4):
             directory = self._allocate()
             entries = []
@@ -173,15 +200,15 @@ class ShadowPager:
             self._choose_root()
         self.stale = True
         if self._space is not None and mode[0]:
-            for index in (HOLE, HOLE + LARGE):
+            for index in (self._space.base, self._space.base + LARGE):
                 self._keep_hole_free(index)
 
     def _keep_hole_free(self, address: int) -> None:
         """Refuse a guest whose own tables reach into the hole: the VMM's pages stand there."""
-        if not self.mmu.reaches(address):
+        if self._space is None or not self.mmu.reaches(address):
             return
         raise UnsupportedByStrategy(f"the guest's page tables map {address:#x}, where this VMM keeps its own pages "
-                                    f"({HOLE:#x} and above); a guest of a deprivileging VMM must leave that range free")
+                                    f"({self._space.base:#x} and above); a guest of a deprivileging VMM must leave that range free")
 
     def drop_all(self) -> None:
         """Forget every shadow page; what the guest uses comes back by hidden faults."""
@@ -203,33 +230,52 @@ class ShadowPager:
             return
         kind = mmu.tables.format
         cr3 = mmu.cr3 & (0xFFFFFFE0 if kind == "pae" else _FRAME)
-        root = self._roots.pop(cr3, None)
+        root = self._roots.pop((cr3, self.view), None)
         if root is None:
-            if len(self._roots) >= _MAX_ROOTS:
+            if len(self._roots) >= (_MAX_ROOTS if self.view is View.ONE else 2 * _MAX_ROOTS):
                 self._forget_root(next(iter(self._roots)))
             if len(self._free) < _RESERVE:
                 self._make_room(None)
             if kind == "64":
-                root = self._page((cr3 >> 12, 4, 0, _ALL, False, False))
+                root = self._page((cr3 >> 12, 4, 0, _ALL, False, self._space is not None, self.view))
             else:
-                root = ShadowPage((0, 3, 0, _ALL, False, False), self._allocate())
+                root = ShadowPage((0, 3, 0, _ALL, False, False, View.ONE), self._allocate())
                 self._put_hole_directory(root, 3)
         elif kind == "pae":
             for slot, child in list(root.children.items()):
                 if not mmu.pdptes[slot] & P or mmu.pdptes[slot] >> 12 & 0xFFFFFFFFFF != child.gfn:
                     self._unlink(root, slot)
-        self._roots[cr3] = root
+        self._roots[cr3, self.view] = root
         self._root = root
 
-    def _put_hole_directory(self, root: ShadowPage, slot: int) -> None:
-        if self._hole_directory and root.level == 3 and slot == 3:
-            self._ram.write64(root.frame + 8 * slot, self._hole_directory | P)
+    def show(self, view: View) -> None:
+        """From now on the CPU runs on this view of the address space."""
+        if view is not self.view:
+            self.view = view
+            self._choose_root()
+            self.stale = True
+
+    def _put_hole_directory(self, page: ShadowPage, slot: int) -> None:
+        """Where the guest has no table of its own on the way to the hole there is one of the VMM's."""
+        if page.hole and page.level > 2:
+            if slot == _LAST:
+                self._ram.write64(page.frame + 8 * slot, self._long_hole(page.view)[4 - page.level] | P | _ALL | A)
+        elif self._hole_directory and page.level == 3 and slot == 3 and not self.long_mode:
+            self._ram.write64(page.frame + 8 * slot, self._hole_directory | P)
 
     def invlpg(self, address: int) -> None:
         """INVLPG: under ``lazy`` the page's translation is dropped; a traced shadow is in step anyway."""
         if self.scheme != "lazy" or not self.mmu.paging:
             return
-        page = self._root
+        for root in list(self._roots.values()):
+            if self._is_current(root):
+                self._drop_translation(root, address)
+
+    def _is_current(self, page: ShadowPage) -> bool:
+        """Whether this is the root of the address space that the guest is in, in whichever view."""
+        return page is self._root or (page.level == 4 and self.long_mode and page.gfn == self._root.gfn)
+
+    def _drop_translation(self, page: ShadowPage, address: int) -> None:
         while page.level > 1:
             index = self._index(page, address)
             child = page.children.get(index)
@@ -268,7 +314,7 @@ class ShadowPager:
         index = self._index(page, address)
         old = self._ram.read64(page.frame + 8 * index)
         kernel_write = write and not user and not walk.writable     # CR0.WP = 0 lets the kernel
-        entry = self._leaf(gpa, writable=walk.writable, user=walk.user, no_execute=walk.no_execute,
+        entry = self._leaf(gpa, page.view, writable=walk.writable, user=walk.user, no_execute=walk.no_execute,
                            dirty=bool(walk.steps[-1].entry & DIRTY), kernel_write=kernel_write)
         dirty = bool(old & P and old & _CLEAN and write)
         self._counts["shadow.fault.dirty" if dirty else "shadow.fault.hidden"] += 1
@@ -281,8 +327,10 @@ class ShadowPager:
     def _index(page: ShadowPage, address: int) -> int:
         return address >> (9 * page.level + 3) & 511
 
-    def _leaf(self, gpa: int, *, writable: bool, user: bool, no_execute: bool, dirty: bool, kernel_write: bool = False) -> int:
-        """A 4 KiB shadow entry."""
+    def _leaf(self, gpa: int, view: View, *, writable: bool, user: bool, no_execute: bool, dirty: bool, kernel_write: bool = False) -> int:
+        """A 4 KiB shadow entry; 0 for a page that is not in this view."""
+        if view is View.USER and not user:
+            return 0
         if self._memory.inside(gpa):
             entry = (self._memory.base + gpa) & _FRAME | P | A | DIRTY
             traced = gpa >> 12 in self._by_gfn or gpa >> 12 in self.guarded
@@ -293,10 +341,10 @@ class ShadowPager:
                 self.on_foreign(gpa & ~(PAGE - 1))
         if kernel_write:
             # Writable for the kernel means not for users: their next access takes this back (Linux: kvm/mmu, "emulating cr0.wp").
-            return entry | (0 if traced else RW) | (NX if no_execute else 0)
+            return entry | (0 if traced else RW) | (US if view is View.KERNEL else 0) | (NX if no_execute else 0)
         if writable and not traced:
             entry |= RW if dirty else _CLEAN
-        return entry | (US if user else 0) | (NX if no_execute else 0)
+        return entry | (US if user or view is View.KERNEL else 0) | (NX if no_execute else 0)
 
     def _descend(self, address: int, walk: Walk) -> ShadowPage:
         """The shadow page at level 1 for this walk, made and linked as far as it is missing."""
@@ -320,9 +368,13 @@ class ShadowPager:
                 span = (1 << (9 * level + 12)) - 1
                 gfn = (walk.frame | address & ((1 << walk.shift) - 1)) & ~span
                 gfn >>= 12
-            hole = self._space is not None and level == 2 and address >> 30 == 3
-            page = self._link(page, self._index(page, address), (gfn, level, quadrant, access, table is None, hole))
+            hole = level > 1 and self._leads_to_hole(address, 9 * level + 12)
+            page = self._link(page, self._index(page, address), (gfn, level, quadrant, access, table is None, hole, self._root.view))
         return page
+
+    def _leads_to_hole(self, address: int, shift: int) -> bool:
+        """Whether the table that maps ``1 << shift`` bytes at ``address`` is on the way to the hole."""
+        return self._space is not None and ((address ^ self._space.base) & 0xFFFFFFFFFFFF) >> shift == 0
 
     def _link(self, page: ShadowPage, index: int, key: Key) -> ShadowPage:
         child = page.children.get(index)
@@ -337,6 +389,8 @@ class ShadowPager:
         child.parents[at] = page
         self._ram.write64(at, child.frame | P if page.level == 3 and not self.long_mode else child.frame | P | _ALL | A)
         self._counts["vmm.shadow_update"] += 1
+        if page.gfn in self.explained and not page.direct:
+            self.on_derived(page.gfn, *self._guest_bytes(page, index))
         if page is self._root and page.level == 3:
             self.stale = True   # PDPTEs are registers: CR3 must be loaded again
         return child
@@ -348,8 +402,10 @@ class ShadowPager:
             return page
         page = self._pages[key] = ShadowPage(key, self._allocate())
         self._counts["shadow.page.made"] += 1
-        if page.hole:
-            self._copy_hole(page.frame)
+        if page.hole and page.level == 2:
+            self._copy_hole(page.frame, page.view)
+        elif page.hole:
+            self._put_hole_directory(page, _LAST)
         if self.tracing and not page.direct:
             pages = self._by_gfn.setdefault(page.gfn, [])
             pages.append(page)
@@ -406,6 +462,8 @@ class ShadowPager:
             return
         self._ram.write64(at, entry)
         self._counts["vmm.shadow_update"] += 1
+        if entry and page.gfn in self.explained and not page.direct:
+            self.on_derived(page.gfn, *self._guest_bytes(page, index))
         # Any change but more rights to the same frame must reach the CPU's TLB.
         if old & P and (not entry & P or (old ^ entry) & _FRAME or old & ~entry & (RW | US) or entry & ~old & NX):
             self.stale = True
@@ -455,20 +513,40 @@ class ShadowPager:
             if not pages:
                 del self._by_gfn[page.gfn]
 
-    def _forget_root(self, cr3: int) -> None:
-        root = self._roots.pop(cr3)
+    def _forget_root(self, key: tuple[int, View]) -> None:
+        root = self._roots.pop(key)
         if not root.parents:
             self._free_page(root)
 
     def _make_room(self, keep: ShadowPage | None) -> bool:
         """Recycle: address spaces not used for longest go first. False when that was not enough."""
-        for cr3 in [cr3 for cr3, root in self._roots.items() if root is not keep]:
-            self._forget_root(cr3)
+        for key in [key for key, root in self._roots.items() if root is not keep]:
+            self._forget_root(key)
             if len(self._free) >= _RESERVE:
                 return True
         return False
 
     # ---- tracing
+    def traces(self, gfn: int) -> bool:
+        """Whether stores to this frame fault because it holds one of the guest's tables."""
+        return gfn in self._by_gfn
+
+    def derived(self, gfn: int) -> list[tuple[int, int]]:
+        """The bytes (first, end) of the guest's table in this frame that shadow entries were made from."""
+        found = []
+        for page in self._by_gfn.get(gfn, ()):
+            indices = list(page.children) if page.level > 1 else [
+                index for index, entry in enumerate(_TABLE.unpack_from(self._ram.bytes, page.frame)) if entry]
+            found += [self._guest_bytes(page, index) for index in indices]
+        return found
+
+    def _guest_bytes(self, page: ShadowPage, index: int) -> tuple[int, int]:
+        """The bytes of the guest's entry that this shadow entry stands for: 32-bit tables have 1024, halved or quartered here."""
+        if self._mode[2] & CR4_PAE:
+            return 8 * index, 8 * index + 8
+        entry = page.quadrant * 512 + index if page.level == 1 else page.quadrant * 256 + index // 2
+        return 4 * entry, 4 * entry + 4
+
     def _is_traced(self, gfn: int) -> bool:
         """Whether the current address space uses a table in this frame; one that only others used is given up."""
         pages = self._by_gfn[gfn]
@@ -480,16 +558,16 @@ class ShadowPager:
         return False
 
     def _in_use(self, page: ShadowPage) -> bool:
-        return page is self._root or any(self._in_use(parent) for parent in page.parents.values())
+        return self._is_current(page) or any(self._in_use(parent) for parent in page.parents.values())
 
     def _give_up(self, page: ShadowPage) -> None:
         if page.key not in self._pages:
             return
         for at, parent in list(page.parents.items()):
             self._unlink(parent, (at - parent.frame) // 8)
-        for cr3, root in list(self._roots.items()):
+        for key, root in list(self._roots.items()):
             if root is page:
-                self._forget_root(cr3)
+                self._forget_root(key)
 
     def wrote(self, gpa: int, size: int) -> None:
         """The VMM or a device stored into guest memory: bring entries derived from it into step."""
@@ -538,6 +616,6 @@ class ShadowPager:
         new = 0
         if usable:
             access = page.access & (entry | NX) | entry & NX
-            new = self._leaf(frame, writable=bool(access & RW), user=bool(access & US), no_execute=bool(access & NX),
+            new = self._leaf(frame, page.view, writable=bool(access & RW), user=bool(access & US), no_execute=bool(access & NX),
                              dirty=bool(entry & DIRTY))
         self._set_leaf(page, index, new)

@@ -41,6 +41,14 @@ class StaticSpace:
         """The CPU's linear space has 32 or 64 bits from now on."""
         self.base = hole_address(HOLE, bits)
 
+    def show(self, linear: int, frame: int) -> None:
+        """Show the page at hpa ``frame`` at ``linear`` (in the hole) too, writable."""
+        self.ram.write64(HOLE_TABLES + 8 * ((linear & HOLE_SIZE - 1) // PAGE), frame | P | RW)
+
+    def hide(self, linear: int) -> None:
+        """Take the page at ``linear`` away from the CPU."""
+        self.ram.write64(HOLE_TABLES + 8 * ((linear & HOLE_SIZE - 1) // PAGE), 0)
+
     def map_hole(self, linear: int, size: int, *, writable: bool = False, user: bool = False) -> int:
         """Show VMM pages to the CPU at ``linear`` (in the hole); returns their hpa.
 

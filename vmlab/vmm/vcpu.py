@@ -69,7 +69,10 @@ class VirtualCpu:
     def set_cpl(self, cpl: int) -> None:
         self.cpu.set_cpl(KERNEL_RING if cpl == 0 else cpl)
 
-    long_mode = False
+    @property
+    def long_mode(self) -> bool:
+        """Whether the guest is in long mode: see :class:`~vmlab.vmm.long_mode.LongModeCpu`."""
+        return False
 
     @property
     def bits(self) -> int:
@@ -212,7 +215,7 @@ class VirtualCpu:
         for index in range(size // 8):
             with contextlib.suppress(PageFault):    # LGDT does not look; a segment load that needs the page will
                 made += self.shadow_descriptor(index)
-        self.cpu.set_table("gdt", Segment(0, SHADOW_GDT, (size // 8) * 8 - 1 if size >= 8 else 0, 0))
+        self.cpu.set_table("gdt", Segment(0, self.space.base, (size // 8) * 8 - 1 if size >= 8 else 0, 0))
         self.cpu.engine.flush_tlb()
         return made
 

@@ -25,7 +25,7 @@ function price() {
     let sum = 0;
     const made = [];
     for (const group of lane.groups) {
-      const counts = Object.entries(group.events).filter(([kind]) => Object.hasOwn(data.rules, kind));
+      const counts = pricedCounts(data, group.events);
       if (model.refusal(counts, lane.platform)) return null;
       sum += model.nominal(counts);
       made.push(sum);
@@ -39,7 +39,8 @@ const slug = (lane) => lane.technique + (lane.label ? ":" + lane.label.replace(/
 // ---- drawing
 function drawCode() {
   byId("code").replaceChildren(...data.groups.map((group, i) => {
-    const line = html("li", {title: group.symbol}, html("span", {class: "at"}, group.address.padStart(10) + " "), group.code);
+    const line = html("li", {title: group.symbol}, html("span", {class: "at"}, group.address.padStart(10) + " "), group.code,
+      ...(group.count > 1 ? [html("span", {class: "at"}, " " + group.symbol)] : []));
     line.addEventListener("click", () => go(i));
     return line;
   }));
@@ -47,10 +48,28 @@ function drawCode() {
 
 const PLACES = {guest: "", cache: "in the translation cache: ", monitor: "the monitor's code: "};
 
+// The instructions of a folded stretch, a loop's once with how often it went round.
+function listing(path) {
+  return html("ol", {class: "listing"}, ...path.flatMap((part) => {
+    if (Array.isArray(part)) return data.codes.slice(part[0], part[0] + part[1]).map(([where, address, code]) =>
+      html("li", {}, html("span", {class: "at"}, address.padStart(10) + " "), html("span", {class: "place"}, PLACES[where]), code));
+    return [html("li", {class: "loop"}, html("span", {class: "at"}, part.times.toLocaleString("en-US") + " times"), listing(part.of))];
+  }));
+}
+
+// A fold that is filled when it is opened first.
+function fold(words, path) {
+  const made = html("details", {class: "quiet"}, html("summary", {}, words));
+  made.addEventListener("toggle", () => { if (made.open && made.children.length === 1) made.append(listing(path)); });
+  return made;
+}
+
+const quiet = (line) => `${line.skipped.toLocaleString("en-US")} instructions, ${line.did.join("; ") || "no event"}`;
+
 function ran(group) {
   if (!group.lines.length) return [html("li", {class: "none"}, "nothing here: this kernel or its interrupt took another way")];
   return group.lines.map((line) => {
-    if (line.skipped) return html("li", {class: "none"}, "… " + line.skipped + " more");
+    if (line.skipped) return html("li", {class: "none"}, fold(quiet(line), line.path));
     const made = html("li", {}, html("span", {class: "place"}, PLACES[line.where]), line.code);
     if (line.kind) made.append(html("span", {class: "event"}, line.kind + ": " + (line.did.join("; ") || line.kind)));
     return made;
@@ -88,7 +107,7 @@ function drawLanes() {
 
 function sentence() {
   const group = data.groups[state.step], lane = lanes[state.lane];
-  const head = `Step ${state.step + 1} of ${last + 1}: the guest's ${group.code}. `;
+  const head = `Step ${state.step + 1} of ${last + 1}: the guest's ${group.code}${group.count > 1 && group.symbol ? " in " + group.symbol : ""}. `;
   if (lane.reason) return head + lane.name + " is not shown.";
   const here = lane.groups[state.step], [cpl, real, virtual, waits] = here.after;
   const events = here.lines.filter((line) => line.kind).map((line) => line.kind);

@@ -49,12 +49,12 @@ class Emitter:
     def begin(self, guest: int) -> None:
         """The next bytes belong to the guest's instruction at ``guest``; the state is exactly the guest's."""
         self.state = State(guest, shadow=self.check_next)
-        self._guest, self._piece_at = guest, self.here
+        self._guest, self._piece_at, self._first_site = guest, self.here, len(self.unit.sites)
         self.t.watcher(guest, self.here)
 
     def piece(self, instruction: Instruction | None, kind: Kind) -> None:
         """The guest instruction begun last is translated."""
-        self.unit.pieces.append(Piece(self._guest, instruction, kind, self._piece_at, self.here))
+        self.unit.pieces.append(Piece(self._guest, instruction, kind, self._piece_at, self.here, self._first_site))
 
     # ---- machine instructions
     def emit(self, data: bytes, tag: Tag | None = None, *marks: str) -> int:
@@ -167,7 +167,7 @@ class Emitter:
             self.restore(RCX)
             self._leave(self.site("indirect", None))
             return
-        self.emit(self.forms.low_half_of_target())
+        self.emit(self.forms.load_half(TARGET))
         self.emit(self.forms.jump_by_table(), None, "lookup")
 
     # ---- the end

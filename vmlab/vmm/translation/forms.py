@@ -11,7 +11,7 @@ import struct
 
 from vmlab.machine.state import RCX
 from vmlab.vmm.space import hole_address
-from vmlab.vmm.translation.layout import GATE, SITE, TABLE, TARGET
+from vmlab.vmm.translation.layout import GATE, SITE, TABLE
 
 #: ``mov dword [SITE], number; jmp GATE``: how a unit leaves. The first instruction has 11 bytes.
 LEAVE_SIZE, LEAVE_JUMP = 16, 11
@@ -94,9 +94,13 @@ class Forms:
         """``movzx ecx, byte [ecx + table]``."""
         return (b"" if self._wide else _SS) + b"\x0f\xb6\x89" + struct.pack("<I", table)
 
-    def low_half_of_target(self) -> bytes:
-        """``movzx ecx, word [TARGET]``."""
-        return self._at(b"\x0f\xb7", RCX, TARGET)
+    def load_half(self, address: int) -> bytes:
+        """``movzx ecx, word [address]``."""
+        return self._at(b"\x0f\xb7", RCX, address)
+
+    def load_byte(self, address: int) -> bytes:
+        """``movzx ecx, byte [address]``."""
+        return self._at(b"\x0f\xb6", RCX, address)
 
     def jump_by_table(self) -> bytes:
         """``jmp [TABLE + word*ecx]``."""

@@ -16,6 +16,7 @@ TARGET = VIRTUAL_FLAGS + 8          # where an indirect jump or return wants to 
 NEW_FLAGS = VIRTUAL_FLAGS + 16      # virtual flags that an IRET is about to set
 NEW_STACK = VIRTUAL_FLAGS + 24      # and the stack pointer (64-bit mode, where every IRET loads it)
 SAVED = VIRTUAL_FLAGS + 32          # registers that a template has put away, by number (0-7)
+SIMULATED = SAVED + 8 * 8            # a simulated store's offset from its window's page
 
 # ---- the read-only page
 PENDING = HOLE + 0x12000            # not zero: an interrupt waits for the virtual IF
@@ -27,8 +28,14 @@ FLAGS_REFUSED = PENDING + 0x100
 FLAGS_VIRTUAL = PENDING + 0x200
 #: By bits 16–23 of a flags image: 0 where IRET may set it without the VMM (none but AC and ID).
 FLAGS_UPPER = PENDING + 0x300
+#: By bits 8–15 of an offset: 0 where it is less than a page.
+BEYOND_PAGE = PENDING + 0x400
 
 GATE = HOLE + 0x13000               # the door to the VMM
+#: Windows on watched pages of the guest's, and a chart beside each (read-only; the first forbids every store).
+WINDOWS, CHARTS, WINDOW_COUNT = HOLE + 0x20000, HOLE + 0x30000, 16
+#: What a simulated store is bound to before it has a window: page, chart, window.
+NO_WINDOW = (0, CHARTS, WINDOWS)
 #: 65,536 cache addresses, by the low 16 bits of a guest address: no flag is touched in getting them (MOVZX).
 TABLE, TABLE_ENTRIES = HOLE + 0x40000, 1 << 16
 CACHE, CACHE_LIMIT = HOLE + 0x100000, 1 << 20

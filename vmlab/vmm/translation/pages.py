@@ -10,6 +10,8 @@ changes address space, or flushes a page, the pages of translated code are looke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vmlab.ledger import Counts
 from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import PageFault
@@ -29,6 +31,8 @@ class CodePages:
         self._by_frame: dict[int, dict[int, Unit]] = {}    # guest frame -> address in the cache -> unit
         self._frames: dict[int, int] = {}                  # linear page -> guest frame, while it has units
         self._by_page: dict[int, dict[int, Unit]] = {}
+        #: Told of bytes that have just been translated: (frame, first byte, end).
+        self.on_units: Callable[[int, int, int], None] = lambda frame, first, end: None
         translator.on_unit, translator.on_drop = self._made, self._dropped
         told = self._mmu.memory.on_write
 
@@ -52,8 +56,19 @@ class CodePages:
             self._by_page.setdefault(page, {})[unit.start] = unit
             units = self._by_frame.setdefault(frame, {})
             units[unit.start] = unit
+            self.on_units(frame, *self._bytes_in(unit, page))
             if frame not in self._pager.guarded:
                 self._pager.guard(frame)
+
+    @staticmethod
+    def _bytes_in(unit: Unit, page: int) -> tuple[int, int]:
+        """The bytes (first, end) of this page that the unit was made of."""
+        return max(unit.guest, page) - page, min(unit.guest_end, page + PAGE) - page
+
+    def code_in(self, frame: int) -> list[tuple[int, int]]:
+        """The bytes (first, end) of this frame that were translated."""
+        return [self._bytes_in(unit, page) for unit in self._by_frame.get(frame, {}).values()
+                for page in self._pages(unit) if self._frames.get(page) == frame]
 
     def _dropped(self, unit: Unit) -> None:
         for page in self._pages(unit):
@@ -79,8 +94,7 @@ class CodePages:
     def _overlaps(self, unit: Unit, frame: int, start: int, end: int) -> bool:
         for page in self._pages(unit):
             if self._frames.get(page) == frame:
-                base = (frame << 12) - page
-                first, last = max(unit.guest, page) + base, min(unit.guest_end, page + PAGE) + base
+                first, last = ((frame << 12) + byte for byte in self._bytes_in(unit, page))
                 if start < last and first < end:
                     return True
         return False

@@ -15,6 +15,7 @@ from vmlab.machine.state import RAX, RCX, RSP
 from vmlab.vmm.operands import CONTROL, REGISTERS
 from vmlab.vmm.translation.emitter import Emitter
 from vmlab.vmm.translation.layout import (
+    BEYOND_PAGE,
     FLAGS_REFUSED,
     FLAGS_UPPER,
     FLAGS_VIRTUAL,
@@ -170,8 +171,8 @@ def template(instruction: Instruction) -> Template | None:
 
 
 def flag_tables(iopl: int) -> dict[int, bytes]:
-    """The three tables that POPF and IRET look flags up in, by address, for the current IOPL."""
+    """The tables that POPF and IRET look flags up in, by address, for the current IOPL, and that of simulated stores."""
     refused = bytes(int(b & 0x41 != 0 or b >> 4 & 3 != iopl) for b in range(256))          # NT, TF; IOPL
     virtual = bytes(b & 2 | iopl << 4 for b in range(256))
     upper = bytes(int(b & ~0x24 != 0) for b in range(256))                                   # any but AC and ID
-    return {FLAGS_REFUSED: refused, FLAGS_VIRTUAL: virtual, FLAGS_UPPER: upper}
+    return {FLAGS_REFUSED: refused, FLAGS_VIRTUAL: virtual, FLAGS_UPPER: upper, BEYOND_PAGE: bytes(int(b >= 16) for b in range(256))}

@@ -14,6 +14,7 @@ from vmlab.errors import GuestRefused
 from vmlab.ledger import Counts
 from vmlab.machine.counter import Tag, Tags
 from vmlab.machine.decode import Instruction, decode
+from vmlab.machine.delivery import Fault
 from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import RCX
@@ -25,6 +26,7 @@ from vmlab.vmm.translation.emitter import Emitter, entry_code, entry_size
 from vmlab.vmm.translation.forms import LEAVE_JUMP, LEAVE_SIZE, LONG, NARROW
 from vmlab.vmm.translation.layout import CACHE_LIMIT, GATE, MISS, PENDING, TARGET, VIRTUAL_FLAGS, saved
 from vmlab.vmm.translation.sensitive import Template, flag_tables, template
+from vmlab.vmm.translation.simulate import simulable, simulate
 from vmlab.vmm.translation.units import Kind, Mode, Site, State, Unit
 
 UNIT_LIMIT = 12
@@ -45,7 +47,8 @@ class Options:
     emulation: str = "in-cache"     # sensitive instructions: in-cache | callout
     lookup: str = "in-cache"        # indirect targets: in-cache | callout
     chaining: str = "on"            # exits patched to lead to their targets: on | off
-    adaptation: str = "on"          # instructions that keep faulting on watched memory become callouts: on | off
+    adaptation: str = "simulate"    # accesses that keep faulting on watched memory: simulate | callout | off
+    guilty_after: int = 8           # faults until then
     cache_size: int = CACHE_LIMIT   # bytes
     unit_limit: int = UNIT_LIMIT    # guest instructions
 
@@ -63,7 +66,7 @@ class Translator:
         self.cache = Cache(space, options.cache_size, on_patch)
         self.mode, self.forms = Mode(), NARROW
         self.units: dict[int, Unit] = {}
-        #: Guest instructions that kept faulting on memory which the VMM watches: the VMM carries them out, without a trap.
+        #: Guest instructions that kept faulting on memory which the VMM watches (:mod:`vmlab.vmm.translation.adapt`).
         self.guilty: set[int] = set()
         #: cache address of a machine instruction → the guest's state before it
         self.states: dict[int, State] = {}
@@ -79,6 +82,8 @@ class Translator:
         #: Told of units made and thrown away (the keeper of code pages).
         self.on_unit: Callable[[Unit], None] = lambda unit: None
         self.on_drop: Callable[[Unit], None] = lambda unit: None
+        #: Told of sites that are no more (the keeper of windows).
+        self.on_site_gone: Callable[[Site], None] = lambda site: None
         self._begin_generation()
 
     def _begin_generation(self) -> None:
@@ -153,6 +158,8 @@ class Translator:
             unit.alive = False
             self.listener(why, unit, None)
             self.on_drop(unit)
+            for site in unit.sites:
+                self.on_site_gone(site)
         self.units.clear()
         self.emptied_at = self.runs_by_code()
         self.cache.clear()
@@ -165,16 +172,6 @@ class Translator:
         self.drop(unit)
         self.listener("invalidated", unit, None)
         self.on_drop(unit)
-
-    def adapt(self, guest: int) -> None:
-        """This instruction is guilty (Adams & Agesen §4): translate what holds it anew, with a callout in its place."""
-        self.guilty.add(guest)
-        self.counts["bt.adapt"] += 1
-        for unit in [u for u in self.units.values() if any(piece.guest == guest for piece in u.pieces)]:
-            del self.units[unit.guest]
-            self.drop(unit)
-            self.listener("adapted", unit, None)
-            self.on_drop(unit)
 
     def drop(self, unit: Unit) -> None:
         """Take the unit out of all tables, and its place in the chains."""
@@ -189,10 +186,15 @@ class Translator:
             if site.form == "inline":
                 self.states[site.stub] = self.states[at] = self.states[at + LEAVE_JUMP] = State(site.guest)
         for site in unit.sites:
-            if site.target is not None:
-                site.target.incoming.discard(site)
-                site.target = None
-            self.sites.pop(site.number, None)
+            self.detach(site)
+
+    def detach(self, site: Site) -> None:
+        """This site's code runs no more."""
+        if site.target is not None:
+            site.target.incoming.discard(site)
+            site.target = None
+        self.sites.pop(site.number, None)
+        self.on_site_gone(site)
 
     def set_mode(self, mode: Mode) -> None:
         """What templates have built in."""
@@ -233,7 +235,7 @@ class Translator:
             unit.entry, unit.start = start, start + entry_size(self.forms, guest)
         try:
             self._fill(unit, fetch, self.options.unit_limit)
-        except (PageFault, GuestRefused):
+        except (PageFault, GuestRefused, Fault):
             self.cache.take_back(bottom)
             raise
         if indirect:
@@ -267,7 +269,7 @@ class Translator:
         mask, bits = self.forms.mask, self.forms.bits
         at = unit.guest
         while True:
-            ins, fault = _decode_at(fetch, at, bits)
+            ins, fault = read_instruction(fetch, at, bits)
             if fault is not None:
                 if not em.count:
                     self._take_back(unit)
@@ -322,11 +324,13 @@ class Translator:
             em.piece(ins, Kind.CONTROL)
             return True
         elif at in self.guilty:
-            site = em.callout("adapted", at, ins)
+            in_cache = self.options.adaptation == "simulate" and self.forms.bits == 32 and simulable(ins)
+            site = simulate(em, at, ins) if in_cache else em.callout("adapted", at, ins)
             em.piece(ins, Kind.SIMULATE)
             site.after = em.here
-            em.check_next = False
-            return False
+            if not in_cache:
+                em.check_next = False
+                return False
         elif self.forms.bits == 64 and relative.is_relative(ins):
             relative.copy(em, ins, following, Tag(ins, "incache"))
             em.piece(ins, Kind.RELOCATED)
@@ -352,12 +356,12 @@ class Translator:
 
     def _shadow_can_follow(self, following: int, fetch: Fetch) -> bool:
         """STI's shadow covers one instruction; in the cache only if that one is known and is no STI."""
-        after, _ = _decode_at(fetch, following, self.forms.bits)
+        after, _ = read_instruction(fetch, following, self.forms.bits)
         return after is not None and after.op != "sti"
 
 
-def _decode_at(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, PageFault | GuestRefused | None]:
-    """(instruction, None), (None, None) for bytes that are none, (None, what fetching raised).
+def read_instruction(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, PageFault | GuestRefused | Fault | None]:
+    """What lies at ``at``: (instruction, None), (None, None) for bytes that are none, (None, what fetching raised).
 
     The next page is looked at only by an instruction that reaches into it, as the CPU would.
     """
@@ -367,9 +371,9 @@ def _decode_at(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, Pa
         found = decode(raw, bits)
         if found is None and inside < 15:
             found = decode(raw + fetch((at + inside) & (1 << bits) - 1, 15 - inside), bits)
-    except (PageFault, GuestRefused) as fault:
+    except (PageFault, GuestRefused, Fault) as fault:
         return None, fault
     return found, None
 
 
-__all__ = ["Options", "Translator"]
+__all__ = ["Options", "Translator", "read_instruction"]

@@ -34,7 +34,8 @@ class Kind(enum.Enum):
     IN_CACHE = "in-cache"      # other code, which works on the virtual CPU without leaving the cache
     CALLOUT = "callout"        # the VMM carries it out
     CONTROL = "control flow"   # jumps, calls and returns
-    SIMULATE = "simulated"     # adapted: a copy that kept faulting was replaced
+    SIMULATE = "simulated"     # adapted: the access is carried out in the cache, or by the VMM without a trap
+    FORWARD = "forwarding"     # a jump to where the access was translated anew
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Piece:
     kind: Kind
     start: int
     end: int
+    first_site: int = 0               # its sites, and those of the pieces behind it, begin here in the unit's
 
 
 @dataclass(eq=False)
@@ -72,7 +74,8 @@ class Site:
     """A place where a unit leaves the cache.
 
     ``form`` of an exit: how its target is patched in. "jump" and "jcc" end in a rel32 at ``patch`` that first leads to
-    ``stub``; "inline" has its stub at the unit's end, where the next unit may take its place; "" for callouts.
+    ``stub``; "inline" has its stub at the unit's end, where the next unit may take its place; "forward" is a jump in place of an
+    access that was adapted; "" for callouts.
     """
 
     number: int
@@ -87,6 +90,8 @@ class Site:
     target: Unit | None = None        # the unit that it is chained to
     after: int = 0                    # callouts: cache address of the next piece, if the unit goes on
     calls: int = 0
+    #: Simulated stores: addresses of the three operands that say which window it goes through.
+    binding: tuple[int, int, int] | tuple[()] = ()
 
     @property
     def is_exit(self) -> bool:

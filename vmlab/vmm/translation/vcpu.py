@@ -7,9 +7,10 @@ from vmlab.machine.cpu import IF, IOPL, Cpu, Segment
 from vmlab.machine.memory import PAGE
 from vmlab.machine.state import CS, SS
 from vmlab.vmm.guest_tables import GuestMmu
+from vmlab.vmm.long_mode import LongModeCpu, uncompressed
 from vmlab.vmm.space import StaticSpace
-from vmlab.vmm.translation.layout import VIRTUAL_CR, VIRTUAL_FLAGS
-from vmlab.vmm.vcpu import KERNEL_RING, VirtualCpu
+from vmlab.vmm.translation.layout import NEGATIVE_STACK, VIRTUAL_CR, VIRTUAL_FLAGS
+from vmlab.vmm.vcpu import KERNEL_RING
 
 #: CS while the cache runs: flat, ring 1; its selector is never shown to anybody.
 CACHE_CS = Segment(0xFFF8 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9B00 | KERNEL_RING << 13)
@@ -17,7 +18,7 @@ _FLAT_KERNEL_CS = Segment(0x08, 0, 0xFFFFFFFF, 0x00CF9B00)
 _BIG = 1 << 22
 
 
-class TranslatedCpu(VirtualCpu):
+class TranslatedCpu(LongModeCpu):
     """IF, IOPL and copies of the control registers are in the VMM's pages; RIP is the guest's, not the cache's."""
 
     def __init__(self, cpu: Cpu, space: StaticSpace, mmu: GuestMmu) -> None:
@@ -30,6 +31,12 @@ class TranslatedCpu(VirtualCpu):
         """Put the guest's control registers where translated code reads them."""
         for number in (0, 2, 3, 4):
             self.space.ram.write64(self.space.hole_frame(VIRTUAL_CR + 8 * number), self.cr(number))
+        if self.long_mode:
+            self.space.ram.write32(self.space.hole_frame(NEGATIVE_STACK), -self.selector(SS) & 0xFFFFFFFF)
+
+    def start_long_mode(self) -> None:
+        """As :meth:`enter_long_mode`, with the segments that the guest's kernel has."""
+        self.enter_long_mode(self.kernel_cs, uncompressed(self.cpu.segment(SS)))
 
     @property
     def flags(self) -> int:
@@ -46,28 +53,36 @@ class TranslatedCpu(VirtualCpu):
 
     @rip.setter
     def rip(self, value: int) -> None:
-        self._rip = value & 0xFFFFFFFF
+        self._rip = value & self._limit
+
+    @property
+    def _limit(self) -> int:
+        return 0xFFFFFFFFFFFFFFFF if self.long_mode else 0xFFFFFFFF
 
     def fetch(self, address: int, size: int) -> bytes:
         """Guest code; raises the PageFault that fetching it at CPL 0 would, and GuestRefused in the VMM's own pages."""
         self._refuse_hole(address, size, "fetched from")
+        self._check(address, size)
         code = b""
         while len(code) < size:
-            at = (address + len(code)) & 0xFFFFFFFF
+            at = (address + len(code)) & self._limit
             n = min(size - len(code), PAGE - at % PAGE)
             code += self.mmu.memory.read(self.mmu.translate(at, fetch=True), n)
         return code
 
     def selector(self, number: int) -> int:
-        if number == CS and self.cpl == 0:
+        if number == CS and self.cpl == 0 and not self.long_mode:
             return self.kernel_cs.selector
         return super().selector(number)
 
     def segment(self, number: int) -> Segment:
-        return self.kernel_cs if number == CS and self.cpl == 0 else super().segment(number)
+        return self.kernel_cs if number == CS and self.cpl == 0 and not self.long_mode else super().segment(number)
 
     def set_segment(self, number: int, value: Segment) -> None:
         """As the guest says; raises :class:`UnsupportedByStrategy` for kernels whose code or stack is not flat 32-bit."""
+        if self.long_mode:
+            super().set_segment(number, value)
+            return
         kernel = value.selector & 3 == 0
         if number in (CS, SS) and kernel and (value.base or not value.flags & _BIG):
             raise UnsupportedByStrategy(f"the translator carries flat 32-bit kernels only; this guest's {'CS' if number == CS else 'SS'} "
