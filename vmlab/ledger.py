@@ -118,6 +118,7 @@ def _kinds() -> Iterator[EventKind]:
     yield machine("translated.sensitive", "system instructions of the guest run as identical copies in the cache", "instruction")
     yield machine("translated.unit", "translation units executed", "unit")
     yield machine("translated.lookup", "targets looked up inside the cache")
+    yield machine("translated.direct", "switches to direct execution of user code without the monitor")
     yield machine("translated.simulated", "stores to watched memory simulated inside the cache", "instruction")
     for op, words in SYSTEM_INSTRUCTIONS.items():
         yield vmm(f"emulate.{op}", f"{words} emulated by the VMM", "instruction")

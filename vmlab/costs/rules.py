@@ -154,7 +154,7 @@ def _not_priced() -> dict[str, str]:
     share = "says how an instruction was executed; what the CPU retired is priced as machine.*"
     reasons = {f"machine.{op}": why for op, why in _ELSEWHERE.items()}
     reasons |= {f"retired.{name}": share for name in ("user", "kernel", *SYSTEM_INSTRUCTIONS)}
-    reasons |= {f"translated.{name}": share for name in ("ident", "incache", "sensitive", "unit", "lookup", "simulated")}
+    reasons |= {f"translated.{name}": share for name in ("ident", "incache", "sensitive", "unit", "lookup", "simulated", "direct")}
     reasons |= {f"emulated.{name}": "the same instructions by ring; priced as emulate.*" for name in ("user", "kernel")}
     reasons |= {f"reflect.{vector}": "the VMM's work is priced as vmm.inject" for vector in EXCEPTIONS}
     reasons |= {f"iret.{name}": "which ring an IRET went to; priced as machine.iret" for name in ("same", "outer")}

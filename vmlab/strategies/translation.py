@@ -29,9 +29,10 @@ from vmlab.vmm.shadow import View
 from vmlab.vmm.translation import Mode, Options, Site, State, Translator, Unit
 from vmlab.vmm.translation.adapt import acquit, convict
 from vmlab.vmm.translation.forms import LONG, NARROW
-from vmlab.vmm.translation.layout import GATE, PENDING, SITE, TARGET
+from vmlab.vmm.translation.layout import GATE, OLD_FLAGS, PENDING, SITE, TARGET
 from vmlab.vmm.translation.pages import CodePages
 from vmlab.vmm.translation.translator import read_instruction
+from vmlab.vmm.translation.user_return import UserReturns
 from vmlab.vmm.translation.vcpu import CACHE_CS, TranslatedCpu
 from vmlab.vmm.translation.windows import Windows
 from vmlab.vmm.vcpu import KERNEL_RING
@@ -68,13 +69,15 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
                                      watched=self._watched.get, watch=machine.watch)
         self.pages = CodePages(self.pager, self.translator, self.counts)
         self.windows = Windows(self.pager, self.translator.cache, self.pages, self.counts)
-        self.translator.on_site_gone = self.windows.release
+        self.user_returns = UserReturns(self.vcpu, self.translator.cache)
+        self.translator.on_site_gone = self._site_gone
+        self.vcpu.on_gdt = self.user_returns.forget_all
         self.emulator.registers.on_paging = self._paging_changed
         self.emulator.registers.on_invlpg = self._invlpg
         machine.tagger = self.translator.tag_block
         for forms in (NARROW, LONG):
             machine.gate(forms.linear(GATE), self._gate)
-        self._site_at, self._pending_at = (self.space.hole_frame(at) for at in (SITE, PENDING))
+        self._site_at, self._pending_at, self._old_flags_at = (self.space.hole_frame(at) for at in (SITE, PENDING, OLD_FLAGS))
         self._state = State(0)
         self._faults: dict[int, int] = {}      # by kernel instruction: faults on memory that the VMM watches
         self._vain: dict[int, int] = {}        # by guilty instruction: callouts in a row for memory that nobody watches
@@ -112,6 +115,10 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.machine.forget_code(start, end)
         if user:
             cpu.set_cpl(3)
+
+    def _site_gone(self, site: Site) -> None:
+        self.windows.release(site)
+        self.user_returns.forget(site)
 
     def _paging_changed(self, flush: bool) -> None:
         if self.vcpu.long_mode != self._in_long_mode:
@@ -259,6 +266,8 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             self.software_interrupt(site.instruction)
         elif self.emulator.knows(site.instruction.op):
             self.emulate(site.instruction)
+            if site.cause == "iret" and site.binding and site.unit.alive and vcpu.cpl == 3:
+                self.user_returns.learn(site)
         else:
             self.reflect(Fault(6))
         self.resume(site)
@@ -300,8 +309,10 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def _undo(self) -> None:
         """Take back what a template did so far: from here on the physical registers are the guest's."""
         state, cpu = self._state, self.machine.cpu
-        if state.saved or state.esp:
+        if state.template:
             self.counts["bt.undo"] += 1
+            if state.early_flags:
+                self.vcpu.flags = self.machine.ram.read32(self._old_flags_at)
             for register, at in state.saved:
                 cpu.set_gpr(register, self.translator.read_word(at), 8)
             cpu.set_gpr(RSP, cpu.gpr(RSP) + state.esp, self.translator.forms.word)
@@ -382,12 +393,17 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.platform_devices.physical_interrupt()
         if state.shadow:
             self._note_pending()     # the check behind the shadowed instruction finds it
+        elif state.early_flags:
+            self.machine.request_attention(True)    # before the user's first instruction, which comes next
         elif self.inject_pending():
             self.resume()
         self.follow_tables()
 
     def attend(self) -> bool:
-        if self._where().shadow:
+        state = self._where()
+        if state.early_flags:
+            return False
+        if state.shadow:
             self._note_pending()
             self.machine.request_attention(False)
             return False
@@ -416,7 +432,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         state, before = self._where(), cpu.rip
         self._undo()
         found = super().guest_state()
-        if state.saved or state.esp:
+        if state.template:
             self.resume()
         else:
             cpu.rip = before

@@ -16,7 +16,7 @@ from vmlab.vmm.translation.layout import CACHE, FIRST_UNIT, MISS, TABLE, TABLE_E
 from vmlab.vmm.translation.units import Site, Unit
 
 #: The longest unit with its stubs is far below this.
-UNIT_ROOM = 2048
+UNIT_ROOM = 4096
 _STUB, _JUMP = 24, 5
 
 

@@ -88,6 +88,10 @@ class Emitter:
         """ESP holds something else now; what it was before, with all that is to be undone, lies in its slot."""
         self.state = replace(self.state, saved=(*self.state.saved, (RSP, saved(RSP))))
 
+    def flags_changed_early(self) -> None:
+        """The virtual flags are those after the instruction from here on."""
+        self.state = replace(self.state, early_flags=True)
+
     def commit(self, following: int | None) -> None:
         """The guest's instruction is complete: from here on the state is the one after it (None: at the indirect target)."""
         kept = tuple(s for s in self.state.saved if s[0] != RSP)

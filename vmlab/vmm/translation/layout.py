@@ -17,6 +17,7 @@ NEW_FLAGS = VIRTUAL_FLAGS + 16      # virtual flags that an IRET is about to set
 NEW_STACK = VIRTUAL_FLAGS + 24      # and the stack pointer (64-bit mode, where every IRET loads it)
 SAVED = VIRTUAL_FLAGS + 32          # registers that a template has put away, by number (0-7)
 SIMULATED = SAVED + 8 * 8            # a simulated store's offset from its window's page
+OLD_FLAGS = SAVED + 9 * 8            # virtual flags before an IRET to user mode
 
 # ---- the read-only page
 PENDING = HOLE + 0x12000            # not zero: an interrupt waits for the virtual IF

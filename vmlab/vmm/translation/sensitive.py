@@ -1,7 +1,7 @@
 """Templates: sensitive instructions that work on the virtual CPU without leaving the cache.
 
 Each leaves the guest's registers and flags as the guest's instruction would. What a template does not cover
-(operand-size prefixes, a change of IOPL, TF or NT, an IRET to another ring) calls out.
+(operand-size prefixes, a change of IOPL, TF or NT) calls out.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from vmlab.vmm.translation.layout import (
     VIRTUAL_FLAGS,
     saved,
 )
+from vmlab.vmm.translation.user_return import iret_to_user
 
 Template = Callable[[Emitter, int, Instruction], bool]
 
@@ -96,7 +97,7 @@ def _popf(em: Emitter, at: int, ins: Instruction) -> bool:
 
 
 def _iret(em: Emitter, at: int, ins: Instruction) -> bool:
-    """IRET within the kernel: to the code segment it is in, with flags that POPF could set (SDM Vol. 2, IRET).
+    """IRET within the kernel: to the code segment it is in, with flags that POPF could set (SDM Vol. 2, IRET). And to user mode, of 32 bits.
 
     In 64-bit mode the frame always has a stack pointer and segment too; the segment must be the one that is loaded. That one
     is no part of the mode, for an interrupt from user mode makes it null (SDM Vol. 3A §6.14.4).
@@ -104,9 +105,19 @@ def _iret(em: Emitter, at: int, ins: Instruction) -> bool:
     forms, word = em.forms, em.forms.word
     wide = forms.bits == 64
     em.save(RCX)
-    em.emit(forms.stack_half(word))
-    em.emit(forms.subtract(em.mode.selector))
-    em.callout_if_not(b"\xe3", em.site("iret", at, ins))
+    user = None
+    if wide:
+        em.emit(forms.stack_half(word))
+        em.emit(forms.subtract(em.mode.selector))
+        em.callout_if_not(b"\xe3", em.site("iret", at, ins))
+    else:
+        _flags_from(em, at, ins, 2 * word, iret=True)
+        em.emit(forms.store(NEW_FLAGS, RCX))
+        em.emit(forms.stack_half(word))
+        em.emit(forms.subtract(em.mode.selector))
+        em.emit(b"\xe3\x05")
+        em.emit(b"\xe9" + bytes(4))                                     # jmp to what comes behind the look-up
+        user = len(em.code), em.state
     if wide:
         em.emit(forms.stack_half(4 * word))
         em.save(RAX)
@@ -114,8 +125,8 @@ def _iret(em: Emitter, at: int, ins: Instruction) -> bool:
         em.emit(b"\x8d\x0c\x01")                                      # lea ecx, [rcx + rax]
         em.restore(RAX)
         em.callout_if_not(b"\xe3", em.site("iret", at, ins))
-    _flags_from(em, at, ins, 2 * word, iret=True)
-    em.emit(forms.store(NEW_FLAGS, RCX))
+        _flags_from(em, at, ins, 2 * word, iret=True)
+        em.emit(forms.store(NEW_FLAGS, RCX))
     em.emit(forms.load_stack(RCX, 0))
     em.emit(forms.store(TARGET, RCX))
     if wide:
@@ -134,6 +145,10 @@ def _iret(em: Emitter, at: int, ins: Instruction) -> bool:
     em.commit(None)
     em.check_pending()
     em.look_up()
+    if user is not None:
+        behind, em.state = user
+        em.code[behind - 4:behind] = struct.pack("<I", len(em.code) - behind)
+        iret_to_user(em, ins, em.site("iret", at, ins))
     return True
 
 

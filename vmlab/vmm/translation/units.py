@@ -49,12 +49,19 @@ class State:
     :ivar saved: (register, address): guest registers that the template has put away.
     :ivar esp: to be added to ESP.
     :ivar shadow: STI came just before: no interrupt may be taken here (SDM Vol. 2, STI).
+    :ivar early_flags: the virtual flags are those after the instruction; those before it are kept.
     """
 
     rip: int | None
     saved: tuple[tuple[int, int], ...] = ()
     esp: int = 0
     shadow: bool = False
+    early_flags: bool = False
+
+    @property
+    def template(self) -> bool:
+        """Whether something must be undone to have the guest's state."""
+        return bool(self.saved or self.esp or self.early_flags)
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,8 @@ class Site:
     target: Unit | None = None        # the unit that it is chained to
     after: int = 0                    # callouts: cache address of the next piece, if the unit goes on
     calls: int = 0
-    #: Simulated stores: addresses of the three operands that say which window it goes through.
-    binding: tuple[int, int, int] | tuple[()] = ()
+    #: Addresses of operands that the VMM fills in: a simulated store's window, what an IRET to user mode may expect.
+    binding: tuple[int, ...] = ()
 
     @property
     def is_exit(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.machine.cpu import IF, IOPL, Cpu, Segment
 from vmlab.machine.memory import PAGE
@@ -25,6 +27,8 @@ class TranslatedCpu(LongModeCpu):
         self._flags_at = space.hole_frame(VIRTUAL_FLAGS)
         super().__init__(cpu, space, mmu, true_selectors=True)
         self._rip = 0
+        #: Told when the guest has loaded another GDT.
+        self.on_gdt: Callable[[], None] = lambda: None
         self.kernel_cs = _FLAT_KERNEL_CS
 
     def show_control_registers(self) -> None:
@@ -69,6 +73,11 @@ class TranslatedCpu(LongModeCpu):
             n = min(size - len(code), PAGE - at % PAGE)
             code += self.mmu.memory.read(self.mmu.translate(at, fetch=True), n)
         return code
+
+    def load_gdt(self, base: int, limit: int) -> int:
+        made = super().load_gdt(base, limit)
+        self.on_gdt()
+        return made
 
     def selector(self, number: int) -> int:
         if number == CS and self.cpl == 0 and not self.long_mode:
