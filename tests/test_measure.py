@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import errno
 import json
 import os
 import platform
+import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,6 +97,104 @@ def test_a_guest_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvm, "_CHILD", "import time; time.sleep(60)")
     with pytest.raises(CannotMeasure, match="had not ended"):
         kvm.measured("cpuid")
+
+
+def refusal(opens: OSError | None) -> str:
+    """What a guest says where opening the device ends so: an error, or another device's descriptor."""
+    real = os.open
+
+    def fake(path: str, flags: int) -> int:
+        assert path == "/dev/kvm"
+        if opens:
+            raise opens
+        return real(os.devnull, flags)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CannotMeasure) as caught:
+        patch.setattr(os, "open", fake)
+        kvm.Guest(b"\xf4")
+    return str(caught.value)
+
+
+def test_why_there_is_no_kvm_is_said_with_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fcntl")
+    assert "module kvm_intel or kvm_amd is not loaded" in refusal(FileNotFoundError(errno.ENOENT, "no"))
+    assert "group 'kvm'" in refusal(PermissionError(errno.EACCES, "no"))
+    assert "is no KVM device" in refusal(None)  # the null device answers ENOTTY
+    assert "too many files" in refusal(OSError(errno.EMFILE, "too many files"))
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(CannotMeasure, match="is another system"):
+        kvm.Guest(b"\xf4")
+
+
+class FakeKvm:
+    """KVM as far as the guest's few ioctls need it: KVM_RUN leaves exit reasons and, for HLT, ticks where the guest would."""
+
+    def __init__(self, file: Path, version: int = 12, reasons: Sequence[int] = (), ticks: Sequence[tuple[int, int]] = ()) -> None:
+        self.file, self.version, self.reasons, self.ticks = file, version, list(reasons), list(ticks)
+        self.memory = 0
+        self.entry = 0
+        file.write_bytes(bytes(4096))
+
+    def ioctl(self, descriptor: int, request: int, argument: object = 0) -> int:
+        if request == 0xAE00:
+            return self.version
+        if request == 0xAE01:
+            return os.open(os.devnull, os.O_RDWR)
+        if request == 0xAE41:
+            return os.open(self.file, os.O_RDWR)
+        if request == 0xAE04:
+            return 4096
+        if request == 0x4020AE46:
+            assert isinstance(argument, bytes)
+            slot, _flags, start, size, self.memory = struct.unpack("<IIQQQ", argument)
+            assert (slot, start, size) == (0, 0, 1 << 16)
+        if request == 0x4090AE82:
+            assert isinstance(argument, bytes)
+            self.entry = struct.unpack("<18Q", argument)[16]
+        if request == 0xAE80:
+            os.pwrite(descriptor, struct.pack("<I", self.reasons.pop(0)), 8)
+            if self.ticks:
+                ctypes.memmove(self.memory + 0x4000, struct.pack("<II", *self.ticks.pop(0)), 8)
+        return 0
+
+
+class FakeClock:
+    def ratio(self) -> float:
+        return 2.0
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, fake: FakeKvm) -> FakeKvm:
+    fcntl = pytest.importorskip("fcntl")
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, flags: real(os.devnull if path == "/dev/kvm" else path, flags))
+    monkeypatch.setattr(fcntl, "ioctl", fake.ioctl)
+    return fake
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="KVM is Linux's")
+def test_round_trips_by_hand_on_a_kvm_of_our_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """400 rounds take 400 x 1000 ticks more than the empty loop's 800, at two cycles a tick."""
+    fake = faked(monkeypatch, FakeKvm(tmp_path / "vcpu", reasons=[5] * kvm.SAMPLES, ticks=[(400_800, 800)] * kvm.SAMPLES))
+    assert kvm.inside("cpuid", FakeClock()) == Spread(2000, 2000, 2000)  # type: ignore[arg-type]
+    assert fake.entry == 0x1000 and not fake.reasons
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="KVM is Linux's")
+@pytest.mark.parametrize(("fake", "says"), [
+    ({"version": 11}, "speaks version 11"), ({"reasons": [2]}, "took an exception"), ({"reasons": [9]}, "exit reason 9 instead of HLT")])
+def test_a_guest_that_ends_otherwise_is_told(fake: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    faked(monkeypatch, FakeKvm(tmp_path / "vcpu", **fake))
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CannotMeasure, match=says):
+        kvm.inside("cpuid", FakeClock())  # type: ignore[arg-type]
+    assert len(os.listdir("/proc/self/fd")) <= before + 1, "descriptors are given back (the mapping of the vCPU keeps one of its own)"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="KVM is Linux's")
+def test_a_run_that_ends_for_another_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    faked(monkeypatch, FakeKvm(tmp_path / "vcpu", reasons=[17]))
+    with pytest.raises(CannotMeasure, match="exit reason 17 instead of 2"):
+        kvm.outside("io", None, FakeClock())  # type: ignore[arg-type]
 
 
 def test_what_is_no_x86_is_said_and_nothing_is_written(

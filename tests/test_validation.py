@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from vmlab import costs
 from vmlab.costs import Quantity
+from vmlab.costs.paths import PATHS_FILE
+from vmlab.costs.profile import PROFILES
 from vmlab.errors import ConfigError
 from vmlab.experiment.gather import Gatherer
 from vmlab.experiment.lab import Lab
@@ -97,7 +101,7 @@ def test_errors_and_the_null_model_by_hand() -> None:
     assert found["held_out"]["median"] == pytest.approx(math.log10(2) / 2, rel=1e-3)
     # The null model says 20 times for both: the geometric mean of 10 and 40.
     assert found["null_model"]["slowdowns"] == {"hardware-assisted": 20} and found["null_model"]["median"] == pytest.approx(math.log10(2), rel=1e-3)
-    assert found["beats_null_model"]
+    assert found["beats_null_model"] == {"median": True, "worst": False}
 
 
 def test_the_committed_document_has_every_row_and_its_figures_follow_from_its_events() -> None:
@@ -111,6 +115,40 @@ def test_the_committed_document_has_every_row_and_its_figures_follow_from_its_ev
         assert (found["predicted"] is None) == bool(found["not_predicted"])
         if found["predicted"] is not None:
             assert found["ratio"] == pytest.approx(found["predicted"] / row.published, rel=2e-3)
+
+
+def test_the_row_worked_by_hand_is_right_to_the_figures_that_it_shows() -> None:
+    """The page's example, done as a reader does it: figures from the profile's file, events from the JSON, and a multiplication."""
+    page = (DOCS / "validation.md").read_text(encoding="utf-8").partition("## One row by hand\n")[2].partition("\n## ")[0]
+    name = re.match(r"`([\w-]+)`", page)
+    assert name
+    row, = [row for row in committed()["rows"] if row["id"] == name[1]]
+    assert row["held_out"] and row["unit"] == "cycles"
+    figures = yaml.safe_load((PROFILES / f"{row['profile']}.yaml").read_text("utf-8"))["costs"]
+    table = yaml.safe_load(PATHS_FILE.read_text("utf-8"))
+    instruction = sum(share * figures[f"class.{kind}"]["value"] for kind, share in table["mix"].items())
+    total, shown = 0.0, set()
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    for kind, often, sum_, each, cycles in lines[:-1]:
+        by_hand = 0.0
+        for part in sum_.split(" + "):
+            found = re.fullmatch(r"(?:([\d.]+) × )?`([\w.]+)` ([\d,.]+)( instructions)?", part)
+            assert found, part
+            factor, key, value, length = float(found[1] or 1), found[2], float(found[3].replace(",", "")), found[4]
+            family, _, rest = key.partition(".")
+            assert value == (table["paths"][rest] if family == "path" else figures[key])["value"]
+            by_hand += factor * value * (instruction if length else 1)
+        assert float(each.replace(",", "")) == pytest.approx(by_hand, rel=5e-3)
+        assert float(often) == pytest.approx(row["events"][kind], abs=6e-3)
+        assert float(cycles.replace(",", "")) == pytest.approx(row["events"][kind] * by_hand, rel=5e-3, abs=0.5)
+        total += row["events"][kind] * by_hand
+        shown.add(kind)
+    left_out = {kind: n for kind, n in row["events"].items() if kind not in shown}
+    small = Quantity(left_out).value(costs.load(row["profile"]))
+    assert abs(small) < 0.5 * max(1, len(left_out))
+    said = float(lines[-1][-1].split("| ")[-1].replace(",", ""))
+    assert said == pytest.approx(total + small, rel=1e-3) and said == pytest.approx(row["predicted"], rel=1e-3)
+    assert f"Published: {row['published']:,} cycles." in page
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ round trips with KVM's own code in them (Documentation/virt/kvm/api.rst), so the
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -29,6 +30,7 @@ _EXIT_REASON = 8                    # struct kvm_run: exit_reason
 _ENTRY, _MEMORY = 0x1000, 1 << 16
 _EXCEPTION = 0x3000                 # where all exceptions lead
 _RESULT = 0x4000                    # where the guest leaves its ticks
+DEVICE = "/dev/kvm"
 SECONDS = 30.0                      # a guest that has not ended by then hangs
 ROUNDS, SAMPLES = 400, 21
 
@@ -42,14 +44,17 @@ class Guest:
     """One VM with one vCPU in real mode and 64 KiB of memory."""
 
     def __init__(self, code: bytes) -> None:
-        import fcntl
-
+        try:
+            import fcntl
+        except ImportError:
+            raise CannotMeasure("KVM is a part of Linux, and this is another system") from None
         self._ioctl = fcntl.ioctl
         self._descriptors: list[int] = []
         try:
-            system = self._keep(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-            if self._ioctl(system, _GET_API_VERSION, 0) != _API_VERSION:
-                raise CannotMeasure("/dev/kvm speaks another version of its interface")
+            system = self._keep(_open())
+            version = self._ioctl(system, _GET_API_VERSION, 0)
+            if version != _API_VERSION:
+                raise CannotMeasure(f"{DEVICE} speaks version {version} of its interface, and this speaks {_API_VERSION}")
             vm = self._keep(self._ioctl(system, _CREATE_VM, 0))
             self.memory = mmap.mmap(-1, _MEMORY)
             self.memory[_ENTRY:_ENTRY + len(code)] = code
@@ -67,9 +72,12 @@ class Guest:
             self._ioctl(self.vcpu, _SET_SREGS, bytes(sregs))
             # RAX … R15, RIP, RFLAGS; RSP (index 6) below the code.
             self._ioctl(self.vcpu, _SET_REGS, struct.pack("<18Q", *([0] * 6), 0x800, *([0] * 9), _ENTRY, 2))
+        except CannotMeasure:
+            self.close()
+            raise
         except OSError as error:
             self.close()
-            raise CannotMeasure(f"KVM refuses: {error.strerror or error}") from error
+            raise CannotMeasure(_refused(error)) from error
 
     def _keep(self, descriptor: int) -> int:
         self._descriptors.append(descriptor)
@@ -89,6 +97,27 @@ class Guest:
         for descriptor in reversed(self._descriptors):
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def _open() -> int:
+    """A descriptor of the device. :raises CannotMeasure: it cannot be had; says what would help."""
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CannotMeasure(
+            f"there is no {DEVICE}: the module kvm_intel or kvm_amd is not loaded, virtualization is off in the firmware, or this is a virtual "
+            "machine or container that was given none") from None
+    except PermissionError:
+        raise CannotMeasure(f"{DEVICE} may not be opened by this user (usually: be in the group 'kvm')") from None
+
+
+def _refused(error: OSError) -> str:
+    """Why KVM would not make the guest, in words."""
+    if error.errno == errno.ENOTTY:
+        return f"{DEVICE} is no KVM device"
+    if error.errno == errno.EBUSY:
+        return "KVM is busy: another hypervisor holds the CPU's virtualization"
+    return f"KVM refuses: {error.strerror or error}"
 
 
 @contextmanager

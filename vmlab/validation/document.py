@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vmlab import costs
+from vmlab.costs.model import CostModel
 from vmlab.costs.paths import PATHS_FILE
 from vmlab.costs.profile import PROFILES
 from vmlab.errors import ConfigError
@@ -39,14 +40,16 @@ a row is no test, are data: `vmlab/validation/published.yaml`. `validation.json`
 
 BY_HAND = """\
 ## One row by hand
-`{id}`: {what}, {technique}, on {profile}. Events an iteration, less the empty loop's, times their costs:
+`{id}`: {what}, {technique}, on {profile}. Events an iteration, less the empty loop's, times their costs (those under half a
+cycle left out). The events are in `validation.json`; the figures are the profile's and the path table's, where a length of n instructions
+costs n × {instruction:.4g} cycles, the table's mix of class costs:
 
-| event | an iteration | cycles each | cycles |
-|---|---:|---:|---:|
+| event | an iteration | figures | cycles each | cycles |
+|---|---:|---|---:|---:|
 {rows}
-| sum | | | {total} |
+| sum | | | | {total} |
 
-Published: {published} {unit}. Each event's cost in turn is a sum of figures: `vmlab.costs.explain_event` prints them.
+Published: {published} {unit}. `vmlab explain EVENT --profile {profile}` prints an event's figures with their sources.
 """
 
 
@@ -117,8 +120,8 @@ def _result(found: Mapping[str, Any]) -> str:
                          f"{errors['within_factor_two']} |")
     null = found["null_model"]
     if null["median"] is not None:
-        beaten = "beaten" if found["beats_null_model"] else "**not beaten**"
-        lines += ["", f"The null model's median error is {null['median']:.2f}, its worst {null['worst']:.2f}: by the median it is {beaten}."]
+        words = [f"by the {measure} it is {'beaten' if beaten else '**not beaten**'}" for measure, beaten in found["beats_null_model"].items()]
+        lines += ["", f"The null model's median error is {null['median']:.2f}, its worst {null['worst']:.2f}: {', '.join(words)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -157,15 +160,25 @@ def _by_hand(predictions: Sequence[Prediction]) -> str:
     else:
         return ""
     profile = costs.load(p.row.profile)
+    model = CostModel.of(profile)
     rows, total = [], 0.0
     for kind, n in p.events.items():
-        unit = costs.unit_cost(kind, profile)
-        assert isinstance(unit, float)
+        unit = model.unit(kind)
         total += n * unit
         if abs(n * unit) >= 0.5:
-            rows.append(f"| {kind} | {n:.2f} | {_number(unit)} | {_number(n * unit)} |")
+            rows.append(f"| {kind} | {n:.2f} | {_figures(model, kind)} | {_number(unit)} | {_number(n * unit)} |")
     return BY_HAND.format(id=p.row.id, what=p.row.what, technique=p.row.technique, profile=p.row.profile, rows="\n".join(rows),
-                          total=_number(total), published=_number(p.row.published), unit=p.row.unit)
+                          total=_number(total), published=_number(p.row.published), unit=p.row.unit, instruction=model.instruction())
+
+
+def _figures(model: CostModel, kind: str) -> str:
+    """The figures that an event's cost is the sum of; the profile's own by value, a path by its length."""
+    words = []
+    for factor, key in costs.RULES[kind].terms:
+        figure = model.cost_figure(key)
+        unit = " instructions" if key.startswith("path.") else " ns" if key.startswith("shared.") else ""
+        words.append(f"{'' if factor == 1 else f'{factor:g} × '}`{figure.key}` {figure.value:,g}{unit}")
+    return " + ".join(words)
 
 
 def paths(folder: Path) -> tuple[Path, Path]:

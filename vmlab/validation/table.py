@@ -206,7 +206,8 @@ def statistics(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "slowdowns": {name: _short(value) for name, value in nothing.items()},
         "median": _short(median(null)) if null else None, "worst": _short(max(null)) if null else None,
     }
-    found["beats_null_model"] = bool(held) and found["held_out"]["median"] < found["null_model"]["median"]
+    found["beats_null_model"] = {
+        measure: bool(held) and found["held_out"][measure] < found["null_model"][measure] for measure in ("median", "worst")}
     return found
 
 
