@@ -57,19 +57,33 @@ def test_path_lengths_that_rows_set_say_so() -> None:
 
 
 ROW = Row("r", "adams-agesen-2006", "w", "what", "hardware-assisted", "prescott-2005", "cycles", 5000, "iteration", native=100,
-          cell={"technique": "hardware-assisted", "workload": "w"}, native_cell={"technique": "native", "workload": "w"})
+          cell={"technique": "hardware-assisted", "workload": "w", "iterations": 10},
+          native_cell={"technique": "native", "workload": "w", "iterations": 10})
 
 
-def cell(technique: str, **counts: int) -> dict[str, Any]:
-    events = {name.replace("__", "."): n for name, n in counts.items()}
+def cell(technique: str, iterations: int, once: dict[str, int], **counts: int) -> dict[str, Any]:
+    """A run with ``counts`` an iteration and two additions of the loop, which the empty loop has too, and ``once`` in either loop."""
+    events = {name.replace("__", "."): iterations * n for name, n in counts.items()}
+    events["machine.alu"] = events.get("machine.alu", 0) + 2 * iterations
+    empty = {"machine.alu": 2 * iterations} | once
     return {
-        "technique": technique, "parameters": {"workload": "w", "iterations": 10}, "status": "ok",
-        "platform": "svm" if technique == "hardware-assisted" else "x86", "events": events, "work": {"iterations": 10, "operations": 10},
-        "phases": {"roi.warm": {"events": events}, "empty": {"events": {"machine.alu": 20}}}, "fidelity": {},
+        "technique": technique, "parameters": {"workload": "w", "iterations": iterations}, "status": "ok",
+        "platform": "svm" if technique == "hardware-assisted" else "x86", "events": events, "work": {"iterations": iterations, "operations": 10},
+        "phases": {"roi.warm": {"events": events}, "empty": {"events": empty}}, "fidelity": {},
     }
 
 
-CELLS = [cell("native", machine__alu=1020), cell("hardware-assisted", machine__alu=20, entry=10, exit__cpuid=10)]
+def cells(**once: int) -> list[dict[str, Any]]:
+    """A row's cells in both sizes."""
+    happened = {name.replace("__", "."): n for name, n in once.items()}
+    return [*cell_pair(10, happened), *cell_pair(20, happened)]
+
+
+def cell_pair(iterations: int, once: dict[str, int]) -> list[dict[str, Any]]:
+    return [cell("native", iterations, {}, machine__alu=100), cell("hardware-assisted", iterations, once, entry=1, exit__cpuid=1)]
+
+
+CELLS = cells()
 
 
 def test_a_row_is_predicted_by_hand() -> None:
@@ -80,6 +94,15 @@ def test_a_row_is_predicted_by_hand() -> None:
     assert p.slowdown == pytest.approx(by_hand / 100) and p.published_slowdown == 50 and p.held_out
 
 
+def test_what_happens_once_is_in_no_row() -> None:
+    """A translator that translates the empty loop at its first round, say: subtracted in full it would make the operation cheaper than nothing."""
+    once = cells(bt__translate__instruction=1000)
+    assert predict(ROW, once, {}).value == predict(ROW, CELLS, {}).value
+    small = [cell for cell in once if cell["parameters"]["iterations"] == 10]
+    assert "a slope needs two" in predict(ROW, small, {}).reason
+    assert ROW.blocks["cell"]["iterations"] == [10, 20] and ROW.blocks["native"]["iterations"] == [10, 20]
+
+
 def test_a_slowdown_is_a_ratio_under_common_samples() -> None:
     row = Row(**{**ROW.__dict__, "unit": "times native", "published": 40.0, "native": 1.0})
     p = predict(row, CELLS, {})
@@ -87,7 +110,7 @@ def test_a_slowdown_is_a_ratio_under_common_samples() -> None:
 
 
 def test_what_cannot_be_predicted_says_why_and_is_not_held_out() -> None:
-    p = predict(ROW, CELLS[:1], {})
+    p = predict(ROW, CELLS[:1] + CELLS[2:3], {})
     assert p.value is None and "no finished cell" in p.reason and not p.held_out
     assert predict(ROW, CELLS, {"cell": "no such memory scheme"}).reason == "no such memory scheme"
     bare = [c | {"phases": {"roi.warm": {"events": c["events"]}}} for c in CELLS]

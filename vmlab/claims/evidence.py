@@ -86,7 +86,11 @@ class Evidence:
         return found[-1]
 
     def cell(self, name: str) -> Cell:
-        """The cell that the claim's experiment calls ``name``; of several sizes the largest.
+        """The cell that the claim's experiment calls ``name``; of several sizes the largest. Raises as :meth:`sizes` does."""
+        return self.sizes(name)[-1]
+
+    def sizes(self, name: str) -> list[Cell]:
+        """All sizes of the cell that the claim's experiment calls ``name``, the largest last.
 
         :raises Missing: the experiment has no such block, it cannot run here, or no finished cell is of it.
         """
@@ -97,7 +101,7 @@ class Evidence:
         wanted = {key: value for key, value in self.blocks[name].items() if key not in SIZES}
         found = [cell for cell in self.find() if _is_of(cell, wanted)]
         if found:
-            return found[-1]
+            return found
         broken = [cell for cell in self.cells if _is_of(cell, wanted)]
         words = ", ".join(f"{key}: {value}" for key, value in wanted.items())
         raise Missing(f"{words}: {broken[-1].get('error')}" if broken else f"no finished cell of {words}")

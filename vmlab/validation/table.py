@@ -16,7 +16,7 @@ from typing import Any
 
 from vmlab import costs
 from vmlab.claims import checks
-from vmlab.claims.evidence import Cell, Evidence, Missing, phase, steady
+from vmlab.claims.evidence import Cell, Evidence, Missing, describe, phase, steady
 from vmlab.costs import Quantity
 from vmlab.costs.figures import read_yaml
 from vmlab.costs.sampling import percentiles
@@ -24,6 +24,8 @@ from vmlab.errors import ConfigError
 
 FILE = Path(__file__).with_name("published.yaml")
 _REQUIRED = ("id", "source", "where", "what", "technique", "profile", "unit", "published", "per")
+#: Ways of taking a row's price that go by the iteration.
+PER_ITERATION = ("iteration", "added")
 _OPTIONAL = ("native", "cell", "native_cell", "key", "calibrated", "not_held_out", "shape", "note")
 
 
@@ -50,9 +52,13 @@ class Row:
     note: str = ""
 
     @property
-    def blocks(self) -> dict[str, Mapping[str, Any]]:
-        """The cells that it needs, as blocks of an experiment."""
-        return {name: block for name, block in (("cell", self.cell), ("native", self.native_cell)) if block}
+    def blocks(self) -> dict[str, dict[str, Any]]:
+        """The cells that it needs, as blocks of an experiment. Where an iteration is priced, each at its size and at twice that."""
+        blocks = {name: dict(block) for name, block in (("cell", self.cell), ("native", self.native_cell)) if block}
+        if self.per in PER_ITERATION:
+            for block in blocks.values():
+                block["iterations"] = [block["iterations"], 2 * block["iterations"]]
+        return blocks
 
 
 @dataclass(frozen=True)
@@ -167,21 +173,33 @@ def _quantities(row: Row, evidence: Evidence) -> tuple[Quantity, Quantity | None
         whole = checks.per_operation(evidence, cell, row.per["instructions"])
         own = Quantity(costs={f"insn.{op}": 1.0 for op in row.per["instructions"]})
         return whole, own if native is not None else None
-    whole = _iteration(cell)
+    if row.per not in PER_ITERATION:
+        raise ConfigError(f"{row.id}: per: {row.per!r} is none of {', '.join(PER_ITERATION)}, event, cost, {{instructions: […]}}")
+    whole = _iteration(evidence, "cell")
     if row.per == "added":
         if native is None:
             raise ConfigError(f"{row.id}: per: added needs a native_cell")
-        return whole - _iteration(native), None
-    if row.per != "iteration":
-        raise ConfigError(f"{row.id}: per: {row.per!r} is none of iteration, added, event, cost, {{instructions: […]}}")
-    return whole, _iteration(native) if native is not None else None
+        return whole - _iteration(evidence, "native"), None
+    return whole, _iteration(evidence, "native") if native is not None else None
 
 
-def _iteration(cell: Cell) -> Quantity:
+def _iteration(evidence: Evidence, name: str) -> Quantity:
+    """What one more iteration costs: the operation less the empty loop, in the larger of two runs less the same in the smaller.
+
+    So what happens once (translating either loop, adapting, filling tables) is in neither: published loops run long enough for it not to show.
+    """
+    several = evidence.sizes(name)
+    if len(several) < 2:
+        raise Missing(f"{describe(several[-1])} has one finished size, and a slope needs two")
+    small, large = several[0], several[-1]
+    more = int(large["work"]["iterations"]) - int(small["work"]["iterations"])
+    return (_less_empty(large) - _less_empty(small)) * (1 / more)
+
+
+def _less_empty(cell: Cell) -> Quantity:
     if not phase(cell, "empty"):
         raise Missing(f"{cell['parameters'].get('workload')} ran no empty loop to subtract")
-    iterations = int(cell["work"]["iterations"])
-    return (Quantity(steady(cell)) - Quantity(phase(cell, "empty"))) * (1 / iterations)
+    return Quantity(steady(cell)) - Quantity(phase(cell, "empty"))
 
 
 def log_ratio(predicted: float, actual: float) -> float:
