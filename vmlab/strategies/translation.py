@@ -123,7 +123,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def _paging_changed(self, flush: bool) -> None:
         if self.vcpu.long_mode != self._in_long_mode:
             self._change_mode()
-        self.pager.reload(flush)
+        self._registers_written(flush)
         self.pages.look_again()
         self.windows.look_again()
         self._new_space = True
@@ -296,8 +296,10 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def _where(self) -> State:
         """The guest's state where the physical CPU is; sets the virtual RIP, changes nothing else."""
         rip = self.machine.cpu.rip
-        if rip == self._door:
-            state: State | None = State(self.vcpu.rip)   # the VMM was running
+        if self.vcpu.cpl == 3:
+            state: State | None = State(rip)     # also where a user jumped to the VMM's pages, which it cannot execute
+        elif rip == self._door:
+            state = State(self.vcpu.rip)         # the VMM was running
         else:
             state = self.translator.states.get(rip) if self.space.in_hole(rip) else State(rip)
         if state is None:
