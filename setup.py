@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say.
 
 ``configs/`` of the checkout is shipped as the package ``vmlab.configs``, ``experiments/`` as ``vmlab.coursework.folders``;
-and ``vmlab/machine/native/blocks.c`` is compiled
+and the C files of ``vmlab/machine/native/`` are compiled
 where there is a compiler, into a plain shared library beside it (no extension module: ctypes loads it, any Python 3).
 Without a compiler the installation goes on without it, and the lab builds it at first use or does without.
 """
@@ -14,7 +14,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NATIVE = "vmlab/machine/native"
-LIBRARY_FILE = runpy.run_path(f"{NATIVE}/build.py")["file_name"]()
+BUILD = runpy.run_path(f"{NATIVE}/build.py")
+LIBRARY_FILE = BUILD["file_name"]()
 
 
 class BuildLibrary(build_ext):
@@ -40,6 +41,8 @@ class PlatformWheel(bdist_wheel):
 setup(
     packages=[*find_packages(include=["vmlab", "vmlab.*"]), "vmlab.configs", "vmlab.coursework.folders"],
     package_dir={"vmlab.configs": "configs", "vmlab.coursework.folders": "experiments"},
-    ext_modules=[Extension("vmlab.machine.native.blocks", [f"{NATIVE}/blocks.c"], optional=True)],
+    ext_modules=[Extension(
+        "vmlab.machine.native.machine", [f"{NATIVE}/{path.name}" for path in BUILD["SOURCES"]], depends=[str(path) for path in BUILD["HEADERS"]],
+        optional=True)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

@@ -254,8 +254,9 @@ def test_any_program_counts_the_same(program: bytes, live: bool) -> None:
 @given(st.data())
 def test_tables_follow_any_sequence(data: st.DataObject) -> None:
     """Blocks added, entered, closed and added again, above the 4 GiB line too: C and Python agree at every step."""
-    function = fast._load()
-    assert isinstance(function, int)
+    library = fast._load()
+    assert isinstance(library, fast.Library)
+    function = library.block
     cpl = [0]
     quick, slow = fast.FastCounter(lambda: cpl[0], lambda pc, size: False, None), Counter(lambda: cpl[0])
     in_c = fast._BLOCK_FUNCTION(function)
@@ -294,7 +295,7 @@ def test_closing_blocks_again_and_again_does_not_fill_the_tables() -> None:
     for i in range(5000):
         counter.add(block := Block(i << 16 | 1, i, 1, [], None))
         counter.close(block)
-    assert len(counter._by_number) == 1024
+    assert len(counter.by_number) == 1024
     assert len(counter._places) == 2048
 
 
@@ -302,10 +303,13 @@ def test_closing_blocks_again_and_again_does_not_fill_the_tables() -> None:
 @pytest.fixture
 def bare_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Nothing prebuilt, an empty cache, and a fresh mind; gives the cache's place."""
-    source = tmp_path / "package" / "blocks.c"
-    source.parent.mkdir()
-    source.write_bytes(build.SOURCE.read_bytes())
-    monkeypatch.setattr(build, "SOURCE", source)
+    package = tmp_path / "package"
+    package.mkdir()
+    for path in (*build.SOURCES, *build.HEADERS):
+        (package / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(build, "HERE", package)
+    for group in ("SOURCES", "HEADERS"):
+        monkeypatch.setattr(build, group, tuple(package / path.name for path in getattr(build, group)))
     monkeypatch.setattr(build, "cache_directory", lambda: tmp_path / "cache")
     monkeypatch.delenv("CC", raising=False)
     fast._load.cache_clear()
@@ -342,7 +346,8 @@ def test_first_use_builds_the_library_once(bare_host: Path, monkeypatch: pytest.
 @pytest.mark.skipif(not build.compilers(), reason="no C compiler")
 def test_a_library_is_never_used_for_another_source(bare_host: Path) -> None:
     assert fast.why_not() == ""
-    build.SOURCE.write_text(build.SOURCE.read_text(encoding="utf-8") + "\n#error not C any more\n", encoding="utf-8")
+    blocks = build.HERE / "blocks.c"
+    blocks.write_text(blocks.read_text(encoding="utf-8") + "\n#error not C any more\n", encoding="utf-8")
     fast._load.cache_clear()
     assert "cannot build it" in fast.why_not()
     assert "not C any more" in fast.why_not()
@@ -350,9 +355,10 @@ def test_a_library_is_never_used_for_another_source(bare_host: Path) -> None:
 
 @pytest.mark.skipif(not build.compilers(), reason="no C compiler")
 def test_a_library_that_counts_wrongly_is_refused(bare_host: Path) -> None:
-    text = build.SOURCE.read_text(encoding="utf-8")
+    blocks = build.HERE / "blocks.c"
+    text = blocks.read_text(encoding="utf-8")
     assert "->taken[s->user]++" in text
-    build.SOURCE.write_text(text.replace("->taken[s->user]++", "->taken[0]++"), encoding="utf-8")
+    blocks.write_text(text.replace("->taken[s->user]++", "->taken[0]++"), encoding="utf-8")
     assert "counts wrongly" in fast.why_not()
 
 
@@ -378,9 +384,10 @@ def test_cc_chooses_the_compiler_and_its_options(monkeypatch: pytest.MonkeyPatch
 
 
 def test_line_ends_do_not_change_the_name(tmp_path: Path) -> None:
-    text = build.SOURCE.read_text(encoding="utf-8")
-    (tmp_path / "unix.c").write_bytes(text.encode())
-    (tmp_path / "dos.c").write_bytes(text.replace("\n", "\r\n").encode())
-    assert build.file_name(tmp_path / "unix.c") == build.file_name(tmp_path / "dos.c") == build.file_name()
+    text = build.SOURCES[0].read_text(encoding="utf-8")
+    for kind, content in (("unix", text), ("dos", text.replace("\n", "\r\n"))):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "blocks.c").write_bytes(content.encode())
+    assert build.file_name([tmp_path / "unix" / "blocks.c"]) == build.file_name([tmp_path / "dos" / "blocks.c"]) != build.file_name()
 
 

@@ -112,7 +112,11 @@ class Blocks:
         return guest_mode is not None and instruction.op in task.INSTRUCTIONS and self._machine.in_guest and guest_mode.watches_tasks()
 
     def _hook(self, address: int, instruction: Instruction | None) -> None:
-        handle = self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._on_instruction, address, address)
+        gate, native = self._gates.get(address), self._machine.native_events
+        if gate is not None and native is not None and address not in self._watched:
+            handle = native.hook_gate(address, gate)
+        else:
+            handle = self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self.on_instruction, address, address)
         self._hooked[address] = (handle, instruction)
 
     # ---- code that changed
@@ -170,7 +174,8 @@ class Blocks:
         engine.remove_blocks(start, end)
 
     # ---- an exact address
-    def _on_instruction(self, _uc: int, address: int, _size: int, _data: int) -> None:
+    def on_instruction(self, _uc: int, address: int, _size: int, _data: int) -> None:
+        """The instruction at ``address``, which somebody asked for, is about to run."""
         machine = self._machine
         try:
             if machine.ending is not None or machine.failure is not None:

@@ -35,10 +35,13 @@ class Exceptions:
         self._machine = machine
         #: The instruction that just faulted, as decoded before its block first ran (None: not known).
         self.faulting: Instruction | None = None
-        machine.engine.hook(uc_const.UC_HOOK_INTR, INTR_CALLBACK, self._on_exception)
         machine.engine.hook(uc_const.UC_HOOK_INSN_INVALID, INVALID_CALLBACK, self._on_invalid)
 
-    def _on_exception(self, _uc: int, vector: int, _data: int) -> None:
+    def listen(self) -> None:
+        """Have Unicorn tell of exceptions: on the fast path C hears of them first (fast_events.py)."""
+        self._machine.engine.hook(uc_const.UC_HOOK_INTR, INTR_CALLBACK, self.on_exception)
+
+    def on_exception(self, _uc: int, vector: int, _data: int) -> None:
         machine = self._machine
         try:
             if machine.failure is not None:

@@ -12,20 +12,22 @@ import ctypes
 import functools
 import struct
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from unicorn import unicorn_const as uc_const
 
+from vmlab.ledger import Snapshot
 from vmlab.machine.counter import Block, Counter, block_hook
 from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK
+from vmlab.machine.fast_events import LEFT, LEFT_AT, WORDS, FastEvents
 from vmlab.machine.native import build
 from vmlab.machine.state import AT_HFLAGS
 
 if TYPE_CHECKING:
     from vmlab.machine.pc import Machine
 
-# The words of blocks.c's ``state``, each 8 bytes, in its order.
+# The first words of machine.h's ``state``, each 8 bytes, in its order; fast_events.py has the others.
 (_TIME, _LIMIT, _USER, _ATTENTION, _CURRENT, _PLACES, _MASK, _RECORDS, _HFLAGS, _ATTEND, _READ_CPL, _CPL, _SAME, _OUTER, _USER_FROM) = range(15)
 _REP, _RING, _IRET = 1 << 32, 1 << 33, 1 << 34
 _RECORD, _PLACE = 8, 2  # words in a ``record`` and a ``place``
@@ -54,14 +56,16 @@ class FastCounter(Counter):
     """
 
     def __init__(self, read_cpl: Callable[[], int], attend: Attend, hflags: int | None) -> None:
-        self._state, self.address = _words(15)
+        self.state, self.address = _words(WORDS)
+        #: What C does about events; None: nothing.
+        self.events: FastEvents | None = None
         self._callbacks = _ATTEND_CALLBACK(attend), _CPL_CALLBACK(read_cpl)
         for word, callback in zip((_ATTEND, _READ_CPL), self._callbacks, strict=True):
-            self._state[word] = ctypes.cast(callback, ctypes.c_void_p).value or 0
-        self._state[_HFLAGS] = hflags or 0
-        self._by_number: list[Block | None] = []
+            self.state[word] = ctypes.cast(callback, ctypes.c_void_p).value or 0
+        self.state[_HFLAGS] = hflags or 0
+        self.by_number: list[Block | None] = []
         self._free: list[int] = []
-        self._records, _ = _words(1)
+        self.records, _ = _words(1)
         self._grow_records(1024)
         self._free.remove(0)
         self._rebuild_places()
@@ -70,56 +74,56 @@ class FastCounter(Counter):
     # ---- what both sides see
     @property
     def time(self) -> int:
-        return self._state[_TIME]
+        return self.state[_TIME]
 
     @time.setter
     def time(self, value: int) -> None:
-        self._state[_TIME] = value
+        self.state[_TIME] = value
 
     @property
     def limit(self) -> int:
-        return self._state[_LIMIT]
+        return self.state[_LIMIT]
 
     @limit.setter
     def limit(self, value: int) -> None:
-        self._state[_LIMIT] = min(value, 1 << 62)
+        self.state[_LIMIT] = min(value, 1 << 62)
 
     @property
     def user(self) -> int:
-        return self._state[_USER]
+        return self.state[_USER]
 
     @user.setter
     def user(self, value: int) -> None:
-        self._state[_USER] = value
+        self.state[_USER] = value
 
     @property
     def user_from(self) -> int:
-        return self._state[_USER_FROM]
+        return self.state[_USER_FROM]
 
     @user_from.setter
     def user_from(self, value: int) -> None:
-        self._state[_USER_FROM] = value
+        self.state[_USER_FROM] = value
 
     @property
     def attention(self) -> bool:
-        return bool(self._state[_ATTENTION])
+        return bool(self.state[_ATTENTION])
 
     @attention.setter
     def attention(self, value: bool) -> None:
-        self._state[_ATTENTION] = value
+        self.state[_ATTENTION] = value
 
     @property
     def current(self) -> Block | None:
-        return self._by_number[self._state[_CURRENT]]
+        return self.by_number[self.state[_CURRENT]]
 
     @current.setter
     def current(self, block: Block | None) -> None:
-        self._state[_CURRENT] = 0 if block is None else block.slot
+        self.state[_CURRENT] = 0 if block is None else block.slot
 
     def leave(self, rip: int, *, retired: bool = False) -> Instruction | None:
         """As :meth:`Counter.leave`, which runs at every trap, without the properties' calls."""
-        state = self._state
-        block = self._by_number[state[_CURRENT]]
+        state = self.state
+        block = self.by_number[state[_CURRENT]]
         if block is None:
             return None
         state[_CURRENT] = 0
@@ -128,6 +132,9 @@ class FastCounter(Counter):
         if index is None or index >= len(instructions):
             self._completed(block, None)
             return None
+        if self.events is not None:
+            state[LEFT], state[LEFT_AT] = block.slot, rip - block.pc
+            self.events.learn(block)
         cut = index + 1 if retired else index
         if cut < len(instructions):
             key = (block.key, cut, state[_USER])
@@ -135,35 +142,50 @@ class FastCounter(Counter):
             state[_TIME] -= block.guest_weight_from(cut)
         return instructions[index]
 
+    def note_cut(self, block: Block, index: int, user: int, n: int) -> None:
+        """C saw ``block`` left ``n`` times at instruction ``index``."""
+        key = (block.key, index, user)
+        self._short[key] = self._short.get(key, 0) + n
+
+    def snapshot(self, upto: int | None = None) -> Snapshot:
+        if self.events is not None:
+            self.events.drain()
+        return super().snapshot(upto)
+
+    def runs_by_code(self) -> dict[tuple[int, str, int], tuple[int, int]]:
+        if self.events is not None:
+            self.events.drain()
+        return super().runs_by_code()
+
     def set_cpl(self, cpl: int) -> None:
-        state = self._state
+        state = self.state
         state[_CPL], state[_USER] = cpl, cpl >= state[_USER_FROM]
 
     @property
     def cpl(self) -> int:
-        return self._state[_CPL]
+        return self.state[_CPL]
 
     @cpl.setter
     def cpl(self, value: int) -> None:
-        self._state[_CPL] = value
+        self.state[_CPL] = value
 
     @property
     def irets(self) -> tuple[int, int]:
-        return self._state[_SAME], self._state[_OUTER]
+        return self.state[_SAME], self.state[_OUTER]
 
     def _count_iret(self, outer: bool) -> None:
-        self._state[_OUTER if outer else _SAME] += 1
+        self.state[_OUTER if outer else _SAME] += 1
 
     # ---- blocks
     def add(self, block: Block) -> None:
         super().add(block)
         if not self._free:
-            self._grow_records(2 * len(self._by_number))
+            self._grow_records(2 * len(self.by_number))
         number = block.slot = self._free.pop()
-        self._by_number[number] = block
+        self.by_number[number] = block
         at = number * _RECORD
         traits = block.weight | (_REP if block.rep else 0) | (_RING if block.ring else 0) | (_IRET if block.iret else 0)
-        self._records[at:at + _RECORD] = _view(*block.runs, *block.taken, *block.again, block.end & _WORD, traits)
+        self.records[at:at + _RECORD] = _view(*block.runs, *block.taken, *block.again, block.end & _WORD, traits)
         if 2 * self._used >= len(self._places) // _PLACE:
             self._rebuild_places()
         else:
@@ -171,18 +193,21 @@ class FastCounter(Counter):
 
     def close(self, block: Block) -> None:
         number = block.slot
+        if self.events is not None and number > 0:
+            self.events.drain(number)
+            self.events.forget(number)
         super().close(block)
         if number < 0:
             return
         self._read_back(block)
         at = self._search(block.pc, block.size | number << 32)
         self._places[at], self._places[at + 1] = _NEVER, _NEVER
-        self._by_number[number] = None
+        self.by_number[number] = None
         self._free.append(number)
         block.slot = -1
 
     def _count_again(self, block: Block) -> None:
-        self._records[block.slot * _RECORD + 4 + self.user] += 1
+        self.records[block.slot * _RECORD + 4 + self.user] += 1
 
     def _all_blocks(self) -> Iterable[Block]:
         for block in self.blocks.values():
@@ -190,27 +215,29 @@ class FastCounter(Counter):
         return super()._all_blocks()
 
     def _read_back(self, block: Block) -> None:
-        counts = _COUNTS.unpack_from(self._records, block.slot * _RECORD * 8)
+        counts = _COUNTS.unpack_from(self.records, block.slot * _RECORD * 8)
         block.runs[:], block.taken[:], block.again[:] = counts[0:2], counts[2:4], counts[4:6]
 
     # ---- the tables
     def _grow_records(self, count: int) -> None:
         """Make room for ``count`` records; number 0 is never given to a block."""
-        before = len(self._by_number)
-        records, self._state[_RECORDS] = _words(count * _RECORD)
-        records[:before * _RECORD] = self._records[:before * _RECORD]
-        self._records = records
-        self._by_number.extend([None] * (count - before))
+        before = len(self.by_number)
+        records, self.state[_RECORDS] = _words(count * _RECORD)
+        records[:before * _RECORD] = self.records[:before * _RECORD]
+        self.records = records
+        self.by_number.extend([None] * (count - before))
+        if self.events is not None:
+            self.events.grow(count)
         self._free.extend(range(count - 1, before - 1, -1))
 
     def _rebuild_places(self) -> None:
         """A hash table with a quarter of its places taken, without the traces of closed blocks."""
-        live = [block for block in self._by_number if block is not None]
+        live = [block for block in self.by_number if block is not None]
         places = 1024
         while places < 4 * len(live):
             places *= 2
-        self._places, self._state[_PLACES] = _words(places * _PLACE)
-        self._state[_MASK] = places - 1
+        self._places, self.state[_PLACES] = _words(places * _PLACE)
+        self.state[_MASK] = places - 1
         self._used = 0
         for block in live:
             self._place(block)
@@ -223,7 +250,7 @@ class FastCounter(Counter):
     def _search(self, pc: int, what: int, *, size: int | None = None) -> int:
         """Index of the place that holds ``what``, on the path of searches for (pc, size); as ``find`` of blocks.c."""
         size = what & 0xFFFFFFFF if size is None else size
-        mask = self._state[_MASK]
+        mask = self.state[_MASK]
         at = (((pc + (size << 40)) * 0x9E3779B97F4A7C15) & _WORD) >> 32
         while self._places[(at & mask) * _PLACE + 1] != what:
             at += 1
@@ -235,20 +262,28 @@ def _view(*values: int) -> memoryview:
 
 
 # ---- the library
+class Library(NamedTuple):
+    """Addresses of its functions, ``vmlab_`` before each name."""
+
+    block: int
+    exception: int
+    gate: int
+
+
 @functools.cache
-def _load() -> int | str:
-    """Address of ``vmlab_block``, or the reason why there is none."""
+def _load() -> Library | str:
+    """The library's functions, or the reason why there is none."""
     try:
         return _find()
     except build.Unavailable as reason:
         return str(reason)
 
 
-def _find() -> int:
+def _find() -> Library:
     """The library that the installation brought, else the one in the user's cache, built now if it is not there."""
     try:
         name = build.file_name()
-        prebuilt = build.SOURCE.with_name(name)
+        prebuilt = build.HERE / name
         if prebuilt.exists():
             try:
                 return _open(str(prebuilt))
@@ -262,15 +297,16 @@ def _find() -> int:
     return _open(str(cached))
 
 
-def _open(path: str) -> int:
+def _open(path: str) -> Library:
     try:
-        function = getattr(ctypes.CDLL(path), build.SYMBOL)
+        library = ctypes.CDLL(path)
+        addresses = [ctypes.cast(getattr(library, f"vmlab_{name}"), ctypes.c_void_p).value or 0 for name in Library._fields]
     except (OSError, AttributeError) as error:
         raise build.Unavailable(f"the library cannot be loaded: {error}") from error
-    address = ctypes.cast(function, ctypes.c_void_p).value or 0
-    if not _counts_right(address):
+    found = Library(*addresses)
+    if not _counts_right(found.block):
         raise build.Unavailable(f"the library {path} counts wrongly on this host")
-    return address
+    return found
 
 
 def _counts_right(function: int) -> bool:
@@ -313,8 +349,8 @@ def connect(machine: Machine, address: int | None) -> FastCounter | None:
 
     :param address: of the CPU's state in memory (:func:`vmlab.machine.state.live_address`), or None.
     """
-    function = _load()
-    if isinstance(function, str):
+    library = _load()
+    if isinstance(library, str):
         return None
 
     def attend(pc: int, size: int) -> bool:
@@ -332,5 +368,7 @@ def connect(machine: Machine, address: int | None) -> FastCounter | None:
             return 0
 
     counter = FastCounter(read_cpl, attend, None if address is None else address + AT_HFLAGS)
-    machine.engine.hook(uc_const.UC_HOOK_BLOCK, CODE_CALLBACK, function, data=counter.address)
+    machine.engine.hook(uc_const.UC_HOOK_BLOCK, CODE_CALLBACK, library.block, data=counter.address)
+    if address is not None:
+        counter.events = FastEvents(machine, counter, address, library.exception, library.gate)
     return counter

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc_const
 from unicorn import x86_const as x86
@@ -37,6 +38,9 @@ from vmlab.machine.protocols import GuestMode, InterruptSource, Monitor, Stop, S
 from vmlab.machine.timeline import Timeline
 from vmlab.machine.tlb import TlbConfig
 
+if TYPE_CHECKING:
+    from vmlab.machine.fast_events import FastEvents
+
 PIT_PORT, SYSTEM_PORT, UART_PORT, DEBUG_EXIT_PORT = 0x40, 0x61, 0x3F8, 0xF4
 PIT_IRQ, UART_IRQ, DISK_IRQ = 0, 4, 11
 #: Virtual time stamp counter: ticks per nanosecond of virtual time. One is as good as another; one is simple.
@@ -64,23 +68,23 @@ class Machine:
         self.console = bytearray()
         #: Device writes in order, without times: part of the guest-visible state.
         self.device_log: list[tuple[int, int, int]] = []
-        self.monitor: Monitor | None = None
+        #: What C does about events, where it does; None: all of them are Python's.
+        self.native_events: FastEvents | None = None
+        self._monitor: Monitor | None = None
         #: What a guest-mode CPU (AMD-V) does about an instruction or interrupt before it happens; see svm.py.
         self.guest_mode: GuestMode | None = None
         #: Called with a new block's address; a translator answers with what its code stands for.
         self.tagger: Callable[[int, list[Instruction]], Tags | None] = lambda pc, instructions: None
         #: System instructions that raise #GP above CPL 0 on this CPU though x86 lets them pass.
         self.trapping: Collection[str] = frozenset()
-        #: The monitor's IDT, as far as INT n is concerned: vector → DPL of its gate; all others have DPL 0.
-        self.software_gates: dict[int, int] = {}
-        #: Vectors whose INT n goes through the IDT in machine memory though there is a monitor: its own choice of gate.
-        self.direct_gates: frozenset[int] = frozenset()
+        self._software_gates: Mapping[int, int] = {}
+        self._direct_gates: frozenset[int] = frozenset()
         #: The time stamp counter's offset (a VMM may hide its own time; TSC_OFFSET of AMD-V).
         self.tsc_offset = self._tsc_adjustment = 0
         #: Physical page frames that code was run from: whoever else writes there (DMA) must have it decoded anew.
         self.code_frames: set[int] = set()
-        self.failure: BaseException | None = None
-        self._stop: Stop | None = None
+        self._failure: BaseException | None = None
+        self._ended: Stop | None = None
         self._idle_time = 0
         self._budget = _FOR_EVER
         self._stale_code = False
@@ -102,7 +106,7 @@ class Machine:
         self.uart = Uart(self._line(UART_IRQ), self.console.append)
         self.pit = Pit(self.timeline, self._line(PIT_IRQ))         # 8254
         self.disk = None if disk is None else self._disk(disk)     # DMA block device
-        self.counter = self._wire_counter(wanted, live)            # retired instructions, exactly
+        self.counter = self._wire_counter(wanted, live)            # retired instructions, exactly; and who hears of exceptions
         self.accesses = None if tlb is None else Accesses(self, tlb)  # the TLB model, fed by what the CPU does
         self._attach()
         self._set_limit()
@@ -131,10 +135,14 @@ class Machine:
             native = fast.connect(self, address)
             if native is not None:
                 self.path = "fast"
+                self.native_events = native.events
+                if native.events is None:
+                    self.exceptions.listen()
                 return native
             if wanted == "fast":
                 raise UnsupportedHost("VMLAB_MACHINE=fast, but the fast path is not available here: " + fast.why_not())
         self.path = "portable"
+        self.exceptions.listen()
         counter = Counter(self.read_cpl)
         self.engine.hook(uc_const.UC_HOOK_BLOCK, CODE_CALLBACK, block_hook(counter, self.blocks.attend, self.fail))
         return counter
@@ -159,6 +167,63 @@ class Machine:
 
     def _line(self, irq: int) -> Callable[[bool], None]:
         return lambda level: self.pic.set_line(irq, level)
+
+    # ---- what C has to know of, on the fast path
+    @property
+    def monitor(self) -> Monitor | None:
+        """Who takes exceptions and interrupts; None: the guest, through the IDT."""
+        return self._monitor
+
+    @monitor.setter
+    def monitor(self, monitor: Monitor | None) -> None:
+        self._monitor = monitor
+        if self.native_events is not None:
+            self.native_events.note_monitor(monitor is not None)
+
+    @property
+    def software_gates(self) -> Mapping[int, int]:
+        """The monitor's IDT, as far as INT n is concerned: vector → DPL of its gate; all others have DPL 0."""
+        return self._software_gates
+
+    @software_gates.setter
+    def software_gates(self, gates: Mapping[int, int]) -> None:
+        self._software_gates = gates
+        if self.native_events is not None:
+            self.native_events.set_gates(gates, self._direct_gates)
+
+    @property
+    def direct_gates(self) -> frozenset[int]:
+        """Vectors whose INT n goes through the IDT in machine memory though there is a monitor: its own choice of gate."""
+        return self._direct_gates
+
+    @direct_gates.setter
+    def direct_gates(self, vectors: frozenset[int]) -> None:
+        self._direct_gates = vectors
+        if self.native_events is not None:
+            self.native_events.set_gates(self._software_gates, vectors)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that ends the run."""
+        return self._failure
+
+    @failure.setter
+    def failure(self, failure: BaseException | None) -> None:
+        self._failure = failure
+        self._note_end()
+
+    @property
+    def _stop(self) -> Stop | None:
+        return self._ended
+
+    @_stop.setter
+    def _stop(self, stop: Stop | None) -> None:
+        self._ended = stop
+        self._note_end()
+
+    def _note_end(self) -> None:
+        if self.native_events is not None:
+            self.native_events.note_end(self._failure is not None, self._ended is not None)
 
     # ---- running
     def run(self, budget: int | None = None) -> Stop:

@@ -16,6 +16,7 @@ from vmlab.guests import GuestImage
 from vmlab.machine.cpu import OF, TF
 from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import Fault
+from vmlab.machine.fast_events import Shortcuts
 from vmlab.machine.paging import PageFault
 from vmlab.machine.pc import Machine
 from vmlab.machine.state import CS, DS, RSP
@@ -77,6 +78,12 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         machine.tagger = self.translator.tag_block
         for forms in (NARROW, LONG):
             machine.gate(forms.linear(GATE), self._gate)
+        native = machine.native_events if type(self) is BinaryTranslation else None
+        self._shortcuts: Shortcuts | None = None
+        self._short_sites: dict[int, Site] = {}     # callouts that C carries out
+        if native is not None:
+            self._shortcuts = native.offer(self.counts, self.vcpu.words_at, door=GATE, on_callouts=self._called_out)
+            self.translator.on_drop = self._dropped
         self._site_at, self._pending_at, self._old_flags_at = (self.space.hole_frame(at) for at in (SITE, PENDING, OLD_FLAGS))
         self._state = State(0)
         self._faults: dict[int, int] = {}      # by kernel instruction: faults on memory that the VMM watches
@@ -271,6 +278,22 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         else:
             self.reflect(Fault(6))
         self.resume(site)
+        if self._shortcuts is not None and site.cause in ("cli", "sti") and self.machine.cpu.rip == site.after:
+            instruction = site.instruction
+            assert instruction is not None and site.guest is not None
+            self._short_sites[site.number] = site
+            self._shortcuts.callout(site.number, site.cause, site.after, site.guest, instruction.size)
+
+    def _called_out(self, number: int, n: int) -> None:
+        """C took this callout ``n`` times."""
+        self._short_sites[number].calls += n
+
+    def _dropped(self, unit: Unit) -> None:
+        self.pages.dropped(unit)
+        for site in unit.sites:
+            if site.number in self._short_sites and self._shortcuts is not None:
+                self._shortcuts.forget(site.number)
+                del self._short_sites[site.number]
 
     def _follow(self, site: Site) -> None:
         """An exit to a unit that it is not chained to."""

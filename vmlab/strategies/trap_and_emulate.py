@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vmlab.machine.decode import Instruction
 from vmlab.machine.pc import Machine
 from vmlab.parameters import Value
 from vmlab.strategies.techniques import TrapAndEmulateTechnique
 from vmlab.vmm.monitor import DeprivilegingMonitor
+from vmlab.vmm.vcpu import KERNEL_RING
 
 #: Sensitive and unprivileged on x86 (Robin & Irvine, USENIX Security 2000, §3), as far as the lab makes
 #: them trap; far transfers, INT n and stack-segment loads are sensitive too and fault by themselves.
@@ -30,3 +32,11 @@ class TrapAndEmulate(TrapAndEmulateTechnique, DeprivilegingMonitor):
         super().__init__(machine, parameters)
         if trap:
             machine.trapping = SENSITIVE
+        # A technique of somebody's own may do more at a CLI than this one does.
+        native = machine.native_events if type(self) is TrapAndEmulate else None
+        self._shortcuts = native.offer(self.counts, self.vcpu.words_at) if native is not None else None
+
+    def emulate(self, instruction: Instruction) -> None:
+        super().emulate(instruction)
+        if self._shortcuts is not None and instruction.op in ("cli", "sti") and self.machine.cpu.cpl == KERNEL_RING:
+            self._shortcuts.trap(instruction.op)

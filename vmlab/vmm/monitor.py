@@ -58,6 +58,7 @@ class DeprivilegingMonitor(Strategy):
                                  is_device=self.platform_devices.is_device)
         self.pager.on_foreign = self.mmu.memory.on_foreign = self.note_foreign
         self.vcpu = self.make_vcpu()
+        self.platform_devices.on_interrupt_line = self.vcpu.note_interrupt_line
         self.emulator = self.make_emulator()
         self.emulator.on_halt = self._halt
         self.emulator.registers.on_paging = self._registers_written

@@ -52,8 +52,10 @@ class VirtualPlatform:
         self._timer = PhysicalTimer(machine, bus, counts)
         self._driver = DiskDriver(machine, bus, counts)
         self.timeline = Timeline(lambda: machine.time, self._arm)           # the VMM's own events
-        self.pic = PicPair(lambda: None)                                    # two 8259A
-        self.lapic = lapic.Lapic(self.timeline, self.pic, lambda: None)     # local APIC
+        #: Told of the level of INTR after every change.
+        self.on_interrupt_line: Callable[[bool], None] = _ignore
+        self.pic = PicPair(self._changed)                                   # two 8259A
+        self.lapic = lapic.Lapic(self.timeline, self.pic, self._changed)    # local APIC
         self.pit = Pit(self.timeline, self._line(PIT_IRQ))                  # 8254
         self.disk = None if self._driver.sectors is None else VirtualDisk(  # DMA block device
             self._driver, self._line(DISK_IRQ), memory.size, lambda gpa: memory.foreign(gpa, "gave its disk"), self._buffer, self._later)
@@ -153,6 +155,9 @@ class VirtualPlatform:
         """The level of INTR."""
         return self.lapic.pending
 
+    def _changed(self) -> None:
+        self.on_interrupt_line(self.pending)
+
     def acknowledge(self) -> int:
         """INTA by the guest's virtual CPU: the vector."""
         return self.lapic.acknowledge()
@@ -169,6 +174,10 @@ class _Halted:
 
     def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
         raise AssertionError(f"exception {vector} while the VMM waits")
+
+
+def _ignore(_level: bool) -> None:
+    """Nobody asked."""
 
 
 def _nothing() -> None:

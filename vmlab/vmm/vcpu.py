@@ -10,6 +10,7 @@ the guest as well: its tables are then the guest's, its privilege levels virtual
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable
 
 from vmlab.errors import GuestRefused
@@ -24,6 +25,10 @@ KERNEL_RING = 1
 _VIRTUAL_FLAGS = IF | IOPL
 _PRESENT, _CODE_OR_DATA = 1 << 15, 1 << 12
 _NO_TABLE = Segment(0, 0, 0, 0)
+# Words that native/events.c shares (``virtual_cpu`` in machine.h): the address of the flags, the shadow, INTR, the address where a
+# translator notes INTR, and that of its callout's number; then the flags themselves.
+FLAGS_AT, _SHADOW_AT, _PENDING, NOTED_AT, SITE_AT, _OWN_FLAGS = range(6)
+_NO_SHADOW = 0xFFFFFFFFFFFFFFFF
 
 
 def _no_registers(number: int, value: int) -> None:
@@ -46,18 +51,43 @@ class VirtualCpu:
 
     def __init__(self, cpu: Cpu, space: StaticSpace, mmu: GuestMmu, *, true_selectors: bool) -> None:
         self.cpu, self.space, self.mmu, self.true_selectors = cpu, space, mmu, true_selectors
-        self.flags = 0                        # IF and IOPL as the guest set them
+        memory = (ctypes.c_uint64 * 6)()
+        #: See above; at this address in the process.
+        self.words, self.words_at = memoryview(memory).cast("B").cast("Q"), ctypes.addressof(memory)
+        self.words[FLAGS_AT], self.words[_SHADOW_AT] = self.words_at + 8 * _OWN_FLAGS, _NO_SHADOW
         self.cr2 = 0
         #: Model-specific registers by number, but for those that live elsewhere.
         self.msrs: dict[int, int] = {}
         self.gdt = self.idt = _NO_TABLE
         self.ldt = Segment(0, 0, 0, 0x8200)
         self.tr = Segment(0, 0, 0, 0x8900)
-        #: After STI: no interrupt while RIP is still here (the shadow of one instruction).
-        self.shadow_at: int | None = None
         self.hidden_loads = 0
         #: Writes a control register with all that follows; whoever emulates registers puts itself here.
         self.write_cr: Callable[[int, int], None] = _no_registers
+
+    # ---- what C may change too
+    @property
+    def flags(self) -> int:
+        """IF and IOPL as the guest set them."""
+        return self.words[_OWN_FLAGS]
+
+    @flags.setter
+    def flags(self, value: int) -> None:
+        self.words[_OWN_FLAGS] = value
+
+    @property
+    def shadow_at(self) -> int | None:
+        """After STI: no interrupt while RIP is still here (the shadow of one instruction)."""
+        at = self.words[_SHADOW_AT]
+        return None if at == _NO_SHADOW else at
+
+    @shadow_at.setter
+    def shadow_at(self, value: int | None) -> None:
+        self.words[_SHADOW_AT] = _NO_SHADOW if value is None else value
+
+    def note_interrupt_line(self, level: bool) -> None:
+        """INTR of the virtual CPU."""
+        self.words[_PENDING] = level
 
     # ---- the surface that delivery needs; everything else is the physical CPU's
     @property

@@ -1,1 +1,1 @@
-"""The one piece of C in the lab: ``blocks.c``, and :mod:`build`, which turns it into a library."""
+"""The C of the lab, and :mod:`build`, which turns it into a library."""

@@ -1,7 +1,7 @@
-"""Turn ``blocks.c`` into a shared library: at installation, or at first use where there is a compiler.
+"""Turn the C files here into a shared library: at installation, or at first use where there is a compiler.
 
-The library needs no Python headers and no libraries, and its file carries the source's hash in its name: one that
-does not belong to the source at hand is never loaded. ``setup.py`` runs this file by its path, before
+The library needs no Python headers and no libraries, and its file carries the sources' hash in its name: one that
+does not belong to the sources at hand is never loaded. ``setup.py`` runs this file by its path, before
 vmlab's dependencies exist, hence it imports the standard library only.
 """
 
@@ -15,10 +15,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("blocks.c")
-SYMBOL = "vmlab_block"
+HERE = Path(__file__).parent
+SOURCES = tuple(sorted(HERE.glob("*.c")))
+HEADERS = tuple(sorted(HERE.glob("*.h")))
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _SECONDS = 60
 
@@ -27,10 +29,10 @@ class Unavailable(Exception):
     """There is no library; the message says why, in a sentence without a full stop."""
 
 
-def file_name(source: Path | None = None) -> str:
-    """``blocks-<hash>.so`` (.dll, .dylib). Line ends do not matter, since version control may change them."""
-    text = (source or SOURCE).read_text(encoding="utf-8")
-    return f"blocks-{hashlib.sha256(text.encode()).hexdigest()[:12]}{_SUFFIX}"
+def file_name(sources: Sequence[Path] | None = None) -> str:
+    """``machine-<hash>.so`` (.dll, .dylib). Line ends do not matter, since version control may change them."""
+    text = "".join(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sources or (*SOURCES, *HEADERS))
+    return f"machine-{hashlib.sha256(text.encode()).hexdigest()[:12]}{_SUFFIX}"
 
 
 def compilers() -> list[list[str]]:
@@ -52,7 +54,7 @@ def cache_directory() -> Path:
 
 
 def compile_library(target: Path) -> None:
-    """Compile the source to ``target``, which appears whole or not at all. Raises :class:`Unavailable`."""
+    """Compile the sources to ``target``, which appears whole or not at all. Raises :class:`Unavailable`."""
     commands = compilers()
     if not commands:
         raise Unavailable("no prebuilt library and no C compiler (cc, gcc, clang, or the one that CC names)")
@@ -62,7 +64,7 @@ def compile_library(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             product = Path(scratch) / target.name
             for command in commands:
-                complaint = _run([*command, *_options(), "-o", str(product), str(SOURCE)])
+                complaint = _run([*command, *_options(), "-o", str(product), *map(str, SOURCES)])
                 if product.exists():
                     _move(product, target)
                     return

@@ -33,7 +33,7 @@ class CodePages:
         self._by_page: dict[int, dict[int, Unit]] = {}
         #: Told of bytes that have just been translated: (frame, first byte, end).
         self.on_units: Callable[[int, int, int], None] = lambda frame, first, end: None
-        translator.on_unit, translator.on_drop = self._made, self._dropped
+        translator.on_unit, translator.on_drop = self._made, self.dropped
         told = self._mmu.memory.on_write
 
         def on_write(gpa: int, size: int) -> None:
@@ -70,7 +70,8 @@ class CodePages:
         return [self._bytes_in(unit, page) for unit in self._by_frame.get(frame, {}).values()
                 for page in self._pages(unit) if self._frames.get(page) == frame]
 
-    def _dropped(self, unit: Unit) -> None:
+    def dropped(self, unit: Unit) -> None:
+        """This unit is no more: its frame may be written if no other unit needs it."""
         for page in self._pages(unit):
             frame = self._frames.get(page)
             if frame is None:

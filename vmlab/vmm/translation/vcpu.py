@@ -11,8 +11,8 @@ from vmlab.machine.state import CS, SS
 from vmlab.vmm.guest_tables import GuestMmu
 from vmlab.vmm.long_mode import LongModeCpu, uncompressed
 from vmlab.vmm.space import StaticSpace
-from vmlab.vmm.translation.layout import NEGATIVE_STACK, VIRTUAL_CR, VIRTUAL_FLAGS
-from vmlab.vmm.vcpu import KERNEL_RING
+from vmlab.vmm.translation.layout import NEGATIVE_STACK, PENDING, SITE, VIRTUAL_CR, VIRTUAL_FLAGS
+from vmlab.vmm.vcpu import FLAGS_AT, KERNEL_RING, NOTED_AT, SITE_AT
 
 #: CS while the cache runs: flat, ring 1; its selector is never shown to anybody.
 CACHE_CS = Segment(0xFFF8 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9B00 | KERNEL_RING << 13)
@@ -26,6 +26,8 @@ class TranslatedCpu(LongModeCpu):
     def __init__(self, cpu: Cpu, space: StaticSpace, mmu: GuestMmu) -> None:
         self._flags_at = space.hole_frame(VIRTUAL_FLAGS)
         super().__init__(cpu, space, mmu, true_selectors=True)
+        for word, address in ((FLAGS_AT, VIRTUAL_FLAGS), (NOTED_AT, PENDING), (SITE_AT, SITE)):
+            self.words[word] = space.ram.address + space.hole_frame(address)
         self._rip = 0
         #: Told when the guest has loaded another GDT.
         self.on_gdt: Callable[[], None] = lambda: None
