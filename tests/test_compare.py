@@ -77,6 +77,37 @@ def test_cells_outcomes_and_verdicts_that_differ_are_listed(
     assert f"verdict: {results['claims'][0]['id']}: holds became fails" in out and "ok became failed" in out
 
 
+def test_runs_of_other_sizes_have_nothing_in_common(runs: tuple[Path, Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    old, new, results = runs
+    for cell in results["cells"]:
+        cell["id"] += ",iterations=7"
+    change(new, results)
+    for more in ([], ["--fail-over", "slowdown:5%"], ["--json"]):
+        assert main(["compare", str(old), str(new), *more]) == 2
+        out, err = capsys.readouterr()
+        assert "no cell in common" in err and ",iterations=7" in err and not out
+
+
+def test_a_limit_fails_where_a_cell_is_lost(runs: tuple[Path, Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    old, new, results = runs
+    gone = results["cells"].pop(1)
+    results["cells"][2] |= {"status": "failed", "error": "x"}
+    change(new, results)
+    assert main(["compare", str(old), str(new), "--fail-over", "slowdown:5%"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("no limit can be checked") == 2 and gone["id"] in err and results["cells"][2]["id"] in err
+    assert main(["compare", str(new), str(old), "--fail-over", "slowdown:5%"]) == 0, "what is new has no limit yet"
+
+
+def test_long_lists_are_cut(runs: tuple[Path, Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    old, new, results = runs
+    del results["cells"][1:]
+    change(new, results)
+    assert main(["compare", str(old), str(new)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("only in the old run: ") == 6 and "more (--json names them)" in out
+
+
 @pytest.mark.parametrize(("limit", "says"), [
     ("slowdown", "METRIC:PERCENT%"), ("slowdown:5", "METRIC:PERCENT%"), ("slowdown:x%", "METRIC:PERCENT%"), ("slowdwn:5%", "slowdown"),
     ("slowdown:-1%", "METRIC:PERCENT%"),

@@ -165,4 +165,4 @@ def _wrapped(text: str) -> list[str]:
 def tally(verdicts: Sequence[Mapping[str, Any]]) -> str:
     """How many of each verdict."""
     counts = {word: sum(v["verdict"] == word for v in verdicts) for word in ("holds", "fails", "undecided")}
-    return f"{len(verdicts)} claims: " + ", ".join(f"{n} {word}" for word, n in counts.items())
+    return f"{len(verdicts)} claim{'s' if len(verdicts) != 1 else ''}: " + ", ".join(f"{n} {word}" for word, n in counts.items())

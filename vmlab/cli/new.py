@@ -160,6 +160,7 @@ def screen(path: Path) -> str:
         "Try:",
         f"  vmlab run {right[0]} --strategy {strategy} --iterations 1000",
         f"  vmlab run {next(iter(lacking))} --strategy {strategy} --iterations 1000",
+        f"  vmlab answer trapping/write-a-strategy {strategy}        is it right everywhere?",
         "In a checkout of vmlab, all that is asked of a technique:",
         f"  python -m pytest tests/test_conformance.py --technique {strategy}",
     ])

@@ -113,13 +113,24 @@ def structure(old: Results, new: Results) -> dict[str, Any]:
     common = [name for name in before if name in after]
     verdicts = [{claim["id"]: claim["verdict"] for claim in run.get("claims", [])} for run in (old, new)]
     return {
-        "only_old": [name for name in before if name not in after], "only_new": [name for name in after if name not in before],
+        "common": len(common), "only_old": [name for name in before if name not in after], "only_new": [name for name in after if name not in before],
         "status": [{"cell": name, "old": before[name]["status"], "new": after[name]["status"]} for name in common
                    if before[name]["status"] != after[name]["status"]],
         "outcome": [name for name in common if _outcome(before[name]) != _outcome(after[name])],
         "verdicts": [{"claim": name, "old": verdict, "new": verdicts[1][name]} for name, verdict in verdicts[0].items()
                      if name in verdicts[1] and verdicts[1][name] != verdict],
     }
+
+
+def lost(old: Results, new: Results) -> list[str]:
+    """Cells that the old run finished and the new one does not have, or has unfinished: no limit can be checked on them."""
+    finished = {cell["id"] for cell in new["cells"] if cell["status"] == "ok"}
+    return [cell["id"] for cell in old["cells"] if cell["status"] == "ok" and cell["id"] not in finished]
+
+
+def example(run: Results) -> str:
+    """A cell of a run, by name."""
+    return str(run["cells"][0]["id"]) if run["cells"] else "no cell at all"
 
 
 def _outcome(cell: Mapping[str, Any]) -> Any:
