@@ -9,8 +9,9 @@ from test_paravirtual_minios import run as run_minios
 
 from vmlab import guests
 from vmlab.ledger import Counts
+from vmlab.machine.board import UART_IRQ
 from vmlab.machine.cpu import IF, Segment
-from vmlab.machine.pc import UART_IRQ, Machine, StopReason
+from vmlab.machine.pc import Machine, StopReason
 from vmlab.machine.state import RAX, RSP
 from vmlab.strategies.base import Strategy
 from vmlab.strategies.hardware import HardwareAssisted

@@ -9,8 +9,9 @@ import pytest
 from test_paravirtual_minios import DISK
 
 from vmlab import guests
+from vmlab.machine.board import DISK_IRQ
 from vmlab.machine.decode import decode_block
-from vmlab.machine.pc import DISK_IRQ, Machine
+from vmlab.machine.pc import Machine
 from vmlab.machine.state import RSP
 from vmlab.strategies.paravirtual import Paravirtualization
 

@@ -18,17 +18,23 @@ from vmlab.ledger import Counts, Snapshot
 from vmlab.machine import state as hidden
 from vmlab.machine.accesses import Accesses
 from vmlab.machine.blocks import Blocks
+from vmlab.machine.board import CLOCK_IRQ, DISK_IRQ, IDE_IRQ, KEYBOARD_IRQ, MOUSE_IRQ, PIT_IRQ, UART_IRQ, line, populate
 from vmlab.machine.counter import Counter, Tags, block_hook
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.cpuid import cpuid
 from vmlab.machine.decode import Instruction
 from vmlab.machine.devices import lapic
-from vmlab.machine.devices.bus import Counted, PortBus
-from vmlab.machine.devices.debug_exit import DebugExit
-from vmlab.machine.devices.disk import FIRST_PORT, PORT_COUNT, SECTOR, Disk
+from vmlab.machine.devices.bus import PortBus
+from vmlab.machine.devices.cmos import Cmos
+from vmlab.machine.devices.disk import SECTOR, Disk
+from vmlab.machine.devices.ide import Ide
+from vmlab.machine.devices.ioapic import IoApic
+from vmlab.machine.devices.keyboard import KeyboardController
 from vmlab.machine.devices.pic import PicPair
-from vmlab.machine.devices.pit import Pit, SystemControl
+from vmlab.machine.devices.pit import Pit
+from vmlab.machine.devices.testdev import TestDevice
 from vmlab.machine.devices.uart import Uart
+from vmlab.machine.devices.vga import Vga
 from vmlab.machine.dma import Dma
 from vmlab.machine.engine import CODE_CALLBACK, Engine
 from vmlab.machine.exceptions import Exceptions, Interrupts
@@ -41,8 +47,6 @@ from vmlab.machine.tlb import TlbConfig
 if TYPE_CHECKING:
     from vmlab.machine.fast_events import FastEvents
 
-PIT_PORT, SYSTEM_PORT, UART_PORT, DEBUG_EXIT_PORT = 0x40, 0x61, 0x3F8, 0xF4
-PIT_IRQ, UART_IRQ, DISK_IRQ = 0, 4, 11
 #: Virtual time stamp counter: ticks per nanosecond of virtual time. One is as good as another; one is simple.
 TSC_PER_NANOSECOND = 1
 #: A CPU that waits in HLT through so many due events, none of which wakes it, waits for ever.
@@ -54,18 +58,22 @@ class Machine:
     """One emulated PC.
 
     :param path: how its CPU is reached: "portable", "fast" or "auto".
-    :param disk: the content of its disk, in whole sectors of 512 bytes; None: it has none.
+    :param disk: the content of its DMA disk, in whole sectors of 512 bytes; None: it has none.
+    :param drives: of its IDE disks, likewise.
+    :param guest_ram: bytes of RAM that its firmware notes for a guest to read; None: all of it.
     :param tlb: what to model of translation lookaside buffers and page walks; None: nothing, at no cost.
     """
 
     def __init__(self, ram_size: int = 64 << 20, path: str | None = None, *, disk: bytes | None = None,
-                 tlb: TlbConfig | None = None) -> None:
+                 drives: tuple[bytes, ...] = (), guest_ram: int | None = None, tlb: TlbConfig | None = None) -> None:
         wanted = path or os.environ.get("VMLAB_MACHINE", "auto")
         if wanted not in ("portable", "fast", "auto"):
             raise ConfigError(f"VMLAB_MACHINE: {wanted!r} is not one of portable, fast, auto")
         # What was counted, what the world saw, who is in charge.
         self.events = Counts("machine")
         self.console = bytearray()
+        #: Told of each character that leaves the serial port, at once.
+        self.on_console: Callable[[int], None] = lambda character: None
         #: Device writes in order, without times: part of the guest-visible state.
         self.device_log: list[tuple[int, int, int]] = []
         #: What C does about events, where it does; None: all of them are Python's.
@@ -89,6 +97,7 @@ class Machine:
         self._budget = _FOR_EVER
         self._stale_code = False
         self._running = self._interrupted = False
+        self._broken_off = (-1, -1)
 
         self.engine = Engine()                                     # Unicorn
         self.ram = Ram(self.engine, ram_size)                      # physical memory
@@ -103,12 +112,18 @@ class Machine:
         self.lapic = lapic.Lapic(self.timeline, self.pic, lambda: self.interrupts.update())  # local APIC, in memory
         self.intr: InterruptSource = self.lapic                    # what drives the CPU's INTR pin
         self.interrupts = Interrupts(self, self.exceptions)        # when INTR is taken
-        self.uart = Uart(self._line(UART_IRQ), self.console.append)
-        self.pit = Pit(self.timeline, self._line(PIT_IRQ))         # 8254
+        self.ioapic = IoApic(self.lapic.message)                   # I/O APIC, in memory
+        self.uart = Uart(line(self, UART_IRQ), self._transmitted)  # serial port
+        self.pit = Pit(self.timeline, line(self, PIT_IRQ))         # 8254
+        self.clock = Cmos(self.timeline, line(self, CLOCK_IRQ), guest_ram or ram_size)     # real-time clock and its memory
+        self.keyboard = KeyboardController(line(self, KEYBOARD_IRQ), line(self, MOUSE_IRQ), self.reset)  # 8042
+        self.vga = Vga(self.timeline)                              # display registers
+        self.ide = Ide(self.timeline, line(self, IDE_IRQ), drives)  # two disks by programmed I/O
+        self.test_device = TestDevice(lambda gpa: None)            # what kvm-unit-tests expects
         self.disk = None if disk is None else self._disk(disk)     # DMA block device
         self.counter = self._wire_counter(wanted, live)            # retired instructions, exactly; and who hears of exceptions
         self.accesses = None if tlb is None else Accesses(self, tlb)  # the TLB model, fed by what the CPU does
-        self._attach()
+        populate(self)
         self._set_limit()
 
     def _prime(self) -> None:
@@ -150,23 +165,7 @@ class Machine:
     def _disk(self, image: bytes) -> Disk:
         if len(image) % SECTOR:
             raise ConfigError(f"a disk image has whole sectors of {SECTOR} bytes; this one has {len(image)} bytes")
-        return Disk(self.timeline, self._line(DISK_IRQ), Dma(self.ram, self.code_frames, self._code_was_written), image)
-
-    def _attach(self) -> None:
-        """The devices at their ports and addresses."""
-        self.ram.attach(Counted(self.lapic, self.events), lapic.BASE, lapic.SIZE, self.fail)
-        self.ram.seal()
-        ports = self.ports
-        self.pic.attach(ports)
-        ports.attach(self.pit, PIT_PORT, 4)
-        ports.attach(SystemControl(self.timeline, self.pit.channels[2]), SYSTEM_PORT, 1)
-        ports.attach(self.uart, UART_PORT, 8)
-        ports.attach(DebugExit(self._guest_exit), DEBUG_EXIT_PORT, 1)
-        if self.disk is not None:
-            ports.attach(self.disk, FIRST_PORT, PORT_COUNT)
-
-    def _line(self, irq: int) -> Callable[[bool], None]:
-        return lambda level: self.pic.set_line(irq, level)
+        return Disk(self.timeline, line(self, DISK_IRQ), Dma(self.ram, self.code_frames, self._code_was_written), image)
 
     # ---- what C has to know of, on the fast path
     @property
@@ -260,8 +259,19 @@ class Machine:
         if self._stop is None and not self._stale_code and not self._interrupted:
             if error:
                 raise GuestError(f"the CPU could not go on at {self.cpu.rip:#x}: {self.engine.error_text(error)}")
-            self._halted()
+            if self._at_hlt():
+                self._halted()
+            elif self._broken_off == (self.cpu.rip, self.time):
+                raise GuestError(f"the CPU could not go on at {self.cpu.rip:#x}: its code is taken away from it again and again")
+            else:   # Unicorn ends a run without a word when the block that it just translated is thrown away (blocks.py: _check)
+                self._broken_off = (self.cpu.rip, self.time)
         return self._stop
+
+    def _at_hlt(self) -> bool:
+        """Whether the CPU stopped because it executed HLT: the block that ran ends with one, right before RIP."""
+        block = self.counter.current
+        return (block is not None and bool(block.instructions) and block.instructions[-1].op == "hlt"
+                and (self.cpu.rip + self.cpu.segment(hidden.CS).base - block.end) & 0xFFFFFFFF == 0)
 
     @contextlib.contextmanager
     def detour(self) -> Iterator[Cpu]:
@@ -320,8 +330,18 @@ class Machine:
             self.failure = failure
         self.engine.stop()
 
-    def _guest_exit(self, code: int) -> None:
+    def guest_exit(self, code: int) -> None:
+        """The guest wrote to the debug-exit port."""
         self.stop(Stop(StopReason.EXIT, code))
+
+    def reset(self) -> None:
+        """A device pulled the CPU's reset input: the run ends."""
+        self.stop(Stop(StopReason.RESET))
+
+    def _transmitted(self, character: int) -> None:
+        """A character left the serial port."""
+        self.console.append(character)
+        self.on_console(character)
 
     # ---- time
     @property
@@ -478,4 +498,4 @@ class Machine:
         return Snapshot(events, counted.user, counted.kernel, counted.machine)
 
 
-__all__ = ["CR4_TSD", "UART_IRQ", "UART_PORT", "Machine", "Monitor", "Stop", "StopReason", "cpuid", "port_operands"]
+__all__ = ["CR4_TSD", "Machine", "Monitor", "Stop", "StopReason", "cpuid", "port_operands"]

@@ -15,6 +15,7 @@ class StopReason(enum.Enum):
 
     EXIT = "the guest ended its run"
     HALTED = "the CPU halted with nothing left to wake it"
+    RESET = "the guest reset the machine"
     REQUESTED = "the monitor asked for it"
 
 

@@ -3,8 +3,8 @@
 Interrupt controllers, timers and the local APIC that the guest programs are the VMM's, models of the same parts. Their
 timers run on a timeline of the VMM's own, which is real as far as the machine is concerned: for the next due event the VMM
 programs the *physical* interval timer, takes its interrupt, and then runs what is due. The physical disk moves the
-data of the guest's; its addresses are checked and translated. Serial port and debug exit are handed through: the VMM
-performs the guest's accesses on the physical bus, or has its host do so, and forwards an interrupt as an edge on the
+data of the guest's; its addresses are checked and translated. Serial port, keyboard, IDE disks, display registers and debug
+exit are handed through: the VMM performs the guest's accesses on the physical bus, or has its host do so, and forwards an interrupt as an edge on the
 guest's controller.
 """
 
@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from vmlab.ledger import Counts
-from vmlab.machine.devices import lapic
+from vmlab.machine.board import CLOCK_IRQ, DISK_IRQ, IDE_IRQ, KEYBOARD_IRQ, PIT_IRQ, PIT_PORT, SYSTEM_PORT, UART_IRQ, line
+from vmlab.machine.devices import cmos, ioapic, lapic, testdev
 from vmlab.machine.devices.bus import PortBus
 from vmlab.machine.devices.disk import FIRST_PORT, PORT_COUNT
 from vmlab.machine.devices.pic import PicPair
 from vmlab.machine.devices.pit import Pit, SystemControl
-from vmlab.machine.memory import PAGE
-from vmlab.machine.pc import DISK_IRQ, PIT_IRQ, PIT_PORT, SYSTEM_PORT, UART_IRQ, Machine
+from vmlab.machine.memory import PAGE, MemoryDevice
+from vmlab.machine.pc import Machine
 from vmlab.machine.timeline import Timeline
 from vmlab.vmm.disk import DiskDriver, VirtualDisk
 from vmlab.vmm.guest_tables import GuestMemory
@@ -51,25 +52,35 @@ class VirtualPlatform:
         self._machine, self._bus, self._counts, self._memory = machine, bus, counts, memory
         self._timer = PhysicalTimer(machine, bus, counts)
         self._driver = DiskDriver(machine, bus, counts)
+        #: The guest asks, by its test device, that a page of its memory be mapped anew.
+        self.on_flush: Callable[[int], None] = lambda gpa: None
         self.timeline = Timeline(lambda: machine.time, self._arm)           # the VMM's own events
         #: Told of the level of INTR after every change.
         self.on_interrupt_line: Callable[[bool], None] = _ignore
         self.pic = PicPair(self._changed)                                   # two 8259A
         self.lapic = lapic.Lapic(self.timeline, self.pic, self._changed)    # local APIC
-        self.pit = Pit(self.timeline, self._line(PIT_IRQ))                  # 8254
+        self.ioapic = ioapic.IoApic(self.lapic.message)                     # I/O APIC
+        self.pit = Pit(self.timeline, line(self, PIT_IRQ))                  # 8254
+        self.clock = cmos.Cmos(self.timeline, line(self, CLOCK_IRQ), memory.size)  # real-time clock
+        self.test_device = testdev.TestDevice(lambda gpa: self.on_flush(gpa))      # what kvm-unit-tests expects
         self.disk = None if self._driver.sectors is None else VirtualDisk(  # DMA block device
-            self._driver, self._line(DISK_IRQ), memory.size, lambda gpa: memory.foreign(gpa, "gave its disk"), self._buffer, self._later)
+            self._driver, line(self, DISK_IRQ), memory.size, lambda gpa: memory.foreign(gpa, "gave its disk"), self._buffer, self._later)
         self._own = PortBus()
         self.pic.attach(self._own)
         self._own.attach(self.pit, PIT_PORT, 4)
         self._own.attach(SystemControl(self.timeline, self.pit.channels[2]), SYSTEM_PORT, 1)
+        self._own.attach(self.clock, cmos.FIRST_PORT, cmos.PORT_COUNT)
+        self._own.attach(self.test_device, testdev.DATA_PORT, testdev.DATA_COUNT)
+        self._own.attach(testdev.TestLines(self.ioapic.set_line), testdev.LINES_PORT, testdev.LINES)
+        self.lapic.on_eoi = self.ioapic.end_of_interrupt
+        #: Devices in guest-physical memory: first address, bytes, device.
+        self._in_memory: tuple[tuple[int, int, MemoryDevice], ...] = (
+            (lapic.BASE, lapic.SIZE, self.lapic), (ioapic.BASE, ioapic.SIZE, self.ioapic),
+            (testdev.MEMORY, testdev.MEMORY_SIZE, self.test_device.memory))
         if self.disk is not None:
             self._own.attach(self.disk, FIRST_PORT, PORT_COUNT)
         memory.read_device, memory.write_device = self._memory_read, self._memory_write
-        program_physical_pic(machine, (PIT_IRQ, UART_IRQ, DISK_IRQ))
-
-    def _line(self, irq: int) -> Callable[[bool], None]:
-        return lambda level: self.pic.set_line(irq, level)
+        program_physical_pic(machine, (PIT_IRQ, UART_IRQ, DISK_IRQ, KEYBOARD_IRQ, IDE_IRQ))
 
     # ---- the guest's accesses
     def port_read(self, port: int, size: int) -> int:
@@ -87,18 +98,21 @@ class VirtualPlatform:
     @staticmethod
     def is_device(gpa: int) -> bool:
         """Whether a device's registers are in the page of ``gpa``: it must not be mapped."""
-        return lapic.BASE <= gpa < lapic.BASE + lapic.SIZE
+        return gpa >= ioapic.BASE and (lapic.BASE <= gpa < lapic.BASE + lapic.SIZE or gpa < ioapic.BASE + ioapic.SIZE
+                                       or testdev.MEMORY <= gpa < testdev.MEMORY + testdev.MEMORY_SIZE)
 
     def _memory_read(self, gpa: int, size: int) -> int:
-        if not self.is_device(gpa):
-            return (1 << (8 * size)) - 1
-        self._counts["vmm.device"] += 1
-        return self.lapic.read(gpa - lapic.BASE, size)
+        for first, extent, device in self._in_memory:
+            if first <= gpa < first + extent:
+                self._counts["vmm.device"] += 1
+                return device.read(gpa - first, size)
+        return (1 << (8 * size)) - 1
 
     def _memory_write(self, gpa: int, size: int, value: int) -> None:
-        if self.is_device(gpa):
-            self._counts["vmm.device"] += 1
-            self.lapic.write(gpa - lapic.BASE, size, value)
+        for first, extent, device in self._in_memory:
+            if first <= gpa < first + extent:
+                self._counts["vmm.device"] += 1
+                device.write(gpa - first, size, value)
 
     def _later(self, delay: int, callback: Callable[[], None]) -> None:
         self.timeline.at(self.timeline.now + delay, callback)
@@ -128,8 +142,9 @@ class VirtualPlatform:
         elif irq == DISK_IRQ:
             self._driver.interrupt()
         else:
-            self.pic.set_line(irq, False)
-            self.pic.set_line(irq, True)
+            forward = line(self, irq)
+            forward(False)
+            forward(True)
 
     def wait(self) -> bool:
         """The VMM halts the physical CPU until something is pending for its guest; False when nothing will be.

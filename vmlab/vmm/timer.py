@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from vmlab.ledger import Counts
+from vmlab.machine.board import PIT_PORT
 from vmlab.machine.devices.pit import HZ, NANOSECONDS
-from vmlab.machine.pc import PIT_PORT, Machine
+from vmlab.machine.pc import Machine
 from vmlab.vmm.host import PhysicalBus
 
 #: Channel 0, both bytes of the count, mode 0: one interrupt (Intel 8254 data sheet, "Control Word Format").

@@ -6,7 +6,8 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vmlab.machine.pc import UART_PORT, Stop, StopReason
+from vmlab.machine.board import UART_PORT
+from vmlab.machine.pc import Stop, StopReason
 from vmlab.vmm import xen
 from vmlab.vmm.xen_frames import Refused
 

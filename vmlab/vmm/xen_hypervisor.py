@@ -15,10 +15,11 @@ from typing import ClassVar
 
 from vmlab.errors import GuestFault, GuestRefused
 from vmlab.ledger import Counts
+from vmlab.machine.board import DISK_IRQ, PIT_IRQ, UART_IRQ
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.delivery import HAS_ERROR_CODE
 from vmlab.machine.paging import PageFault
-from vmlab.machine.pc import DISK_IRQ, PIT_IRQ, UART_IRQ, Machine, Stop, StopReason, cpuid
+from vmlab.machine.pc import Machine, Stop, StopReason, cpuid
 from vmlab.machine.state import RAX, RBX, RCX, RDX
 from vmlab.vmm import xen
 from vmlab.vmm.disk import DiskDriver

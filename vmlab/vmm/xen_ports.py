@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vmlab.ledger import Counts
+from vmlab.machine.board import DISK_IRQ, PIT_PORT, SYSTEM_PORT
 from vmlab.machine.devices.disk import FIRST_PORT, PORT_COUNT
-from vmlab.machine.pc import DISK_IRQ, PIT_PORT, SYSTEM_PORT
 from vmlab.vmm import xen
 from vmlab.vmm.disk import DiskDriver, VirtualDisk
 from vmlab.vmm.host import PhysicalBus

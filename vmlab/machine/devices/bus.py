@@ -22,16 +22,18 @@ class PortDevice(Protocol):
 
 
 class PortBus:
-    """Ports 0–0xFFFF. A port without a device reads all ones and swallows writes, as an ISA bus does."""
+    """Ports 0–0xFFFF. A port without a device reads all ones and swallows writes, as an ISA bus does; see also absent.py."""
 
     def __init__(self) -> None:
         self._at: dict[int, tuple[PortDevice, int]] = {}
         self.accesses = 0
+        #: Accesses by port where no device is.
+        self.unanswered: dict[int, int] = {}
 
-    def attach(self, device: PortDevice, first: int, count: int) -> None:
-        """Let ``device`` answer at ``count`` ports from ``first``."""
-        for offset in range(count):
-            self._at[first + offset] = (device, offset)
+    def attach(self, device: PortDevice, first: int, count: int, offset: int = 0) -> None:
+        """Let ``device`` answer at ``count`` ports from ``first``, which is ``offset`` in its own registers."""
+        for number in range(count):
+            self._at[first + number] = (device, offset + number)
 
     def answers(self, port: int) -> bool:
         """Whether a device is attached at this port."""
@@ -40,15 +42,18 @@ class PortBus:
     def read(self, port: int, size: int) -> int:
         found = self._at.get(port)
         if found is None:
+            self.unanswered[port] = self.unanswered.get(port, 0) + 1
             return (1 << (8 * size)) - 1
         self.accesses += 1
         return found[0].read(found[1], size) & ((1 << (8 * size)) - 1)
 
     def write(self, port: int, size: int, value: int) -> None:
         found = self._at.get(port)
-        if found is not None:
-            self.accesses += 1
-            found[0].write(found[1], size, value & ((1 << (8 * size)) - 1))
+        if found is None:
+            self.unanswered[port] = self.unanswered.get(port, 0) + 1
+            return
+        self.accesses += 1
+        found[0].write(found[1], size, value & ((1 << (8 * size)) - 1))
 
 
 class Notifying:

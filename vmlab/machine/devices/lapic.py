@@ -4,7 +4,7 @@ It stands between the devices and the CPU's INTR: its own interrupts have vector
 LINT0 input passes the 8259 pair's INTR through (ExtINT). It starts as firmware leaves it, in virtual wire
 mode (§10.1): enabled, LINT0 = ExtINT, timer masked.
 
-One CPU: fixed and lowest-priority IPIs reach it or nobody; NMI, SMI, INIT and start-up IPIs have no effect.
+One CPU: fixed, lowest-priority and NMI IPIs reach it or nobody; SMI, INIT and start-up IPIs have no effect.
 LINT1 and LINT0 in other modes than ExtINT deliver nothing, for nothing is wired to them.
 """
 
@@ -25,6 +25,7 @@ _VERSION = 3 << 16 | 0x14     # four LVT entries, an integrated APIC
 _ENABLED = 1 << 8             # in SVR
 _MASKED, _PERIODIC = 1 << 16, 1 << 17
 _MODE, _EXTINT = 7 << 8, 7 << 8
+_FIXED, _LOWEST_PRIORITY, _NMI = 0, 1, 4    # delivery modes (§10.6.1)
 #: Bits of each LVT entry that can be written (§10.5.1 figure 10-8).
 _LVT_BITS = {LVT_TIMER: 0x300FF, LVT_LINT0: 0x1A7FF, LVT_LINT1: 0x1A7FF, LVT_ERROR: 0x100FF}
 _SEND_ILLEGAL, _RECEIVED_ILLEGAL, _ILLEGAL_REGISTER = 1 << 5, 1 << 6, 1 << 7   # ESR (§10.5.3)
@@ -44,7 +45,11 @@ class Lapic:
         self.id = self.tpr = self.ldr = 0
         self.dfr = 0xFFFFFFFF
         self.svr = 0xFF | _ENABLED
-        self.irr = self.isr = 0          # 256 bits each
+        self.irr = self.isr = self.tmr = 0          # 256 bits each
+        #: Told of the end of a level-triggered interrupt: its vector (§10.8.5). An I/O APIC listens.
+        self.on_eoi: Callable[[int], None] = lambda vector: None
+        #: An NMI for this CPU.
+        self.on_nmi: Callable[[], None] = lambda: None
         self.esr = self.errors = 0       # as latched by a write to ESR; since then
         self.icr = 0
         self.lvt = {LVT_TIMER: _MASKED, LVT_LINT0: _EXTINT, LVT_LINT1: _MASKED, LVT_ERROR: _MASKED}
@@ -100,13 +105,30 @@ class Lapic:
         if on != self.on:
             self.from_state(Lapic(self._timeline, self._external, lambda: None).state() | {"on": on})
 
-    def accept(self, vector: int) -> None:
+    def accept(self, vector: int, level: bool = False) -> None:
         """An interrupt for this CPU."""
         if vector < 16:
             self._error(_RECEIVED_ILLEGAL)
-        elif self.svr & _ENABLED:
+        elif self.svr & _ENABLED and self.on:
             self.irr |= 1 << vector
+            self.tmr = self.tmr & ~(1 << vector) | level << vector
             self._changed()
+
+    def message(self, vector: int, delivery: int, destination: int, logical: bool, level: bool) -> bool:
+        """An interrupt message on the bus (§10.6.1, §10.6.2): whether it was for this CPU."""
+        if logical:
+            mine = bool(destination & self.ldr) if self.dfr >> 28 == 0xF else self._in_cluster(destination)
+        else:
+            mine = destination in (self.id, 0xFF)
+        if mine and delivery in (_FIXED, _LOWEST_PRIORITY):
+            self.accept(vector, level)
+        elif mine and delivery == _NMI:
+            self.on_nmi()
+        return mine
+
+    def _in_cluster(self, destination: int) -> bool:
+        """The cluster model: the high half names the cluster, 15 all of them; the low half is a set of its members (§10.6.2.2)."""
+        return destination >> 4 in (self.ldr >> 4, 0xF) and bool(destination & self.ldr & 0xF)
 
     def _error(self, bit: int) -> None:
         self.errors |= bit
@@ -120,7 +142,7 @@ class Lapic:
             return 0
         if offset in self.lvt:
             return self.lvt[offset]
-        for first, bits in ((ISR, self.isr), (TMR, 0), (IRR, self.irr)):
+        for first, bits in ((ISR, self.isr), (TMR, self.tmr), (IRR, self.irr)):
             if first <= offset < first + 0x80:
                 return bits >> 2 * (offset - first) & 0xFFFFFFFF
         found = {ID: self.id << 24, VERSION: _VERSION, TPR: self.tpr, PPR: self.ppr, EOI: 0, LDR: self.ldr << 24, DFR: self.dfr,
@@ -136,7 +158,10 @@ class Lapic:
             return
         if offset == EOI:
             if self.isr:
-                self.isr &= ~(1 << self.isr.bit_length() - 1)
+                vector = self.isr.bit_length() - 1
+                self.isr &= ~(1 << vector)
+                if self.tmr >> vector & 1:
+                    self.on_eoi(vector)
                 self._changed()
         elif offset == TPR:
             self.set_tpr(value)
@@ -191,19 +216,12 @@ class Lapic:
     def _send(self) -> None:
         """ICR: an interprocessor interrupt, which only this CPU can get (§10.6.1)."""
         vector, delivery, shorthand = self.icr & 0xFF, self.icr >> 8 & 7, self.icr >> 18 & 3
-        if delivery not in (0, 1):
-            return
-        if vector < 16:
+        if vector < 16 and delivery in (_FIXED, _LOWEST_PRIORITY):
             self._error(_SEND_ILLEGAL)
-            return
-        if shorthand == 0:
-            destination = self.icr >> 56
-            logical = self.icr >> 11 & 1
-            mine = destination & self.ldr if logical else destination in (self.id, 0xFF)
-        else:
-            mine = shorthand != 3
-        if mine:
-            self.accept(vector)
+        elif shorthand == 0:
+            self.message(vector, delivery, self.icr >> 56, bool(self.icr >> 11 & 1), False)
+        elif shorthand != 3:        # to itself, or to all with itself
+            self.message(vector, delivery, self.id, False, False)
 
     # ---- timer
     @property
@@ -241,7 +259,7 @@ class Lapic:
             self._handle = None
 
     # ---- state
-    _FIELDS = ("on", "id", "tpr", "ldr", "dfr", "svr", "irr", "isr", "esr", "errors", "icr", "initial", "divide", "started")
+    _FIELDS = ("on", "id", "tpr", "ldr", "dfr", "svr", "irr", "isr", "tmr", "esr", "errors", "icr", "initial", "divide", "started")
 
     def state(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._FIELDS} | {"lvt": dict(self.lvt)}

@@ -9,10 +9,13 @@ from vmlab.machine.devices.bus import Notifying, PortBus
 
 
 class Pic:
-    """One 8259A, edge triggered (Intel 8259A data sheet); two make the PC's pair, see :class:`PicPair`."""
+    """One 8259A (Intel 8259A data sheet); two make the PC's pair, see :class:`PicPair`.
+
+    Inputs are edge triggered, but for those that ``levels`` (ELCR; Intel 82371SB §2.5.3) makes level triggered.
+    """
 
     def __init__(self) -> None:
-        self.base = 0
+        self.base = self.levels = 0
         self.irr = self.isr = 0
         self.imr = 0xFF
         self.lines = 0
@@ -28,9 +31,14 @@ class Pic:
         if not level:
             self.irr &= ~bit
 
+    @property
+    def requests(self) -> int:
+        """IRR: edges latched, and levels as they are."""
+        return self.irr | self.lines & self.levels
+
     def pending(self) -> int | None:
         """The input that would interrupt now: unmasked, requested, above all in service."""
-        ready = self.irr & ~self.imr
+        ready = self.requests & ~self.imr
         for irq in range(8):
             if self.isr & (1 << irq):
                 return None
@@ -51,7 +59,7 @@ class Pic:
     def read(self, offset: int, size: int) -> int:
         if offset == 1:
             return self.imr
-        return self.isr if self._read_isr else self.irr
+        return self.isr if self._read_isr else self.requests
 
     def write(self, offset: int, size: int, value: int) -> None:
         value &= 0xFF
@@ -76,7 +84,7 @@ class Pic:
             self.imr = value
 
     _needs_icw4 = False
-    _FIELDS = ("base", "irr", "isr", "imr", "lines", "_expect", "_read_isr", "_auto_eoi", "_needs_icw4")
+    _FIELDS = ("base", "levels", "irr", "isr", "imr", "lines", "_expect", "_read_isr", "_auto_eoi", "_needs_icw4")
 
     def state(self) -> dict[str, Any]:
         return {name.lstrip("_"): getattr(self, name) for name in self._FIELDS}
@@ -84,6 +92,25 @@ class Pic:
     def from_state(self, state: dict[str, Any]) -> None:
         for name in self._FIELDS:
             setattr(self, name, state[name.lstrip("_")])
+
+
+class EdgeLevel:
+    """ELCR of one 8259A, at 0x4D0 or 0x4D1: which inputs are level triggered. Inputs in ``always_edge`` stay as they are."""
+
+    def __init__(self, pic: Pic, always_edge: int) -> None:
+        self._pic, self._writable = pic, 0xFF & ~always_edge
+
+    def read(self, offset: int, size: int) -> int:
+        return self._pic.levels
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._pic.levels = value & self._writable
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        """It is the controller's."""
 
 
 class PicPair:
@@ -96,6 +123,9 @@ class PicPair:
     def attach(self, bus: PortBus) -> None:
         bus.attach(Notifying(self.master, self._update), 0x20, 2)
         bus.attach(Notifying(self.slave, self._update), 0xA0, 2)
+        # The timer, the keyboard, the slave; the clock, the coprocessor.
+        bus.attach(Notifying(EdgeLevel(self.master, 0b0000_0111), self._update), 0x4D0, 1)
+        bus.attach(Notifying(EdgeLevel(self.slave, 0b0010_0001), self._update), 0x4D1, 1)
 
     def set_line(self, irq: int, level: bool) -> None:
         (self.master if irq < 8 else self.slave).set_line(irq & 7, level)
