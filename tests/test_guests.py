@@ -11,7 +11,7 @@ import pytest
 
 from vmlab import guests
 from vmlab.errors import ConfigError, GuestImageError
-from vmlab.guests import multiboot
+from vmlab.guests.boot import multiboot
 
 NANO = Path(guests.__file__).parent / "nano" / "nano.elf"
 

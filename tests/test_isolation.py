@@ -13,7 +13,7 @@ from paginglab import ALL, SCHEMES, boot, layout, raw_kernel, raw_origin
 
 from vmlab.errors import TripleFault
 from vmlab.machine.pc import Stop, StopReason
-from vmlab.strategies.base import GUEST_MEMORY
+from vmlab.strategies.techniques import GUEST_MEMORY
 from vmlab.strategies.trap_and_emulate import TrapAndEmulate
 from vmlab.vmm.space import GUEST_FRAMES, HOLE, POOL
 

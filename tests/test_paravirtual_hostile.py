@@ -15,8 +15,8 @@ from pvlab import DATA, ENTRY, ESP, EXIT_WITH_EAX, INT82, LOOP, Asking, call, ch
 
 from vmlab.errors import GuestError
 from vmlab.machine.pc import Machine
-from vmlab.strategies.base import GUEST_MEMORY
 from vmlab.strategies.paravirtual import Paravirtualization
+from vmlab.strategies.techniques import GUEST_MEMORY
 from vmlab.vmm import xen
 from vmlab.vmm.xen_domain import GUEST_FRAMES
 

@@ -510,7 +510,8 @@ def test_any_access_is_defined_and_the_state_is_whole(name: str, accesses: list[
     """After any accesses, a second device with the first one's state shows the same state, and answers the same."""
     make = _devices()[name]
     device, other = make(), make()
-    offsets = {"ioapic": (0, 0x10), "cmos": (0, 1), "keyboard": (0, 4), "port92": (0,), "test": (0, 1, 2, 3, 4), "vga": tuple(range(32))}.get(name, tuple(range(8)))
+    few = {"ioapic": (0, 0x10), "cmos": (0, 1), "keyboard": (0, 4), "port92": (0,), "test": (0, 1, 2, 3, 4), "vga": tuple(range(32))}
+    offsets = few.get(name, tuple(range(8)))
     for write, where, size, value in accesses:
         offset = offsets[where * 5 % len(offsets)]
         if write:

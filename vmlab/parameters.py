@@ -41,3 +41,14 @@ class Parameter:
         if not self.minimum <= value <= self.maximum:
             raise ConfigError(f"{name}: {value} is outside {self.minimum}..{self.maximum}")
         return value
+
+
+@dataclass(frozen=True)
+class Text(Parameter):
+    """A parameter that is any text: a command line, the name of a file."""
+
+    def check(self, name: str, value: object) -> Value:
+        """``value`` as text; a number is what was meant as one word."""
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise ConfigError(f"{name}: a text is needed, not {value!r}")
+        return str(value)

@@ -20,6 +20,7 @@ from vmlab.machine import tlb
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.parameters import Value
 from vmlab.strategies.base import Strategy
+from vmlab.strategies.techniques import BESIDE_GUEST, machine_memory
 
 #: Guest instructions after which a run counts as an endless loop, unless the cell says otherwise.
 DEFAULT_BUDGET = 2_000_000_000
@@ -37,9 +38,10 @@ class Run:
         self.parameters = dict(parameters)
         self.kind = strategies.load(technique)
         self.guest = str(parameters.get("guest", "nano"))
-        self.image = guests.load(self.guest)
+        self.image = guests.configured(parameters)
         self.workload = str(parameters.get("workload", ""))
-        self.machine = Machine(path=path, disk=guests.disk(parameters), tlb=tlb.configured(parameters))
+        self.machine = Machine(machine_memory(parameters), path, disk=guests.disk(parameters), drives=self.image.drives,
+                               guest_ram=machine_memory(parameters) - BESIDE_GUEST, tlb=tlb.configured(parameters))
         self.strategy: Strategy = self.kind(self.machine, parameters)
         self.marks: dict[str, Snapshot] = {}
         line = guests.command_line(parameters) if guests.workloads(self.guest) else str(parameters.get("append", ""))
@@ -90,6 +92,8 @@ class Run:
         part("exit", repr(exit_code).encode())
         if self.machine.disk is not None:
             part("disk", self.machine.disk.content)
+        for drive in self.machine.ide.drives:
+            part("drive", drive.content)
         start, stop = (self.image.symbols.get(f"vmlab_outcome_{end}") for end in ("start", "end"))
         if start is not None and stop is not None:
             part("outcome", self.strategy.read_guest(start, stop - start))

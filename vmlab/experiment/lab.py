@@ -78,6 +78,12 @@ class Lab:
 
         return guests.names()
 
+    def from_file(self, guest: str) -> bool:
+        """Whether this guest is an image from a file."""
+        from vmlab import guests
+
+        return guests.from_file(guest)
+
     def workloads(self, guest: str) -> Mapping[str, Mapping[str, Parameter]]:
         """Workloads of ``guest``, each with its parameters."""
         from vmlab import guests

@@ -15,15 +15,19 @@ from dataclasses import dataclass, field
 from vmlab.errors import ConfigError
 from vmlab.experiment.lab import Lab
 from vmlab.experiment.yamlfile import Document, Where
+from vmlab.guests.files import PARAMETERS as FILE_PARAMETERS
 from vmlab.machine.tlb import PARAMETERS as MODEL_PARAMETERS
 from vmlab.parameters import Parameter, Value, nearest
+from vmlab.strategies.techniques import RAM
 
 MAX_CELLS = 5_000
 BASELINE = "native"
 
-#: Keys that every cell may have, whatever guest and technique declare: which guest runs what, for how long, and what is
-#: modelled of the machine.
-GUEST_KEYS = ("guest", "workload", "budget", *MODEL_PARAMETERS)
+#: What a cell may say of the machine: how much RAM the guest has, and what is modelled.
+MACHINE_PARAMETERS = {"ram": RAM, **MODEL_PARAMETERS}
+#: Keys that every cell may have, whatever guest and technique declare: which guest runs what, for how long, on what machine;
+#: for a guest from a file, what goes with it.
+GUEST_KEYS = ("guest", "workload", "budget", *MACHINE_PARAMETERS, *FILE_PARAMETERS)
 DEFAULT_GUEST = "nano"
 
 Assignment = dict[str, Value]
@@ -158,7 +162,9 @@ class Expander:
             declared |= workloads[workload]
         if "budget" in assignment:
             declared["budget"] = BUDGET
-        declared |= {key: parameter for key, parameter in MODEL_PARAMETERS.items() if key in assignment}
+        declared |= {key: parameter for key, parameter in MACHINE_PARAMETERS.items() if key in assignment}
+        if self.lab.from_file(guest):
+            declared |= {key: parameter for key, parameter in FILE_PARAMETERS.items() if key in assignment}
 
         def values(of: Mapping[str, Parameter], under: str) -> Assignment:
             found: Assignment = {}

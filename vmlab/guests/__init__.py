@@ -1,6 +1,6 @@
 """Guest images and their workloads. Knows nothing of VMMs and prices, and needs no Unicorn.
 
-    image = load("nano")                       # or a path to an ELF32 i386 kernel
+    image = load("nano")                       # or a path: an ELF kernel, a bzImage, a boot disk
     line = command_line({"guest": "nano", "workload": "cli_sti", "iterations": 1000, "density": 100})
 """
 
@@ -13,14 +13,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 from vmlab.errors import ConfigError, GuestImageError
-from vmlab.guests.elf import parse
+from vmlab.guests import files
 from vmlab.guests.hog import WORKLOADS as HOG_WORKLOADS
 from vmlab.guests.image import GuestImage, PvNotes, Segment, Workload
 from vmlab.guests.minios import workloads as minios
 from vmlab.guests.nano.workloads import WORKLOADS as NANO_WORKLOADS
 from vmlab.parameters import Parameter, nearest
 
-__all__ = ["GuestImage", "PvNotes", "Segment", "Workload", "asynchronous", "command_line", "disk", "load", "names", "parameters", "workloads"]
+__all__ = ["GuestImage", "PvNotes", "Segment", "Workload", "asynchronous", "command_line", "configured", "disk", "from_file", "load", "names",
+           "parameters", "workloads"]
 
 _HERE = Path(__file__).resolve().parent
 _DEFAULT = "nano"
@@ -48,25 +49,31 @@ def names() -> list[str]:
     return sorted(_BUILT_IN)
 
 
-def load(name_or_path: str | Path) -> GuestImage:
+def load(name_or_path: str | Path, protocol: str = "auto") -> GuestImage:
     """The built-in guest of that name, or the kernel in that file.
 
     A word without a path separator or suffix is a name. Raises :class:`GuestImageError` for a file that is missing,
-    truncated, or not an ELF32 i386 kernel with a Multiboot header, and for an unknown name with the nearest choice.
+    truncated, or no image that a loader knows (:mod:`vmlab.guests.files`), and for an unknown name with the nearest choice.
     """
     text = os.fspath(name_or_path)
-    path = _BUILT_IN[text].image if text in _BUILT_IN else None
-    if path is None:
-        path = Path(text)
-        if isinstance(name_or_path, str) and not path.suffix and path.name == text and not path.exists():
-            raise GuestImageError(f"no guest {text!r}{nearest(text, _BUILT_IN)}")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise GuestImageError(f"no guest image at {text!r}") from None
-    except OSError as error:
-        raise GuestImageError(f"guest image {text!r} cannot be read: {error.strerror or error}") from error
-    return parse(text if text in _BUILT_IN else path.name, data)
+    if text in _BUILT_IN:
+        return files.parse(text, files.read(str(_BUILT_IN[text].image)), protocol)
+    path = Path(text)
+    if isinstance(name_or_path, str) and not path.suffix and path.name == text and not text.startswith("$") and not path.exists():
+        raise GuestImageError(f"no guest {text!r}{nearest(text, _BUILT_IN)}")
+    return files.parse(path.name, files.read(text), protocol)
+
+
+def from_file(name: str) -> bool:
+    """Whether this guest is an image from a file, and none of the built-in ones."""
+    return name not in _BUILT_IN
+
+
+def configured(values: Mapping[str, object]) -> GuestImage:
+    """The guest that a cell's parameters name, with its initrd and disks. Raises as :func:`load` does."""
+    guest = str(values.get("guest", _DEFAULT))
+    image = load(guest, str(values.get("protocol", "auto")))
+    return files.equip(image, values) if from_file(guest) else image
 
 
 def workloads(name: str) -> Mapping[str, Workload]:

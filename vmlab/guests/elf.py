@@ -1,5 +1,6 @@
-"""Reads an ELF32 i386 kernel into a :class:`GuestImage`, and refuses whatever is not one with a clear sentence.
+"""Reads an ELF kernel into a :class:`GuestImage`, and refuses whatever is not one with a clear sentence.
 
+An i386 kernel with a Multiboot header, or one of either size with Xen's note PHYS32_ENTRY (PVH).
 Sources: System V ABI, Intel386 supplement (ELF); Multiboot Specification 0.6.96 section 3.1 (header);
 xen/include/public/elfnote.h (notes).
 """
@@ -19,12 +20,16 @@ MULTIBOOT_MAGIC = 0x1BADB002
 _HEADER_SEARCH = 8192  # the header lies within the first 8192 bytes of the file, 4-byte aligned
 _KNOWN_FLAGS = 0x0001_0003  # page-aligned modules, memory information, address fields (ignored for an ELF)
 _NOTES = {1: "entry", 2: "hypercall_page", 3: "virt_base", 4: "paddr_offset", 5: "xen_version", 6: "guest_os",
-          8: "loader", 9: "pae_mode", 10: "features"}
-_NUMBERS = {"entry", "hypercall_page", "virt_base", "paddr_offset"}
+          8: "loader", 9: "pae_mode", 10: "features", 18: "phys32_entry"}
+_NUMBERS = {"entry", "hypercall_page", "virt_base", "paddr_offset", "phys32_entry"}
+_MACHINES = {("EM_386", 32), ("EM_X86_64", 64)}
 
 
-def parse(name: str, data: bytes) -> GuestImage:
-    """``data`` as a guest image. Raises :class:`GuestImageError` that names the image and what is wrong."""
+def parse(name: str, data: bytes, protocol: str = "auto") -> GuestImage:
+    """``data`` as a guest image. Raises :class:`GuestImageError` that names the image and what is wrong.
+
+    :param protocol: "multiboot", "pvh", or "auto": Multiboot where there is such a header, else PVH.
+    """
     if len(data) < 4 or data[:4] != b"\x7fELF":
         raise GuestImageError(f"guest image {name!r} is not an ELF file")
     from elftools.common.exceptions import ELFError  # imported late: most commands read no image
@@ -33,15 +38,13 @@ def parse(name: str, data: bytes) -> GuestImage:
 
     try:
         elf = ELFFile(io.BytesIO(data))
-        if elf.elfclass != 32 or elf["e_machine"] != "EM_386":
-            raise GuestImageError(
-                f"guest image {name!r} is for {elf['e_machine']}, {elf.elfclass} bits; a 32-bit i386 kernel is needed"
-            )
+        if (elf["e_machine"], elf.elfclass) not in _MACHINES:
+            raise GuestImageError(f"guest image {name!r} is for {elf['e_machine']}, {elf.elfclass} bits; a kernel for i386 or x86-64 is needed")
         if elf["e_type"] != "ET_EXEC":
             raise GuestImageError(f"guest image {name!r} is an ELF {elf['e_type']}, not an executable")
         headers = list(elf.iter_segments())
         segments = _segments(name, data, headers)
-        notes = _notes(name, data, headers)
+        values = _notes(name, data, headers)
         table = elf.get_section_by_name(".symtab")
         symbols = {}
         if isinstance(table, SymbolTableSection):
@@ -49,10 +52,21 @@ def parse(name: str, data: bytes) -> GuestImage:
         entry = int(elf["e_entry"])
     except (ELFError, struct.error, ValueError, KeyError, AttributeError, UnicodeDecodeError, OverflowError) as error:
         raise GuestImageError(f"guest image {name!r} is truncated or damaged: {error or type(error).__name__}") from error
-    _check_multiboot(name, data)
+    phys32 = values.get("phys32_entry")
+    if protocol == "pvh" or (protocol == "auto" and phys32 is not None and not _has_multiboot(name, data)):
+        if not isinstance(phys32, int):
+            raise GuestImageError(f"guest image {name!r} has no PVH entry (Xen's ELF note PHYS32_ENTRY)")
+        protocol, entry = "pvh", phys32
+    elif elf.elfclass == 64:
+        raise GuestImageError(f"guest image {name!r} is for EM_X86_64, 64 bits, and has no PVH entry (Xen's ELF note PHYS32_ENTRY): "
+                              "it cannot be started; a Multiboot kernel is 32-bit")
+    elif not _has_multiboot(name, data):
+        raise GuestImageError(f"guest image {name!r} has no Multiboot header in its first {_HEADER_SEARCH} bytes, and no PVH entry")
+    else:
+        protocol = "multiboot"
     if not any(s.address <= entry < s.address + s.memory_size for s in segments):
         raise GuestImageError(f"guest image {name!r}: the entry point {entry:#x} lies in no segment")
-    return GuestImage(name, segments, entry, notes, MappingProxyType(symbols), hashlib.sha256(data).hexdigest())
+    return GuestImage(name, segments, entry, _pv(values), MappingProxyType(symbols), hashlib.sha256(data).hexdigest(), protocol)
 
 
 def _segments(name: str, data: bytes, headers: list[Any]) -> tuple[Segment, ...]:
@@ -73,8 +87,8 @@ def _segments(name: str, data: bytes, headers: list[Any]) -> tuple[Segment, ...]
     return tuple(found)
 
 
-def _notes(name: str, data: bytes, headers: list[Any]) -> PvNotes | None:
-    """The Xen notes, or None if there is no paravirtual entry. Each note: name size, desc size, type, name, desc."""
+def _notes(name: str, data: bytes, headers: list[Any]) -> dict[str, int | str]:
+    """The Xen notes. Each note: name size, desc size, type, name, desc."""
     values: dict[str, int | str] = {}
     for header in headers:
         if header["p_type"] != "PT_NOTE":
@@ -101,6 +115,11 @@ def _notes(name: str, data: bytes, headers: list[Any]) -> PvNotes | None:
                     values["bits"] = 8 * desc_size
             else:
                 values[key] = desc.rstrip(b"\0").decode("ascii")
+    return values
+
+
+def _pv(values: dict[str, int | str]) -> PvNotes | None:
+    """What the notes say of a paravirtual entry, None where they have none."""
     if "entry" not in values:
         return None
 
@@ -115,12 +134,13 @@ def _notes(name: str, data: bytes, headers: list[Any]) -> PvNotes | None:
                    text("xen_version"), text("loader"), text("pae_mode"), text("features"), number("bits"))
 
 
-def _check_multiboot(name: str, data: bytes) -> None:
+def _has_multiboot(name: str, data: bytes) -> bool:
+    """Whether there is a Multiboot header. Raises :class:`GuestImageError` for one that asks for what is not there."""
     for at in range(0, min(len(data), _HEADER_SEARCH) - 11, 4):
         magic, flags, checksum = struct.unpack_from("<III", data, at)
         if magic == MULTIBOOT_MAGIC and (magic + flags + checksum) & 0xFFFFFFFF == 0:
             needed = flags & 0xFFFF & ~_KNOWN_FLAGS  # the low 16 bits are requirements, the high ones may be ignored
             if needed:
                 raise GuestImageError(f"guest image {name!r} asks for Multiboot features {needed:#x}, which are not there")
-            return
-    raise GuestImageError(f"guest image {name!r} has no Multiboot header in its first {_HEADER_SEARCH} bytes")
+            return True
+    return False

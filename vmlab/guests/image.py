@@ -37,9 +37,19 @@ class PvNotes:
     bits: int = 32
 
 
+#: Boot protocols by name: who says what a kernel finds in memory and registers when it starts.
+PROTOCOLS = {
+    "multiboot": "Multiboot 1: an ELF with a Multiboot header, entered in 32-bit protected mode",
+    "pvh": "Xen's PVH: an ELF with the note PHYS32_ENTRY, entered in 32-bit protected mode",
+    "linux32": "Linux boot protocol, 32-bit entry of a bzImage",
+    "linux64": "Linux boot protocol, 64-bit entry of a bzImage",
+    "sector": "a disk image: its first sector at 0x7C00 in real mode, as a PC's firmware does",
+}
+
+
 @dataclass(frozen=True)
 class GuestImage:
-    """An ELF32 i386 kernel with a Multiboot header, and perhaps a paravirtual entry."""
+    """A kernel as a boot loader sees it: bytes to place, where to start, by which protocol."""
 
     name: str
     segments: tuple[Segment, ...]
@@ -47,6 +57,14 @@ class GuestImage:
     pv: PvNotes | None
     symbols: Mapping[str, int]
     sha256: str
+    #: One of :data:`PROTOCOLS`.
+    protocol: str = "multiboot"
+    #: What the loader puts into memory beside the kernel: Multiboot modules; for Linux the first is the initrd.
+    modules: tuple[bytes, ...] = ()
+    #: Linux boot protocol: the setup header, from offset 0x1F1 of the file.
+    setup: bytes = b""
+    #: Disks that the machine has for this guest, in their order: IDE drives.
+    drives: tuple[bytes, ...] = ()
 
     @property
     def end(self) -> int:

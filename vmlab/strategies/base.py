@@ -19,10 +19,7 @@ from vmlab.machine.cpu import Cpu
 from vmlab.machine.pc import Machine, Stop
 from vmlab.machine.state import CS, DS, ES, FS, GS, SS
 from vmlab.parameters import Value
-from vmlab.strategies.techniques import Technique
-
-#: What every technique gives its guest: 32 MiB of RAM from guest-physical address 0.
-GUEST_MEMORY = 32 << 20
+from vmlab.strategies.techniques import BESIDE_GUEST, Technique, machine_memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,8 @@ class Strategy(Technique, ABC):
         for key, value in (parameters or {}).items():
             if key in self.parameters:
                 self.chosen[key] = self.parameters[key].check(key, value)
+        #: Bytes of RAM that the guest has, from guest-physical address 0.
+        self.guest_memory = machine_memory(parameters or {}) - BESIDE_GUEST
         #: What the VMM reports of its own work; the machine counts everything else.
         self.counts = Counts("vmm")
         #: What the guest tried and was refused, in words.
@@ -107,7 +106,7 @@ class Strategy(Technique, ABC):
         """SHA-256 over registers, all guest memory, and device writes in their order."""
         digest = hashlib.sha256(self.guest_state().digest())
         base = self.frame_address(0)
-        digest.update(self.machine.ram.bytes[base:base + GUEST_MEMORY])
+        digest.update(self.machine.ram.bytes[base:base + self.guest_memory])
         digest.update(repr(self.machine.device_log).encode())
         return digest.hexdigest()
 

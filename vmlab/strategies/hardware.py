@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 from vmlab.errors import TripleFault
-from vmlab.guests import GuestImage
+from vmlab.guests import GuestImage, boot
 from vmlab.machine import task
 from vmlab.machine import vmcb as v
 from vmlab.machine.cpu import Segment
@@ -19,14 +19,13 @@ from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import DOUBLE_FAULT, HAS_ERROR_CODE, PAGE_FAULT, Fault, doubles
 from vmlab.machine.paging import EFER_LMA
 from vmlab.machine.pc import Machine, Stop, StopReason
-from vmlab.machine.state import FS, GS, RAX, RBX, RSP
+from vmlab.machine.state import FS, GS, RAX, RSP
 from vmlab.machine.svm import FREE_FRAMES, Svm
 from vmlab.machine.vmcb import CountedVmcb, Vmcb
 from vmlab.parameters import Value
-from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state, visible_registers
+from vmlab.strategies.base import GuestState, Strategy, physical_state, visible_registers
 from vmlab.strategies.techniques import HardwareAssistedTechnique
 from vmlab.vmm.assisted_memory import AssistedMemory, Nested, Shadowed
-from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_mode import GuestModeCpu
 from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
@@ -63,7 +62,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self.svm = Svm(machine)
         machine.monitor = self
         self.vmcb = CountedVmcb(machine.ram, _VMCB, self.counts)
-        self.mmu = GuestMmu(GuestMemory(machine.ram, GUEST_FRAMES, GUEST_MEMORY), self.counts)
+        self.mmu = GuestMmu(GuestMemory(machine.ram, GUEST_FRAMES, self.guest_memory), self.counts)
         scheme = str(self.chosen["memory"])
         self._nested = scheme == "nested"
         self.cpu = GuestModeCpu(machine.cpu, self.vmcb, self.mmu, nested=self._nested)
@@ -86,16 +85,20 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
     # ---- loading
     def load(self, image: GuestImage, command_line: str) -> None:
         cpu = self.machine.cpu
-        info = place_multiboot(image, command_line, GUEST_MEMORY, self.mmu.memory.write)
-        self._prepare_vmcb(image.entry)
+        begin = boot.start(image, command_line, self.guest_memory)
+        for gpa, data in begin.pieces:
+            self.mmu.memory.write(gpa, data)
+        if begin.real_mode:
+            self.mmu.enter_real_mode()
+        self._prepare_vmcb(begin)
         self.svm.vmload(_VMCB)
         for number, value in enumerate(self._reset_registers):
             self.cpu.set_gpr(number, value)
-        self.cpu.set_gpr(RAX, MULTIBOOT_MAGIC)
-        self.cpu.set_gpr(RBX, info)
+        for number, value in begin.registers.items():
+            self.cpu.set_gpr(number, value)
         cpu.store()
 
-    def _prepare_vmcb(self, entry: int) -> None:
+    def _prepare_vmcb(self, begin: boot.Start) -> None:
         ram, vmcb = self.machine.ram, self.vmcb
         vmcb.clear()
         ram.write(_IOPM, b"\xff" * 0x3000)   # every port
@@ -104,15 +107,17 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         vmcb["intercepts"] = sum(v.intercept_bit(code) for code in _ALWAYS) | self.memory.prepare(vmcb)
         vmcb["interrupt_control"] = v.V_INTR_MASKING
         vmcb["asid"] = 1
-        # The state that a Multiboot loader leaves; on shadow tables paging is on, and the guest does not know.
-        vmcb.set_segment("cs", Segment(0x08, 0, 0xFFFFFFFF, 0xCF9B00))
+        # The state that a loader leaves; on shadow tables paging is on, and the guest does not know.
+        code, data = ((Segment(0, 0, 0xFFFF, 0x9B00), Segment(0, 0, 0xFFFF, 0x9300)) if begin.real_mode else
+                      (Segment(0x08, 0, 0xFFFFFFFF, 0xCF9B00), Segment(0x10, 0, 0xFFFFFFFF, 0xCF9300)))
+        vmcb.set_segment("cs", code)
         for name in ("ss", "ds", "es", "fs", "gs"):
-            vmcb.set_segment(name, Segment(0x10, 0, 0xFFFFFFFF, 0xCF9300))
+            vmcb.set_segment(name, data)
         vmcb.set_segment("tr", Segment(0, 0, 0, 0x8900))
         vmcb.set_segment("ldtr", Segment(0, 0, 0, 0x8200))
         vmcb["gdtr.limit"], vmcb["idtr.limit"] = 0xFFFF, 0x3FF
         vmcb["dr6"], vmcb["dr7"] = 0xFFFF0FF0, 0x400
-        vmcb["rflags"], vmcb["rip"] = 2, entry
+        vmcb["rflags"], vmcb["rip"] = 2, begin.rip
 
     def frame_address(self, gpa: int) -> int:
         return GUEST_FRAMES + gpa
@@ -205,7 +210,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
     def note_foreign(self, gpa: int, verb: str = "mapped") -> None:
         """The guest reached for a frame that is not its own: it sees an empty bus."""
         self.refused.append(f"the guest at {self.cpu.rip:#x} {verb} guest-physical {gpa:#x}, "
-                            f"beyond its {GUEST_MEMORY >> 20} MiB; nothing answers there")
+                            f"beyond its {self.guest_memory >> 20} MiB; nothing answers there")
         self.counts["safety.refused"] += 1
 
     def _task_switch(self) -> None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from vmlab.guests import GuestImage
+from vmlab.guests import GuestImage, boot
 from vmlab.machine.cpu import Segment
-from vmlab.machine.state import RAX, RBX
-from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state
+from vmlab.strategies.base import GuestState, Strategy, physical_state
 from vmlab.strategies.techniques import NativeTechnique
-from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
 
 
 class Native(NativeTechnique, Strategy):
     """No VMM: interrupts and faults go through the guest's own IDT."""
 
     def load(self, image: GuestImage, command_line: str) -> None:
-        machine = self.machine
-        info = place_multiboot(image, command_line, GUEST_MEMORY, machine.ram.write)
+        machine, begin = self.machine, boot.start(image, command_line, self.guest_memory)
+        for gpa, data in begin.pieces:
+            machine.ram.write(gpa, data)
         cpu = machine.cpu
-        cpu.enter_protected(image.entry, Segment(0x08, 0, 0xFFFFFFFF, 0xCF9B00), Segment(0x10, 0, 0xFFFFFFFF, 0xCF9300))
-        cpu.load()
-        cpu.set_gpr(RAX, MULTIBOOT_MAGIC)
-        cpu.set_gpr(RBX, info)
+        if begin.real_mode:
+            cpu.rip = begin.rip
+        else:
+            cpu.enter_protected(begin.rip, Segment(0x08, 0, 0xFFFFFFFF, 0xCF9B00), Segment(0x10, 0, 0xFFFFFFFF, 0xCF9300))
+            cpu.load()
+        for number, value in begin.registers.items():
+            cpu.set_gpr(number, value)
         cpu.store()
 
     def deliver_interrupt(self, vector: int) -> None:

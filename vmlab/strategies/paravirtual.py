@@ -14,7 +14,7 @@ from typing import Any
 
 from vmlab.guests import GuestImage
 from vmlab.machine.cpu import IF
-from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, physical_state
+from vmlab.strategies.base import GuestState, Strategy, physical_state
 from vmlab.strategies.techniques import ParavirtualizationTechnique
 from vmlab.vmm.host import PHYSICAL_BASE, physical_bus
 from vmlab.vmm.xen import SIF_PRIVILEGED, SIF_SERVICES
@@ -41,10 +41,10 @@ class Paravirtualization(ParavirtualizationTechnique, Strategy):
         chosen: dict[str, Any] = {"direct_paging": self.chosen["memory"] == "direct", "direct_calls": not self._all_by_hypercall,
                                   "bus": physical_bus(machine, self.counts, self.chosen["hypervisor"])}
         if image.pv is not None and image.pv.bits == 64:
-            wide = WideDomain(machine.ram, GUEST_MEMORY, self.counts, machine.engine.flush_tlb)
+            wide = WideDomain(machine.ram, self.guest_memory, self.counts, machine.engine.flush_tlb)
             self.domain, self.hypervisor = wide, WideHypervisor(machine, wide, self.counts, self.refused, **chosen)
         else:
-            self.domain = Domain(machine.ram, GUEST_MEMORY, self.counts, machine.engine.flush_tlb)
+            self.domain = Domain(machine.ram, self.guest_memory, self.counts, machine.engine.flush_tlb)
             self.hypervisor = NarrowHypervisor(machine, self.domain, self.counts, self.refused, **chosen)
         begin = self.domain.build(image, command_line, SIF_PRIVILEGED | (SIF_SERVICES if self._all_by_hypercall else 0))
         self.domain.start(self.machine.cpu, begin)

@@ -17,6 +17,19 @@ _HYPERVISOR = Parameter("where the VMM stands: on the machine (type1), or beside
                         ("type1", "type2"))
 
 
+#: What every technique gives its guest where nothing else is said: 32 MiB of RAM from guest-physical address 0.
+GUEST_MEMORY = 32 << 20
+#: Machine memory beside the guest's: the VMM's, and an open end.
+BESIDE_GUEST = 32 << 20
+#: What a cell may say of it.
+RAM = Parameter("RAM that the guest has, in MiB", GUEST_MEMORY >> 20, minimum=8, maximum=896)
+
+
+def machine_memory(parameters: Mapping[str, Value]) -> int:
+    """Bytes of machine memory for a guest with these parameters. Raises ConfigError."""
+    return (int(RAM.check("ram", parameters.get("ram", RAM.default))) << 20) + BESIDE_GUEST
+
+
 class Technique:
     """A description. :class:`vmlab.strategies.base.Strategy` is one too, so a technique from elsewhere needs no second class."""
 

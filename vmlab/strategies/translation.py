@@ -103,7 +103,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         cpu.load()
         cpu.set_segment(CS, CACHE_CS)
         cpu.set_cpl(KERNEL_RING)
-        self.vcpu.rip = image.entry
+        self.vcpu.rip = cpu.rip
         self.resume()
         cpu.store()
 

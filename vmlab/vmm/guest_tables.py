@@ -95,6 +95,10 @@ class GuestMmu:
         self._pdptes: tuple[int, ...] | None = None
         self._tables: Tables | None = None
 
+    def enter_real_mode(self) -> None:
+        """CR0 as it is at reset, for a guest that starts there."""
+        self.cr0 = CR0_ET
+
     @property
     def paging(self) -> bool:
         return bool(self.cr0 & CR0_PG)

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NoReturn
 
-from vmlab.errors import GuestRefused
-from vmlab.guests import GuestImage
+from vmlab.errors import GuestRefused, UnsupportedByStrategy
+from vmlab.guests import GuestImage, boot
 from vmlab.machine import task
 from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import HAS_ERROR_CODE, Fault, deliver
 from vmlab.machine.paging import CR4_PAE, EFER_NXE, PF_FETCH, PF_WRITE, PageFault
 from vmlab.machine.pc import CR4_TSD, Machine, Stop, StopReason
-from vmlab.machine.state import CS, DS, ES, FS, GS, RAX, RBX, SS
+from vmlab.machine.state import CS, DS, ES, FS, GS, SS
 from vmlab.parameters import Value
-from vmlab.strategies.base import GUEST_MEMORY, GuestState, Strategy, visible_registers
-from vmlab.vmm.boot import MULTIBOOT_MAGIC, place_multiboot
+from vmlab.strategies.base import GuestState, Strategy, visible_registers
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
 from vmlab.vmm.host import physical_bus
@@ -51,7 +50,7 @@ class DeprivilegingMonitor(Strategy):
         super().__init__(machine, parameters)
         machine.monitor = self
         self.space = StaticSpace(machine.ram)
-        self.mmu = GuestMmu(GuestMemory(machine.ram, GUEST_FRAMES, GUEST_MEMORY), self.counts)
+        self.mmu = GuestMmu(GuestMemory(machine.ram, GUEST_FRAMES, self.guest_memory), self.counts)
         self.platform_devices = VirtualPlatform(machine, physical_bus(machine, self.counts, self.chosen.get("hypervisor")), self.counts,
                                                 self.mmu.memory)
         self.pager = ShadowPager(self.mmu, self.counts, scheme=str(self.chosen.get("memory", "static")), space=self.space,
@@ -78,9 +77,14 @@ class DeprivilegingMonitor(Strategy):
     # ---- loading
     def load(self, image: GuestImage, command_line: str) -> None:
         machine = self.machine
-        info = place_multiboot(image, command_line, GUEST_MEMORY, self.mmu.memory.write)
+        begin = boot.start(image, command_line, self.guest_memory)
+        if begin.real_mode:
+            raise UnsupportedByStrategy(f"guest {image.name!r} starts in real mode, which has no privilege levels: its code cannot be "
+                                        "deprivileged (use hardware-assisted, or an image with a 32-bit entry)")
+        for gpa, data in begin.pieces:
+            self.mmu.memory.write(gpa, data)
         cpu = machine.cpu
-        cpu.enter_protected(image.entry, _FLAT_CODE, _FLAT_DATA)
+        cpu.enter_protected(begin.rip, _FLAT_CODE, _FLAT_DATA)
         cpu.load()
         cpu.set_segment(SS, _FLAT_STACK)
         cpu.set_efer(EFER_NXE)
@@ -90,8 +94,8 @@ class DeprivilegingMonitor(Strategy):
         cpu.set_cr(0, _CR0)
         cpu.set_cpl(KERNEL_RING)
         cpu.eflags = 2 | IF
-        cpu.set_gpr(RAX, MULTIBOOT_MAGIC)
-        cpu.set_gpr(RBX, info)
+        for number, value in begin.registers.items():
+            cpu.set_gpr(number, value)
         cpu.store()
 
     def frame_address(self, gpa: int) -> int:
@@ -228,7 +232,7 @@ class DeprivilegingMonitor(Strategy):
     def note_foreign(self, gpa: int, verb: str = "mapped") -> None:
         """The guest reached for a frame that is not its own: it sees an empty bus."""
         self.refused.append(f"the guest at {self.vcpu.rip:#x} {verb} guest-physical {gpa:#x}, "
-                            f"beyond its {GUEST_MEMORY >> 20} MiB; nothing answers there")
+                            f"beyond its {self.guest_memory >> 20} MiB; nothing answers there")
         self.counts["safety.refused"] += 1
 
     def refuse(self, what: str) -> NoReturn:
