@@ -9,9 +9,9 @@ from vmlab.guests import GuestImage
 from vmlab.machine.devices import disk as d
 from vmlab.machine.devices import lapic as a
 from vmlab.machine.pc import Machine, StopReason
+from vmlab.strategies.base import Strategy
 from vmlab.strategies.hardware import HardwareAssisted
 from vmlab.strategies.native import Native
-from vmlab.strategies.base import Strategy
 from vmlab.strategies.techniques import GUEST_MEMORY
 from vmlab.strategies.translation import BinaryTranslation
 from vmlab.strategies.trap_and_emulate import TrapAndEmulate

@@ -244,15 +244,16 @@ class FastCounter(Counter):
 
     def _place(self, block: Block) -> None:
         at = self._search(block.pc, 0, size=block.size)
+        self._used += not self._places[at + 1]  # a closed block's place is taken again: the same code comes and goes many times
         self._places[at], self._places[at + 1] = block.pc, block.size | block.slot << 32
-        self._used += 1
 
     def _search(self, pc: int, what: int, *, size: int | None = None) -> int:
-        """Index of the place that holds ``what``, on the path of searches for (pc, size); as ``find`` of blocks.c."""
+        """Index of the place that holds ``what`` (0: of one that is free), on the path of searches for (pc, size); as ``find`` of blocks.c."""
         size = what & 0xFFFFFFFF if size is None else size
-        mask = self.state[_MASK]
+        mask, places = self.state[_MASK], self._places
+        wanted = (what,) if what else (0, _NEVER)
         at = (((pc + (size << 40)) * 0x9E3779B97F4A7C15) & _WORD) >> 32
-        while self._places[(at & mask) * _PLACE + 1] != what:
+        while places[(at & mask) * _PLACE + 1] not in wanted:
             at += 1
         return (at & mask) * _PLACE
 
