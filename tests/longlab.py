@@ -25,13 +25,15 @@ _FLAT, _LONG = 0x00CF93000000FFFF, 0x00AF9B000000FFFF
 
 
 def tables() -> dict[int, bytes]:
-    """Four levels at :data:`PAGES`."""
-    at = [PAGES + 0x1000 * i for i in range(4)]
+    """Four levels at :data:`PAGES`; with the local APIC at its physical address, uncached."""
+    at = [PAGES + 0x1000 * i for i in range(5)]
     rights = P | RW | US | A | D
     upper = [struct.pack("<512Q", *[at[i + 1] | rights if slot in slots else 0 for slot in range(512)])
              for i, slots in enumerate(((0, 256), (0,), (0,)))]
     low = [page << 12 | (rights & ~US if page << 12 == SECRET else rights) for page in range(512)]
-    return {**dict(zip(at, upper, strict=False)), at[3]: struct.pack("<512Q", *low)}
+    upper[1] = upper[1][:24] + struct.pack("<Q", at[4] | rights) + upper[1][32:]
+    apic = [0xFEE0009F | A | D if slot == 0xFEE00000 >> 21 & 511 else 0 for slot in range(512)]
+    return {**dict(zip(at, upper, strict=False)), at[4]: struct.pack("<512Q", *apic), at[3]: struct.pack("<512Q", *low)}
 
 
 def long_kernel(source: str, handlers: Mapping[int, str], *, high: bool = False, data: Mapping[int, bytes] | None = None) -> GuestImage:

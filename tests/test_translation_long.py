@@ -103,7 +103,8 @@ def sensitive(r: random.Random, n: int) -> str:
         "sidt [r10 + 0x300]", f"smsw {reg(r, 2)}", f"str {reg(r, 4)}", "rdtsc", "mov eax, 1; cpuid", "mov eax, ds; mov es, eax",
         "push fs; pop gs", iret(r, n, "pushfq"), iret(r, n, popped), f"cli; call f{r.randrange(FUNCTIONS)}; sti",
         f"sti; j{r.choice(CONDITIONS)} i{n}; inc rax; i{n}:", f"cli; sti; call f{r.randrange(FUNCTIONS)}", f"sti; jmp i{n}; ud2; i{n}:",
-        "mov al, 0x11; out 0x80, al", "in al, 0x3f", "clts", ".byte 0x66, 0x9c, 0x66, 0x9d", f"mov {a}, cr2", "wbinvd", "mov eax, 5; mov cr8, rax",
+        "mov al, 0x11; out 0x80, al", "in al, 0x3f", "clts", ".byte 0x66, 0x9c, 0x66, 0x9d", f"mov {a}, cr2", "wbinvd",
+        "mov eax, 5; mov cr8, rax", "mov r14d, 9; mov cr8, r14",
         f"mov {a}, cr8", "swapgs", "mov eax, 0x1234; xor edx, edx; mov ecx, 0xc0000102; wrmsr; swapgs; mov ecx, 0xc0000101; rdmsr",
         "mov ecx, 0xc0000080; rdmsr", "xor eax, eax; mov ss, eax", f"mov eax, {DATA0}; mov ss, eax", f"mov ecx, {DATA0}; lar eax, ecx",
         f"push {CODE0}; lea rax, [rip + i{n}]; push rax; retfq; ud2; i{n}:", "mov eax, 0x624; mov cr4, rax; mov eax, 0x620; mov cr4, rax",
@@ -123,6 +124,7 @@ def faults(r: random.Random, n: int) -> str:
         "xor ecx, ecx; div ecx", "ud2", "int 0x80", "int3", "stc; ud2; adc rax, 0",
         f"xor ecx, ecx; cmp rax, rbx; div ecx; set{r.choice(CONDITIONS)} dl",
         f"{resume(n)}; mov ebx, 0x7654321; mov rbx, [rbx]; ud2; u{n}:", f"{resume(n)}; movabs rbx, 0x123456789abcd; mov [rbx], rax; ud2; u{n}:",
+        f"{resume(n)}; movabs rax, {r.choice((16, 0x105, 1 << 31, 1 << 40, 1 << 63))}; mov cr8, rax; ud2; u{n}:",
         f"{resume(n)}; inc qword ptr [rip + {r.randrange(1 << 24, 1 << 28)}]; ud2; u{n}:", f"{resume(n)}; mov eax, 0x3000000; jmp rax; u{n}:",
         f"{resume(n)}; movabs rax, 0x8000000000000000; {r.choice(('mov rbx, [rax]', 'jmp rax', 'push rax; ret'))}; u{n}:",
     ))
@@ -318,6 +320,38 @@ def test_the_kernels_stores_to_the_vmms_pages_are_page_faults_of_its_own(offset:
     here, native = guest(source), guest(source, technique=Native)
     assert here.read_guest(SEEN, 16) == native.read_guest(SEEN, 16)
     assert here.state_digest() == native.state_digest()
+
+
+APIC = "mov edi, 0xfee00000;"
+TICK = f"inc r14; mov rax, [rsp]; mov [r10 + 0x900], rax; {APIC} mov dword ptr [rdi + 0xb0], 0; iretq"
+
+
+@pytest.mark.parametrize("lowered", [0, 3, 4])
+def test_a_task_priority_written_in_the_cache_holds_an_interrupt_back_and_lets_it_through(lowered: int) -> None:
+    """An interrupt of class 4, sent to itself: it waits for CR8, and then for nothing."""
+    source = (f"mov eax, 5; mov cr8, rax; sti; {APIC} mov dword ptr [rdi + 0x300], 0x40040; nop; mov rbx, r14; mov eax, {lowered}; mov cr8, rax;"
+              "nop; mov r12, cr8; mov rdx, r14; cli; xor r8, r8; mov cr8, r8; sti; nop; mov r9, r14; cli")
+    image = long_kernel(f"{source}; xor eax, eax; push rdx; {DEBUG_EXIT} end: jmp end", {**HANDLER_TEXTS, 0x40: TICK})
+    here, native = run(BinaryTranslation, image, memory="lazy"), run(Native, image)
+    assert here.state_digest() == native.state_digest()
+    gpr = here.guest_state().gpr
+    assert (gpr[3], gpr[12], gpr[9]) == (0, lowered, 1)
+    events = here.snapshot().events
+    assert events["emulate.mov_to_cr"] == 3          # CR4, CR3 and CR0 of the boot code
+    assert "emulate.mov_from_cr" not in events
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_users_syscall_leads_to_the_vmm_where_the_guest_has_turned_it_on(on: bool) -> None:
+    switch = "mov ecx, 0xc0000080; rdmsr; and eax, 0xfffffffe; wrmsr;" if not on else ""
+    source = (f"{switch} lea rax, [rip + u0]; mov [r10 + {RESUME - DATA}], rax; mov [r10 + {RESUME + 8 - DATA}], rsp;"
+              f"push {USER_DATA}; push {STACK3}; push 0x202; push {USER_CODE}; push {USER}; iretq; u0: nop")
+    here, native = (guest(source, technique=kind, data={USER: asm("syscall", USER, 64)}) for kind in (BinaryTranslation, Native))
+    assert here.state_digest() == native.state_digest()
+    ours, theirs = here.snapshot(), native.snapshot()
+    assert (ours.kernel, ours.user) == (theirs.kernel, theirs.user)
+    assert (ours.events.get("trap.syscall", 0), ours.events.get("trap.ud", 0)) == (int(on), int(not on))
+    assert ours.events["shadow.view"] == 2
 
 
 def test_a_guest_that_leaves_long_mode_is_unsupported() -> None:

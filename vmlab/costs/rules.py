@@ -134,6 +134,7 @@ def _rules() -> dict[str, Rule]:
     for patch in ("bt.adapt", "bt.adapt.back", "bt.window"):
         rules[patch] = _rule("translation", "path.chain")
     # Translated code runs deprivileged; user code is entered through an IRET of the monitor's.
+    rules["bt.system_call"] = _rule("VMM emulation", "path.emulate")
     rules["bt.direct.enter"] = _rule("traps", "path.direct", "insn.iret")
     rules["vmm.decode"] = _rule("VMM emulation", "path.decode")
     # A TLB miss costs the entries that its walk reads; a flush costs the misses that follow it, and its instruction.
@@ -142,6 +143,7 @@ def _rules() -> dict[str, Rule]:
     rules["vmm.guest_walk"] = _rule("VMM emulation", "path.guest_walk")
     rules["vmm.shadow_update"] = _rule("VMM emulation", "path.shadow_update")
     rules["emulate.string"] = _rule("VMM emulation", "class.string")
+    rules["shadow.view"] = _rule("VMM emulation", "insn.mov_to_cr")     # CR3
     rules["shadow.page.made"] = _rule("VMM emulation", "path.shadow_page")
     rules["shadow.page.dropped"] = _rule("VMM emulation", "path.shadow_drop")
     rules["nested.fault"] = _rule("VMM emulation", "path.nested_fault")

@@ -30,8 +30,9 @@ from vmlab.vmm.shadow import View
 from vmlab.vmm.translation import Mode, Options, Site, State, Translator, Unit
 from vmlab.vmm.translation.adapt import acquit, convict
 from vmlab.vmm.translation.forms import LONG, NARROW
-from vmlab.vmm.translation.layout import GATE, OLD_FLAGS, PENDING, SITE, TARGET
+from vmlab.vmm.translation.layout import GATE, OLD_FLAGS, PENDING, SITE, SYSCALL32_DOOR, SYSCALL_DOOR, TARGET
 from vmlab.vmm.translation.pages import CodePages
+from vmlab.vmm.translation.priority import Priority
 from vmlab.vmm.translation.translator import read_instruction
 from vmlab.vmm.translation.user_return import UserReturns
 from vmlab.vmm.translation.vcpu import CACHE_CS, TranslatedCpu
@@ -71,6 +72,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.pages = CodePages(self.pager, self.translator, self.counts)
         self.windows = Windows(self.pager, self.translator.cache, self.pages, self.counts)
         self.user_returns = UserReturns(self.vcpu, self.translator.cache)
+        self.priority = Priority(self.space, self.platform_devices.lapic)
         self.translator.on_site_gone = self._site_gone
         self.vcpu.on_gdt = self.user_returns.forget_all
         self.emulator.registers.on_paging = self._paging_changed
@@ -78,6 +80,9 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         machine.tagger = self.translator.tag_block
         for forms in (NARROW, LONG):
             machine.gate(forms.linear(GATE), self._gate)
+        self._syscall_doors = {LONG.linear(SYSCALL_DOOR): 64, LONG.linear(SYSCALL32_DOOR): 32}
+        for door in self._syscall_doors:
+            machine.gate(door, self._system_call)
         native = machine.native_events if type(self) is BinaryTranslation else None
         self._shortcuts: Shortcuts | None = None
         self._short_sites: dict[int, Site] = {}     # callouts that C carries out
@@ -130,6 +135,8 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def _paging_changed(self, flush: bool) -> None:
         if self.vcpu.long_mode != self._in_long_mode:
             self._change_mode()
+        elif self._in_long_mode:
+            self.vcpu.follow_efer()
         self._registers_written(flush)
         self.pages.look_again()
         self.windows.look_again()
@@ -243,6 +250,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     # ---- out of the cache: a callout
     def _gate(self) -> None:
         """Translated code left for the VMM; SITE says why."""
+        self.priority.take()
         if self._interpreting:
             self._interpret()
             return
@@ -278,7 +286,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         else:
             self.reflect(Fault(6))
         self.resume(site)
-        if self._shortcuts is not None and site.cause in ("cli", "sti") and self.machine.cpu.rip == site.after:
+        if self._shortcuts is not None and not self._in_long_mode and site.cause in ("cli", "sti") and self.machine.cpu.rip == site.after:
             instruction = site.instruction
             assert instruction is not None and site.guest is not None
             self._short_sites[site.number] = site
@@ -318,6 +326,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     # ---- out of the cache: an exception or interrupt
     def _where(self) -> State:
         """The guest's state where the physical CPU is; sets the virtual RIP, changes nothing else."""
+        self.priority.take()
         rip = self.machine.cpu.rip
         if self.vcpu.cpl == 3:
             state: State | None = State(rip)     # also where a user jumped to the VMM's pages, which it cannot execute
@@ -354,9 +363,17 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             super().exception(vector, error_code, software=software)
         self.resume()
 
+    def _system_call(self) -> None:
+        """SYSCALL in user code of a 64-bit guest, which led the CPU to the VMM."""
+        self.priority.take()
+        self.vcpu.system_call(self._syscall_doors[self.machine.cpu.rip])
+        self.counts["bt.system_call"] += 1
+        self.inject_pending()
+        self.resume()
+
     def _calls_system(self) -> bool:
-        """SYSCALL in user code: the CPU's EFER.SCE is off, so it is an undefined instruction until the VMM has looked at it."""
-        instruction = self.machine.faulting if self.vcpu.cpl == 3 else None
+        """SYSCALL in user code of a 32-bit guest: the CPU's EFER.SCE is off, so it is an undefined instruction until the VMM has looked at it."""
+        instruction = self.machine.faulting if self.vcpu.cpl == 3 and not self._in_long_mode else None
         if instruction is None or instruction.op != "syscall":
             return False
         self.emulate(instruction)
@@ -425,6 +442,8 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.follow_tables()
 
     def attend(self) -> bool:
+        if self.machine.cpu.rip in self._syscall_doors:
+            return False     # a user's SYSCALL is done when the VMM has seen it
         state = self._where()
         if state.early_flags:
             return False
@@ -449,11 +468,14 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def _note_pending(self) -> None:
         """Translated STI, POPF and IRET look here."""
         self.machine.ram.write32(self._pending_at, int(self.platform_devices.pending))
+        self.priority.show()
 
     def guest_state(self) -> GuestState:
         """The guest's registers, also where the run was stopped in the middle of a template; it may be continued."""
         cpu = self.machine.cpu
         cpu.load()
+        if cpu.rip in self._syscall_doors:
+            self._system_call()
         state, before = self._where(), cpu.rip
         self._undo()
         found = super().guest_state()

@@ -10,10 +10,12 @@ users, and each address space has two views (:class:`~vmlab.vmm.shadow.View`). W
 from __future__ import annotations
 
 from vmlab.errors import UnsupportedByStrategy
-from vmlab.machine.cpu import Cpu, Segment
+from vmlab.machine.cpu import IF, TF, Cpu, Segment
 from vmlab.machine.delivery import GENERAL_PROTECTION, Fault
+from vmlab.machine.msr import CSTAR, EFER_SCE, LSTAR, SFMASK, STAR
 from vmlab.machine.paging import EFER_LMA, EFER_LME, EFER_NXE
-from vmlab.machine.state import CS, HF_CS32, HF_CS64, SS
+from vmlab.machine.state import CS, HF_CS32, HF_CS64, R11, RCX, SS
+from vmlab.machine.syscalls import syscall
 from vmlab.vmm.guest_tables import GuestMmu
 from vmlab.vmm.space import StaticSpace
 from vmlab.vmm.vcpu import KERNEL_RING, VirtualCpu
@@ -21,6 +23,9 @@ from vmlab.vmm.vcpu import KERNEL_RING, VirtualCpu
 #: CS and SS while the guest's kernel runs: flat, ring 3. Their selectors are never shown to anybody.
 KERNEL_CODE = Segment(0xFFFB, 0, 0xFFFFFFFF, 0x00AFFB00)
 KERNEL_STACK = Segment(0xFFF3, 0, 0xFFFFFFFF, 0x00CFF300)
+#: CS of users, as far as it matters once they have left.
+USER_CODE, USER_CODE32 = KERNEL_CODE, Segment(0xFFFB, 0, 0xFFFFFFFF, 0x00CFFB00)
+_VMM_CODE = 0xFFE0
 _LONG, _BIG = 1 << 21, 1 << 22
 _RING3 = 3 << 13
 _WORD = 0xFFFFFFFFFFFFFFFF
@@ -50,12 +55,31 @@ class LongModeCpu(VirtualCpu):
         """
         cpu = self.cpu
         self._ring, self._kernel = 0, {CS: code, SS: stack}
-        cpu.set_efer(EFER_LME | EFER_LMA | EFER_NXE)
+        self.follow_efer()
         cpu.set_segment(CS, KERNEL_CODE)
         cpu.set_segment(SS, KERNEL_STACK)
         cpu.set_cpl(3)
         table = cpu.table("gdt")
         cpu.set_table("gdt", Segment(0, self.space.base, table.limit, 0))
+
+    # ---- system calls: the CPU's SYSCALL leads to the VMM, when the guest's EFER.SCE lets it
+    def follow_efer(self) -> None:
+        """The guest wrote EFER (long mode): SCE is the CPU's too."""
+        self.cpu.set_efer(EFER_LME | EFER_LMA | EFER_NXE | self.mmu.efer & EFER_SCE)
+
+    def take_system_calls(self, door: int, door32: int) -> None:
+        """Let SYSCALL go to these addresses of the VMM's, from 64- and from 32-bit code, with interrupts off."""
+        for number, value in ((STAR, _VMM_CODE << 32), (LSTAR, door), (CSTAR, door32), (SFMASK, IF | TF)):
+            self.cpu.set_msr(number, value)
+
+    def system_call(self, bits: int) -> None:
+        """The CPU is where SYSCALL in the guest's user code led: into the guest's kernel, as the guest's own MSRs say."""
+        cpu = self.cpu
+        cpu.set_segment(CS, USER_CODE if bits == 64 else USER_CODE32)
+        cpu.set_segment(SS, KERNEL_STACK)
+        cpu.set_cpl(3)
+        cpu.eflags = cpu.gpr(R11)
+        syscall(self, cpu.gpr(RCX))
 
     # ---- privilege
     @property

@@ -252,6 +252,7 @@ class ShadowPager:
         """From now on the CPU runs on this view of the address space."""
         if view is not self.view:
             self.view = view
+            self._counts["shadow.view"] += 1
             self._choose_root()
             self.stale = True
 

@@ -57,7 +57,8 @@ class Forms:
         """``opcode`` with a register and the VMM's word at ``address``."""
         where = struct.pack("<I", address & 0xFFFFFFFF)
         if self._wide:
-            return (_REX_W if wide else b"") + opcode + bytes((register << 3 | 4, 0x25)) + where
+            rex = 0x40 | wide << 3 | register >> 3 << 2
+            return (bytes((rex,)) if rex != 0x40 else b"") + opcode + bytes(((register & 7) << 3 | 4, 0x25)) + where
         return _SS + opcode + bytes((register << 3 | 5,)) + where
 
     # ---- the VMM's words

@@ -18,10 +18,14 @@ NEW_STACK = VIRTUAL_FLAGS + 24      # and the stack pointer (64-bit mode, where 
 SAVED = VIRTUAL_FLAGS + 32          # registers that a template has put away, by number (0-7)
 SIMULATED = SAVED + 8 * 8            # a simulated store's offset from its window's page
 OLD_FLAGS = SAVED + 9 * 8            # virtual flags before an IRET to user mode
+NEW_PRIORITY = SAVED + 10 * 8        # what CR8 is about to become
+PRIORITY = SAVED + 11 * 8            # CR8
+PRIORITY_WRITTEN = SAVED + 12 * 8    # not zero: by translated code, and the local APIC's model has not heard of it
 
 # ---- the read-only page
 PENDING = HOLE + 0x12000            # not zero: an interrupt waits for the virtual IF
 VIRTUAL_CR = PENDING + 16           # CR0, CR1 (none), CR2, CR3, CR4 as the guest believes them
+PRIORITY_WAITS = PENDING + 0x88     # not zero: an interrupt waits that a lower task priority may let through
 NEGATIVE_STACK = PENDING + 0x80     # minus the selector in SS (64-bit mode)
 #: By bits 8–15 of a flags image: 0 where POPF may set it without the VMM (TF and NT clear, IOPL as it is).
 FLAGS_REFUSED = PENDING + 0x100
@@ -29,10 +33,11 @@ FLAGS_REFUSED = PENDING + 0x100
 FLAGS_VIRTUAL = PENDING + 0x200
 #: By bits 16–23 of a flags image: 0 where IRET may set it without the VMM (none but AC and ID).
 FLAGS_UPPER = PENDING + 0x300
-#: By bits 8–15 of an offset: 0 where it is less than a page.
-BEYOND_PAGE = PENDING + 0x400
+#: By a byte: 0 where it is less than 16 (bits 8–15 of an offset in a page; a task priority).
+BELOW_16 = PENDING + 0x400
 
 GATE = HOLE + 0x13000               # the door to the VMM
+SYSCALL_DOOR, SYSCALL32_DOOR = GATE + 0x100, GATE + 0x110   # and where a user's SYSCALL leads, from 64- and from 32-bit code
 #: Windows on watched pages of the guest's, and a chart beside each (read-only; the first forbids every store).
 WINDOWS, CHARTS, WINDOW_COUNT = HOLE + 0x20000, HOLE + 0x30000, 16
 #: What a simulated store is bound to before it has a window: page, chart, window.

@@ -15,7 +15,7 @@ from vmlab.machine.state import RAX, RCX, RSP
 from vmlab.vmm.operands import CONTROL, REGISTERS
 from vmlab.vmm.translation.emitter import Emitter
 from vmlab.vmm.translation.layout import (
-    BEYOND_PAGE,
+    BELOW_16,
     FLAGS_REFUSED,
     FLAGS_UPPER,
     FLAGS_VIRTUAL,
@@ -27,6 +27,7 @@ from vmlab.vmm.translation.layout import (
     VIRTUAL_FLAGS,
     saved,
 )
+from vmlab.vmm.translation.priority import mov_from_cr8, mov_to_cr8
 from vmlab.vmm.translation.user_return import iret_to_user
 
 Template = Callable[[Emitter, int, Instruction], bool]
@@ -154,13 +155,7 @@ def _iret(em: Emitter, at: int, ins: Instruction) -> bool:
 
 def _mov_from_cr(em: Emitter, at: int, ins: Instruction) -> bool:
     target, source = ins.cs.operands
-    number = REGISTERS[target.reg][0]
-    if number > 7:
-        # REX.R where templates use eight registers: r8 to r15 in one load
-        raw = em.forms.load(number & 7, VIRTUAL_CR + 8 * CONTROL[source.reg])
-        em.emit(bytes((raw[0] | 4,)) + raw[1:], _done(ins))
-    else:
-        em.emit(em.forms.load(number, VIRTUAL_CR + 8 * CONTROL[source.reg]), _done(ins))
+    em.emit(em.forms.load(REGISTERS[target.reg][0], VIRTUAL_CR + 8 * CONTROL[source.reg]), _done(ins))
     return False
 
 
@@ -180,8 +175,12 @@ def template(instruction: Instruction) -> Template | None:
     """The template for this sensitive instruction, if there is one that covers it."""
     if has_size_prefix(instruction):
         return None
-    if instruction.op == "mov_from_cr" and CONTROL[instruction.cs.operands[1].reg] not in (0, 2, 3, 4):
-        return None
+    if instruction.op in ("mov_from_cr", "mov_to_cr"):
+        to, number = instruction.op == "mov_to_cr", CONTROL.get(instruction.cs.operands[instruction.op == "mov_from_cr"].reg)
+        if number == 8:
+            return mov_to_cr8 if to else mov_from_cr8
+        if to or number not in (0, 2, 3, 4):
+            return None
     return TEMPLATES.get(instruction.op or "")
 
 
@@ -190,4 +189,4 @@ def flag_tables(iopl: int) -> dict[int, bytes]:
     refused = bytes(int(b & 0x41 != 0 or b >> 4 & 3 != iopl) for b in range(256))          # NT, TF; IOPL
     virtual = bytes(b & 2 | iopl << 4 for b in range(256))
     upper = bytes(int(b & ~0x24 != 0) for b in range(256))                                   # any but AC and ID
-    return {FLAGS_REFUSED: refused, FLAGS_VIRTUAL: virtual, FLAGS_UPPER: upper, BEYOND_PAGE: bytes(int(b >= 16) for b in range(256))}
+    return {FLAGS_REFUSED: refused, FLAGS_VIRTUAL: virtual, FLAGS_UPPER: upper, BELOW_16: bytes(int(b >= 16) for b in range(256))}

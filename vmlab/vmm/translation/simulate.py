@@ -19,7 +19,7 @@ from vmlab.machine.decode import Instruction
 from vmlab.machine.state import RAX, RBP, RCX, RSP
 from vmlab.vmm.operands import REGISTERS
 from vmlab.vmm.translation.emitter import Emitter
-from vmlab.vmm.translation.layout import BEYOND_PAGE, NO_WINDOW, SIMULATED
+from vmlab.vmm.translation.layout import BELOW_16, NO_WINDOW, SIMULATED
 from vmlab.vmm.translation.units import Site
 
 _OPERATIONS = frozenset(getattr(cs_x86, f"X86_INS_{name}") for name in (
@@ -74,7 +74,7 @@ def simulate(em: Emitter, at: int, ins: Instruction) -> Site:
     em.emit(forms.load_half(SIMULATED + 2))
     em.callout_if_not(b"\xe3", site)
     em.emit(forms.load_byte(SIMULATED + 1))
-    em.emit(forms.load_by_byte(BEYOND_PAGE))
+    em.emit(forms.load_by_byte(BELOW_16))
     em.callout_if_not(b"\xe3", site)
     em.emit(forms.load(RCX, SIMULATED))
     chart_at = em.emit(forms.load_by_byte(chart)) + 4
