@@ -9,14 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import made_up_operations
 import made_up_run
 import pytest
-from browser import Browser, needs_chromium
+import report_figures
+from browser import Browser, Page, needs_chromium
 
 from vmlab import claims, costs, report
 
 pytestmark = needs_chromium
 READY = "document.documentElement?.dataset.ready === 'yes'"
+#: Text that sticks out of its chart.
+OUTSIDE = """[...document.querySelectorAll('.panel-box svg')].flatMap((svg) => {
+    const box = svg.getBoundingClientRect(), out = (b) => b.left < box.left - 1 || b.right > box.right + 1;
+    return [...svg.querySelectorAll('text')].filter((t) => out(t.getBoundingClientRect())).map((t) => t.textContent); })"""
 CONFIG = {"title": "What does it cost?", "question": "Why?"}
 
 
@@ -44,11 +50,7 @@ def test_it_is_whole_at_every_width(browser: Browser, url: str, width: int) -> N
     assert page.complaints() == []
     assert page.run("document.documentElement.scrollWidth") <= width, "nothing may stick out to the right"
     assert page.run("[...document.querySelectorAll('figure[data-chart]')].every((f) => f.querySelector('svg') && f.querySelector('table'))")
-    # Text in a chart stays inside of it, at the size of the page's own.
-    outside = page.run("""[...document.querySelectorAll('.panel-box svg')].flatMap((svg) => {
-        const box = svg.getBoundingClientRect(), out = (b) => b.left < box.left - 1 || b.right > box.right + 1;
-        return [...svg.querySelectorAll('text')].filter((t) => out(t.getBoundingClientRect())).map((t) => t.textContent); })""")
-    assert outside == []
+    assert page.run(OUTSIDE) == []
 
 
 def test_its_first_figures_are_those_of_the_results(browser: Browser, url: str, results: dict[str, Any]) -> None:
@@ -61,6 +63,51 @@ def test_its_first_figures_are_those_of_the_results(browser: Browser, url: str, 
     ratio = cell["slowdown"]["prescott-2005"]
     assert shown["rdtsc, density 1000", "hardware-assisted"] == [times(ratio[k]) for k in ("value", "low", "high")]
     assert len(table) > 15
+
+
+def test_every_charts_figures_are_pythons_on_every_shipped_profile(browser: Browser, tmp_path: Path) -> None:
+    cells = made_up_run.cells(workloads=("cli_sti", "rdtsc"), densities=(10, 1000))
+    made_up_run.price(cells, costs.names())
+    made = {"cells": cells, "claims": []}
+    page = browser.open(report.write(tmp_path, made, CONFIG)[-1].as_uri(), ready=READY)
+    assert {*report_figures.shown(page)} == {"slowdown", "causes", "density", "generations", "exits"}
+    assert report_figures.compare(page, made) > 100 * len(costs.names())
+    assert page.complaints() == []
+
+
+def test_operations_beside_published_figures_are_pythons_on_every_shipped_profile(browser: Browser, tmp_path: Path) -> None:
+    made = made_up_operations.results(costs.names())
+    file = report.write(tmp_path, made, CONFIG | {"charts": ["nanobenchmarks", "exits"]})[-1]
+    page = browser.open(file.as_uri(), width=380, ready=READY)
+    assert {*report_figures.shown(page)} == {"nanobenchmarks", "exits"}
+    assert report_figures.compare(page, made) > 50 * len(costs.names())
+    # The chart shows what its table says, and everything of it is inside.
+    assert page.run("document.querySelectorAll('[data-chart=nanobenchmarks] svg[role=img]').length") == 2
+    assert page.run("""[...document.querySelectorAll('.panel-box svg')].every((svg) => [...svg.querySelectorAll('text')].every((text) =>
+        text.getBoundingClientRect().right <= svg.getBoundingClientRect().right + 1))""")
+    # A moved cost moves our figures, the verdict of the title, and nothing that was published.
+    moved = {"prescott-2005": {"exit.page_fault": 10_000.0}}
+    before = page.run("document.querySelector('[data-chart=nanobenchmarks] .title').textContent")
+    page = browser.open(file.as_uri() + "#cpu=prescott-2005&prescott-2005/exit.page_fault=10000", ready=READY)
+    table = report_figures.shown(page)["nanobenchmarks"]
+    assert sorted(table) == sorted(report_figures.operations_table(made, "prescott-2005", moved))
+    assert sorted(table) != sorted(report_figures.operations_table(made, "prescott-2005"))
+    after = page.run("document.querySelector('[data-chart=nanobenchmarks] .title').textContent")
+    assert before.startswith("0 of 3 independent") and after.startswith("1 of 3 independent"), (before, after)
+    assert page.complaints() == []
+
+
+def test_exits_follow_the_workload_and_moved_costs(browser: Browser, url: str, results: dict[str, Any]) -> None:
+    page = browser.open(url + "#work=rdtsc&prescott-2005/exit.default=5000", ready=READY)
+    row = next(row for row in report_figures.shown(page)["exits"] if row[0] == "hardware-assisted")
+    moved = costs.load("prescott-2005").with_values({"exit.default": 5000})
+    each = sum(float(costs.unit_cost(kind, moved)) for kind in ("exit.rdtsc", "entry"))  # type: ignore[arg-type]
+    assert 5000 < each < 10_000
+    cell = next(c for c in results["cells"] if c["technique"] == "hardware-assisted" and c["parameters"]["workload"] == "rdtsc")
+    price = costs.price(cell["events"], costs.load("prescott-2005"), "svm", override={"exit.default": 5000})
+    assert isinstance(price, costs.Price)
+    assert row[1:] == ["VM exits: rdtsc", "100,000", "100.0 %", "1.0", report_figures.whole(each), f"{100 * each * 100_000 / price.total:.1f} %"]
+    assert page.run("document.querySelector('[data-chart=exits] .title').textContent").startswith("rdtsc: ")
 
 
 def test_a_moved_cost_moves_charts_and_verdicts_as_in_python(browser: Browser, url: str, results: dict[str, Any]) -> None:
@@ -116,7 +163,7 @@ def test_the_cpu_changes_the_whole_page(browser: Browser, url: str) -> None:
     page = browser.open(url + "#cpu=haswell-2013", ready=READY)
     assert "Haswell" in page.run("document.querySelector('[data-chart=slowdown] .title').textContent")
     assert "Haswell" in page.run("document.querySelector('[data-chart=causes] .title').textContent")
-    assert page.run("document.querySelectorAll('#exits-body tbody tr').length") >= 3
+    assert page.run("document.querySelectorAll('[data-chart=exits] tbody tr').length") >= 3
 
 
 def test_a_word_is_explained_where_it_stands(browser: Browser, url: str) -> None:
@@ -203,9 +250,25 @@ def test_every_shipped_experiments_report_is_whole(browser: Browser, tmp_path: P
     assert main(["experiment", name, "--quick", "--out", str(tmp_path / "run")]) in (0, 1)
     file = tmp_path / "run" / "report.html"
     assert file.stat().st_size < 3_000_000
+    made = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     for width in (380, 900, 1600):
         page = browser.open(file.as_uri(), width=width, ready=READY)
         page.run("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
         time.sleep(0.2)
         assert page.complaints() == []
         assert page.run("document.documentElement.scrollWidth") <= width
+        assert page.run(OUTSIDE) == [], width
+    assert page.run("[...document.querySelectorAll('main figure')].every((figure) => figure.dataset.chart)"), "every chart follows its reader"
+    assert report_figures.compare(page, made) > 50
+    slider_by_keyboard(page)
+    assert page.complaints() == []
+
+
+def slider_by_keyboard(page: Page) -> None:
+    """The dearest cost's slider moves it, the page says so, and Reset takes it back."""
+    page.run("document.querySelector('#costs-list input[type=range]').focus()")
+    page.press("ArrowRight", 5)
+    page.wait("document.getElementById('moved').textContent.startsWith('1 cost moved')")
+    page.run("document.getElementById('reset').focus()")
+    page.press("Enter")
+    page.wait("document.getElementById('moved').textContent.startsWith('All costs')")

@@ -216,7 +216,7 @@ def drawable(view: View) -> list[str]:
         "density": len(view.densities(view.headline)) > 1,
         "generations": len(view.generations) > 1,
         "exits": bool(per_operation(view)),
-        "nanobenchmarks": len({figure.row for table in nanobench.tables(view.results) for figure in table.figures}) > 2,
+        "nanobenchmarks": nanobench.worth_drawing(view.results),
     }
     return [chart for chart in CHARTS if enough[chart]]
 

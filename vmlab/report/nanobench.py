@@ -42,6 +42,10 @@ class Figure:
     published: float | None
     calibrated: bool
     note: str
+    quantity: Quantity | None = None
+    """Events of one operation; None where the run has no such cell."""
+    platform: str = ""
+    """What a CPU must provide to run the cell."""
 
     @property
     def row(self) -> tuple[str, str]:
@@ -116,7 +120,8 @@ def _row(paper: Mapping[str, Any], row: Mapping[str, Any], cells: list[Cell]) ->
                 ours = value, min(low, value), max(high, value)
                 calibrated = any(_set_by(figure, paper, row, system) for figure in quantity.figures(profile).values())
         made.append(Figure(
-            work["guest"], work["workload"], row["words"], system, wanted["technique"], *ours, published, calibrated, row.get("note", "")))
+            work["guest"], work["workload"], row["words"], system, wanted["technique"], *ours, published, calibrated, row.get("note", ""),
+            quantity, str(cell["platform"]) if cell is not None else ""))
     return made
 
 
@@ -128,6 +133,11 @@ def _set_by(cost: costs.Figure, paper: Mapping[str, Any], row: Mapping[str, Any]
 
 def _is(cell: Cell, wanted: Mapping[str, Any]) -> bool:
     return all({"technique": cell["technique"], **cell["parameters"]}.get(key, value) == value for key, value in wanted.items())
+
+
+def worth_drawing(results: Mapping[str, Any]) -> bool:
+    """Whether the run has so many of the papers' operations that it is about them."""
+    return len({figure.row for table in tables(results) for figure in table.figures}) > 2
 
 
 def finding(found: list[Table]) -> str:

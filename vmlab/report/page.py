@@ -12,13 +12,16 @@ from html import escape
 from string import Template
 from typing import Any
 
+from vmlab import costs
 from vmlab.ledger import CLASSES, EVENTS, EXIT_REASONS, SYSTEM_INSTRUCTIONS
-from vmlab.report import findings, glossary, live, sections
+from vmlab.report import findings, glossary, live, nanobench, sections
 from vmlab.report.document import document
+from vmlab.report.exits_chart import COLOURS as REASON_COLOURS
+from vmlab.report.exits_chart import exits_title, per_operation
 from vmlab.report.style import CAUSES, LOOKS
-from vmlab.report.view import View
+from vmlab.report.view import Generation, View
 
-SCRIPTS = ("pricing.js", "claims.js", "charts.js", "page.js")
+SCRIPTS = ("pricing.js", "claims.js", "charts.js", "figures.js", "page.js")
 
 
 #: How to read the charts that the page's script draws; of the others the page shows the image.
@@ -31,6 +34,11 @@ CAPTIONS = {
                "the bare machine. Whiskers are the 5th and 95th percentile of sampled costs.",
     "generations": "Oldest CPU generation at the top, each workload at its densest. Lines join successive generations of one maker; the others, in "
                    "italics, stand apart. Left of the line is faster than native.",
+    "exits": "VM exits, traps, hypercalls and callouts of the chosen workload, counted exactly: no price has a part in the bars. What one takes on "
+             "the chosen CPU generation (hardware and the monitor's entry code, without the work of emulating) is in the table.",
+    "nanobenchmarks": "Cycles of one operation: the loop less the same loop around nothing, by iterations. Filled: ours on the paper's CPU, whiskers "
+                      "the 5th and 95th percentile of sampled costs; hollow: published; upright line: ours on the chosen CPU generation. On the "
+                      "right ours over the published figure; a star marks figures that set one of the costs: they agree with themselves.",
 }
 
 
@@ -85,7 +93,7 @@ def page(results: Mapping[str, Any], config: Mapping[str, Any], charts: Sequence
     sentences = findings.summary(results)
     if charts and charts[0].name == "nanobenchmarks":  # the others' findings are the summary's own
         sentences[0] = f"{charts[0].title}."
-    headline, *others = [_chart(chart) for chart in charts] or ["<p>This run has nothing to draw.</p>"]
+    headline, *others = [_chart(chart, view) for chart in charts] or ["<p>This run has nothing to draw.</p>"]
     body = _BODY.substitute(
         title=escape(title), question=escape(str(config.get("question") or "")),
         sentences="\n".join(f"<li>{glossary.mark(sentence)}</li>" for sentence in sentences),
@@ -93,7 +101,8 @@ def page(results: Mapping[str, Any], config: Mapping[str, Any], charts: Sequence
         charts="\n".join(f'<details class="print"><summary>{_summary(chart)}</summary>{made}</details>'
                          for chart, made in zip(charts[1:], others, strict=True)),
         claims=sections.claims(results.get("claims") or []),
-        exits=sections.exits(view), properties=sections.properties(view), cells=sections.cells(view), costs=sections.costs_used(view),
+        exits="" if any(chart.name == "exits" for chart in charts) else _exits(view),
+        properties=sections.properties(view), cells=sections.cells(view), costs=sections.costs_used(view),
         threats=sections.threats(), safety=sections.safety(view), manifest=sections.manifest(view, manifest, config),
         glossary=sections.words(),
     )
@@ -103,17 +112,21 @@ def page(results: Mapping[str, Any], config: Mapping[str, Any], charts: Sequence
 def data(results: Mapping[str, Any]) -> dict[str, Any]:
     """What the page's script reads: costs, counts, claims, and how the charts are laid out."""
     view = View(results)
-    kinds = live.kinds_of(results)
+    operations = nanobench.tables(results) if nanobench.worth_drawing(results) else []
+    kinds = sorted({*live.kinds_of(results), *(kind for table in operations for f in table.figures if f.quantity for kind in f.quantity.events)})
+    number = {kind: i for i, kind in enumerate(kinds)}
     names = [generation.name for generation in view.known]
     claims = live.judged(results, names)
     more_kinds, more_keys, more_profiles = live.needed_by(claims)
+    more_profiles |= {table.profile for table in operations}
     model = live.model({*kinds, *more_kinds}, [*names, *sorted(more_profiles - set(names))], more_keys)
     keys = sorted({*model["shared"], *(key for profile in model["profiles"].values() for key in profile["figures"])})
     return model | {
-        "kinds": kinds, "order": names, "cells": live.cells(results, {kind: i for i, kind in enumerate(kinds)}), "claims": claims,
+        "kinds": kinds, "order": names, "cells": live.cells(results, number), "claims": claims,
+        "operations": [_operations(table, number) for table in operations],
         "words": {kind: EVENTS[kind].words for kind in kinds}, "costWords": {key: cost_words(key) for key in keys},
         "looks": {name: {"colour": look.colour, "marker": look.marker, "short": look.short} for name, look in LOOKS.items()},
-        "colours": dict(CAUSES), "workloads": _workloads(view),
+        "colours": dict(CAUSES), "reasonColours": REASON_COLOURS, "workloads": _workloads(view),
         "generations": [{"name": g.name, "short": findings.short(g), "words": f"{g.words} ({g.year})" if g.year else g.words,
                          "joined": g in view.intel} for g in view.known],
     }
@@ -132,6 +145,21 @@ def _workloads(view: View) -> list[dict[str, Any]]:
                              "cells": [number[id(cell)] for cell in view.column(workload, variant)]})
         made.append({"name": workload, "label": view.what(workload), "densities": view.densities(workload), "variants": variants})
     return made
+
+
+def _operations(table: nanobench.Table, number: Mapping[str, int]) -> dict[str, Any]:
+    """A paper's table: its systems with the techniques that stand for them, its rows with the events of one operation each."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for figure in table.figures:
+        events = None if figure.quantity is None else [part for kind, n in figure.quantity.events.items() for part in (number[kind], n)]
+        rows.setdefault(figure.row, {"words": figure.words, "note": figure.note, "figures": []})["figures"].append(
+            {"system": table.systems.index(figure.system), "published": figure.published, "calibrated": figure.calibrated, "events": events,
+             "platform": figure.platform})
+    techniques = {figure.system: figure.technique for figure in table.figures}
+    profile = costs.load(table.profile)
+    return {"title": table.title, "cpu": table.cpu, "profile": table.profile, "rows": list(rows.values()),
+            "short": findings.short(Generation(profile.name, profile.words, profile.vendor, profile.year)),
+            "systems": [[system, techniques[system]] for system in table.systems]}
 
 
 def cost_words(key: str) -> str:
@@ -153,16 +181,29 @@ def cost_words(key: str) -> str:
 
 def _summary(chart: Drawn) -> str:
     return escape({"causes": "Cycles by cause", "density": "Slowdown against density", "generations": "Slowdown over CPU generations",
-                   "slowdown": "Slowdown by technique"}.get(chart.name, chart.name.replace("_", " ").capitalize()))
+                   "slowdown": "Slowdown by technique", "exits": "Exits by reason", "nanobenchmarks": "Operations beside published figures",
+                   }.get(chart.name, chart.name.replace("_", " ").capitalize()))
 
 
-def _chart(chart: Drawn) -> str:
+def _chart(chart: Drawn, view: View) -> str:
     source = base64.b64encode(chart.svg).decode("ascii")
     image = f'<img alt="{escape(f"{chart.name}: {chart.title}", quote=True)}" src="data:image/svg+xml;base64,{source}">'
-    caption = CAPTIONS.get(chart.name)
-    if caption is None:
+    if chart.name not in CAPTIONS:
         return f'<figure id="chart-{escape(chart.name, quote=True)}">{image}</figure>'
-    head = (f'<figcaption><span class="title">{escape(chart.title)}</span> '
-            f'<span class="caption">{glossary.mark(caption)}</span></figcaption>')
-    return (f'<figure id="chart-{chart.name}" data-chart="{chart.name}">{head}<noscript>{image}</noscript><div class="live"></div>'
+    return _live(chart.name, chart.title, image + (sections.exits(view) if chart.name == "exits" else ""))
+
+
+def _live(name: str, title: str, without: str) -> str:
+    """A chart that the page's script draws; ``without`` stands in its place where there are no scripts."""
+    head = (f'<figcaption><span class="title">{escape(title)}</span> '
+            f'<span class="caption">{glossary.mark(CAPTIONS[name])}</span></figcaption>')
+    return (f'<figure id="chart-{name}" data-chart="{name}">{head}<noscript>{without}</noscript><div class="live"></div>'
             '<details><summary>The same as a table</summary><div class="table wide-table"></div></details></figure>')
+
+
+def _exits(view: View) -> str:
+    """Exits by reason in a fold of their own, where the run has no chart of them among its own."""
+    if not view.generations:
+        return ""
+    title = exits_title(view) if per_operation(view) else "No technique leaves the guest"
+    return f'<details class="print"><summary>Exits by reason</summary>{_live("exits", title, sections.exits(view))}</details>'

@@ -80,16 +80,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int
 
 
 def exits(view: View) -> str:
-    """Why the guest was left, how often, at what price; at the headline workload until the reader chooses another."""
-    if not view.generations:
-        return ""
+    """Why the guest was left and how often, at the headline workload: for readers without scripts."""
     rows = [[escape(row.technique), escape(row.words), f"{row.count:,}", f"{100 * row.share:.1f} %"]
             for row in exit_rows(view, view.headline, view.generations[0].name)]
-    static = _table(["technique", "reason", "times", "of its exits"], rows, 2) if rows else "<p>No technique left the guest.</p>"
-    return ('<details class="print"><summary>Exits by reason</summary><p>'
-            + mark("Every time that the CPU left the guest for the monitor: VM exits, traps, hypercalls and callouts of the chosen workload. "
-                   "The price of one is what the hardware and the monitor's entry code take, without the work of emulating.")
-            + f'</p><div id="exits-body" class="wide-table">{static}</div></details>')
+    return _table(["technique", "reason", "times", "of its exits"], rows, 2) if rows else "<p>No technique left the guest.</p>"
 
 
 def properties(view: View) -> str:

@@ -44,6 +44,7 @@ class View:
         self.all: list[Cell] = list(results.get("cells") or [])
         self.cells = [cell for cell in self.all if cell.get("status") == "ok"]
         self._spread = _spread(self.cells)
+        self._first = {str(cell["technique"]): cell["parameters"] for cell in reversed(self.cells)}
         self._guest = next((cell["parameters"].get("guest") for cell in self.cells), None)
         self.generations = sorted(
             (_generation(name) for name in {name for cell in self.cells for name in cell.get("cycles") or {}}),
@@ -91,10 +92,22 @@ class View:
         return f"{workload}, density {densities[-1]:g}" if densities and densities[-1] else workload
 
     def variant(self, cell: Cell) -> tuple[str, str]:
-        """Technique, and what tells this cell from the technique's others on the same work ("" if nothing does)."""
-        technique = str(cell["technique"])
-        told = [str(cell["parameters"][key]) for key in self._spread.get(technique, ()) if key in cell["parameters"]]
-        return technique, ", ".join(told)
+        """Technique, and what tells this cell from the technique's others on the same work ("" if nothing does).
+
+        Where more than two parameters vary, only those are named that differ from the technique's first cell, which is the "reference".
+        """
+        technique, parameters = str(cell["technique"]), cell["parameters"]
+        keys = [key for key in self._spread.get(technique, {}) if key in parameters]
+        if len(self._spread.get(technique, {})) > 2:
+            keys = [key for key in keys if parameters[key] != self._first[technique].get(key)]
+            return technique, ", ".join(self._told(technique, key, parameters[key]) for key in keys) or "reference"
+        return technique, ", ".join(self._told(technique, key, parameters[key]) for key in keys)
+
+    def _told(self, technique: str, key: str, value: Any) -> str:
+        """A parameter's value; with the parameter's name where the value alone says nothing, or another parameter may have it too."""
+        text, spread = str(value), self._spread[technique]
+        alone = text.replace("-", "").isalpha() and text not in ("on", "off", "True", "False")
+        return text if alone and sum(text in values for values in spread.values()) == 1 else f"{key} {text}"
 
     def variants(self, workload: str) -> list[tuple[str, str]]:
         """The variants that ran this workload, in the order in which they are always shown.
@@ -159,8 +172,8 @@ def times(value: float) -> str:
     return f"{value:.2f}×" if value < 1.95 else f"{value:.1f}×"
 
 
-def _spread(cells: list[Cell]) -> dict[str, list[str]]:
-    """By technique, the parameters that are not about the work and take several values in this run."""
+def _spread(cells: list[Cell]) -> dict[str, dict[str, set[str]]]:
+    """By technique, the parameters that are not about the work and take several values in this run, with these, by name."""
     work = {*WORK_KEYS, *(key for cell in cells if cell["technique"] == "native" for key in cell["parameters"])}
     values: dict[str, dict[str, set[str]]] = {}
     for cell in cells:
@@ -168,7 +181,7 @@ def _spread(cells: list[Cell]) -> dict[str, list[str]]:
         for key, value in cell["parameters"].items():
             if key not in work:
                 of.setdefault(key, set()).add(str(value))
-    return {technique: sorted(key for key, seen in of.items() if len(seen) > 1) for technique, of in values.items()}
+    return {technique: {key: of[key] for key in sorted(of) if len(of[key]) > 1} for technique, of in values.items()}
 
 
 def _generation(name: str) -> Generation:

@@ -24,15 +24,18 @@ function times(value) {
   return (value < 1.95 ? value.toFixed(2) : value.toFixed(1)) + "×";
 }
 
+// Ours over a published figure: two figures that mean something, however small.
+const shareText = (value) => Number(value.toPrecision(2)).toLocaleString("en-US", {maximumSignificantDigits: 2}) + "×";
+
 const cyclesText = (value) => value >= 10 ? Math.round(value).toLocaleString("en-US") : value.toPrecision(2);
 
 const MARKERS = {
   o: "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0", s: "M-4.6,-4.6h9.2v9.2h-9.2z", D: "M0,-6L6,0L0,6L-6,0z", "^": "M0,-5.6L5.6,4.6H-5.6z",
-  P: "M-2,-5.6h4v3.6h3.6v4h-3.6v3.6h-4v-3.6h-3.6v-4h3.6z", X: "M-5,-5L5,5M5,-5L-5,5",
+  "|": "M0,-6.5V6.5", P: "M-2,-5.6h4v3.6h3.6v4h-3.6v3.6h-4v-3.6h-3.6v-4h3.6z", X: "M-5,-5L5,5M5,-5L-5,5",
 };
 
 // `hollow` is a variant's number among those of its technique: solid, hollow, then grey.
-function marker(look, hollow, x, y) {
+function marker(look, hollow = 0, x = 0, y = 0) {
   return svg("path", {
     d: MARKERS[look.marker] || MARKERS.X, transform: `translate(${x},${y})`, fill: [look.colour, "#fff", "#c8c8c8"][Math.min(hollow, 2)], stroke: look.colour, "stroke-width": 1.6,
   });
@@ -54,32 +57,55 @@ function logAxis(values, from, to) {
   return {place, ticks, low, high};
 }
 
-function ratioGrid(root, axis, top, bottom) {
+// `bands`: from where to where the lines go down; between them stand the rows' names, where these are not beside.
+function ratioGrid(root, axis, bands, bottom) {
   for (const tick of axis.ticks) {
     const x = axis.place(tick), one = tick === 1;
-    root.append(svg("line", {x1: x, x2: x, y1: top, y2: bottom, stroke: one ? "#1a1a1a" : "#d0d0d0", "stroke-width": one ? 1.4 : 0.8}));
+    for (const [from, to] of bands) root.append(svg("line", {x1: x, x2: x, y1: from, y2: to, stroke: one ? "#1a1a1a" : "#d0d0d0", "stroke-width": one ? 1.4 : 0.8}));
     root.append(svg("text", {x, y: bottom + 15, "text-anchor": "middle", class: "tick"}, one ? "native" : tick + "×"));
   }
 }
 
-function frame(width, height, label) {
-  return svg("svg", {viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": label});
+// A panel's title, on as many lines as it needs; gives where the panel goes on.
+function panelTitle(root, words, width) {
+  const lines = [""];
+  for (const word of words.split(" ")) {
+    if (lines[lines.length - 1] && 8.8 * (lines[lines.length - 1].length + word.length + 1) > width) lines.push("");
+    lines[lines.length - 1] += (lines[lines.length - 1] ? " " : "") + word;
+  }
+  lines.forEach((line, i) => root.append(svg("text", {x: 0, y: 14 + 17 * i, class: "panel"}, line)));
+  return 26 + 17 * (lines.length - 1);
 }
 
-const labelWidth = (rows, width) => width < 520 ? 0 : Math.min(0.42 * width, 14 + 7.1 * Math.max(...rows.map((row) => row.label.length)));
+function frame(width, label) {
+  return svg("svg", {width, role: "img", "aria-label": label});
+}
 
-// Dots with whiskers, one row per label. rows: [{label, look, hollow, value, low, high} or without value]
+// How high a frame is, once that is known.
+function high(root, height) {
+  root.setAttribute("height", height);
+  root.setAttribute("viewBox", `0 0 ${root.getAttribute("width")} ${height}`);
+}
+
+// Room for the rows' names beside their marks; 0 where that would take too much, and names stand above.
+function labelWidth(rows, width) {
+  const needed = 14 + 7.1 * Math.max(...rows.map((row) => row.label.length));
+  return width < 520 || needed > 0.45 * width ? 0 : needed;
+}
+
+// Dots with whiskers, one row per label. rows: [{label, look, hollow, value, low, high} or without value]; `all` the rows of all the chart's panels.
 function dotPanel(title, rows, width, all) {
-  const left = labelWidth(rows, width), step = left ? 30 : 46, top = 26, bottom = top + step * rows.length;
-  const root = frame(width, bottom + 24, title + ": " + rows.map((r) => r.label + " " + (r.value === undefined ? "not priced" : times(r.value))).join(", "));
-  root.append(svg("text", {x: 0, y: 14, class: "panel"}, title));
-  const axis = logAxis(all, left + 14, width - 18);
-  ratioGrid(root, axis, top, bottom);
+  const left = labelWidth(all, width), values = all.flatMap((row) => row.value === undefined ? [] : [row.low, row.high]), step = left ? 30 : 46;
+  const root = frame(width, title + ": " + rows.map((r) => r.label + " " + (r.value === undefined ? "not priced" : times(r.value))).join(", "));
+  const top = panelTitle(root, title, width), bottom = top + step * rows.length;
+  high(root, bottom + 24);
+  const axis = logAxis(values, left + 14, width - 18);
+  ratioGrid(root, axis, left ? [[top, bottom]] : rows.flatMap((row, i) => row.value === undefined ? [] : [[top + step * (i + 1) - 23, top + step * (i + 1)]]), bottom);
   rows.forEach((row, i) => {
     const y = top + step * i + (left ? step / 2 : step - 13);
     root.append(svg("text", left ? {x: 0, y: y + 4} : {x: 0, y: y - 14}, row.label));
     if (row.value === undefined) {
-      root.append(svg("text", {x: left + 18, y: y + 4, class: "tick"}, "not on this CPU"));
+      root.append(svg("text", {x: Math.min(axis.place(1) + 8, width - 110), y: y + 4, class: "tick"}, "not on this CPU"));
       return;
     }
     const group = svg("g", {}, svg("title", {}, `${row.label}: ${times(row.value)} (${times(row.low)} to ${times(row.high)})`));
@@ -95,15 +121,18 @@ function dotPanel(title, rows, width, all) {
   return root;
 }
 
-// Stacked bars on a linear axis. rows: [{label, parts: [[cause, cycles]], total} or without parts]
-function stackPanel(rows, width, colours, unit) {
-  const left = labelWidth(rows, width), step = left ? 32 : 46, top = 4, bottom = top + step * rows.length;
+// Stacked bars on a linear axis. rows: [{label, parts: [[cause, cycles]], total} or without parts]; `all` the rows of all the chart's panels, which stand in line.
+function stackPanel(rows, width, colours, unit, all) {
+  const left = labelWidth(all, width), step = left ? 32 : 46, top = 4, bottom = top + step * rows.length;
   const most = Math.max(...rows.map((row) => row.total || 0)) * 1.0001 || 1;
-  const root = frame(width, bottom + 22, rows.map((row) => `${row.label}: ${row.parts ? cyclesText(row.total) + " " + unit : "not on this CPU"}`).join(", "));
+  const root = frame(width, rows.map((row) => `${row.label}: ${row.parts ? cyclesText(row.total) + " " + unit : "not on this CPU"}`).join(", "));
+  high(root, bottom + 22);
   const room = width - left - 74, place = (value) => left + 8 + room * value / most;
   const step10 = 10 ** Math.floor(Math.log10(most)), every = most / step10 >= 5 ? 2 * step10 : most / step10 >= 2 ? step10 : step10 / 2;
   for (let tick = 0; tick <= most; tick += every) {
-    root.append(svg("line", {x1: place(tick), x2: place(tick), y1: top, y2: bottom, stroke: "#d0d0d0", "stroke-width": 0.8}));
+    for (const [from, to] of left ? [[top, bottom]] : rows.flatMap((row, i) => row.parts ? [[top + step * (i + 1) - 25, top + step * (i + 1)]] : [])) {
+      root.append(svg("line", {x1: place(tick), x2: place(tick), y1: from, y2: to, stroke: "#d0d0d0", "stroke-width": 0.8}));
+    }
     root.append(svg("text", {x: place(tick), y: bottom + 15, "text-anchor": "middle", class: "tick"}, Number(tick.toPrecision(3)).toLocaleString("en-US")));
   }
   rows.forEach((row, i) => {
@@ -128,11 +157,11 @@ function stackPanel(rows, width, colours, unit) {
 // series: [{label, look, hollow, points: [[category number, value, low, high]], breaks: Set of categories that join nothing}]
 function ladderPanel(title, categories, joined, series, width, all) {
   const left = Math.min(0.42 * width, 16 + 7 * Math.max(...categories.map((c) => c.length))), step = Math.max(24, 9 * series.length);
-  const top = 26, bottom = top + step * categories.length;
-  const root = frame(width, bottom + 24, title + ": slowdown of " + series.map((s) => s.label).join(", ") + " on " + categories.join(", "));
-  root.append(svg("text", {x: 0, y: 14, class: "panel"}, title));
+  const root = frame(width, title + ": slowdown of " + series.map((s) => s.label).join(", ") + " on " + categories.join(", "));
+  const top = panelTitle(root, title, width), bottom = top + step * categories.length;
+  high(root, bottom + 24);
   const axis = logAxis(all, left + 12, width - 18);
-  ratioGrid(root, axis, top, bottom);
+  ratioGrid(root, axis, [[top, bottom]], bottom);
   categories.forEach((name, i) => root.append(svg("text", {x: 0, y: top + step * (i + 0.5) + 4, class: joined[i] ? "" : "apart"}, name)));
   series.forEach((one, s) => {
     const shift = Math.min(6, step / (series.length + 1)) * (s - (series.length - 1) / 2);
@@ -153,12 +182,12 @@ function ladderPanel(title, categories, joined, series, width, all) {
 // Lines over a numeric axis (density), logarithmic both ways where it spans far.
 function linePanel(title, across, series, width, all) {
   const xs = [...new Set(series.flatMap((one) => one.points.map((p) => p[0])))].sort((a, b) => a - b);
-  const height = Math.min(340, 0.75 * width + 60), left = 52, top = 26, bottom = height - 44, wide = xs[0] > 0 && xs[xs.length - 1] / xs[0] >= 20;
+  const root = frame(width, title + ": " + series.map((s) => s.label + " " + s.points.map((p) => `${p[0]}: ${times(p[1])}`).join(", ")).join("; "));
+  const top = panelTitle(root, title, width), height = Math.min(340, 0.75 * width + 60) + top - 26, left = 52, bottom = height - 44, wide = xs[0] > 0 && xs[xs.length - 1] / xs[0] >= 20;
   const scale = wide ? Math.log : (x) => x, from = scale(xs[0]), to = scale(xs[xs.length - 1]);
   const x = (value) => left + 22 + (width - left - 50) * (scale(value) - from) / ((to - from) || 1);
   const axis = logAxis(all, bottom, top);
-  const root = frame(width, height, title + ": " + series.map((s) => s.label + " " + s.points.map((p) => `${p[0]}: ${times(p[1])}`).join(", ")).join("; "));
-  root.append(svg("text", {x: 0, y: 14, class: "panel"}, title));
+  high(root, height);
   for (const tick of axis.ticks) {
     const y = axis.place(tick), one = tick === 1;
     root.append(svg("line", {x1: left, x2: width - 10, y1: y, y2: y, stroke: one ? "#1a1a1a" : "#d0d0d0", "stroke-width": one ? 1.4 : 0.8}));
@@ -173,6 +202,49 @@ function linePanel(title, across, series, width, all) {
     }));
     one.points.forEach(([value, ratio, low, high], i) => root.append(svg("g", {}, svg("title", {}, `${one.label} at ${value}: ${times(ratio)} (${times(low)} to ${times(high)})`),
       svg("line", {x1: places[i][0], x2: places[i][0], y1: axis.place(low), y2: axis.place(high), stroke: one.look.colour, "stroke-width": 1.2}), marker(one.look, one.hollow, ...places[i]))));
+  });
+  return root;
+}
+
+// Operations beside published figures, a log axis of cycles across: filled ours, hollow published, an upright line ours on the chosen CPU.
+// table.rows: [{words, note, figures: [{system, look, ours: {value, low, high} or null, here, published, calibrated}]}]
+function operationsPanel(title, table, cpu, width) {
+  const left = width < 520 ? 0 : 8 + Math.min(0.34 * width, 7.2 * Math.max(...table.rows.map((row) => row.words.length))), line = 17, lead = left ? 6 : 22, right = 54;
+  const heights = table.rows.map((row) => lead + line * row.figures.length + 4);
+  const all = table.rows.flatMap((row) => row.figures.flatMap((f) => [f.published, f.here, f.ours && f.ours.value, f.ours && f.ours.high].filter((v) => v > 0)));
+  const from = Math.log10(Math.min(...all) / 1.5), to = Math.log10(Math.max(...all) * 1.5), room = width - left - right - 16;
+  const x = (v) => left + 8 + room * (Math.log10(v) - from) / (to - from), every = Math.ceil(52 / (room / (to - from)));
+  const said = table.rows.map((row) => row.words + ": " + row.figures.map((f) => `${table.systems[f.system][0]} ${f.ours ? cyclesText(f.ours.value) : "not run"}${f.published ? ", published " + cyclesText(f.published) : ""}`).join(", "));
+  const root = frame(width, `${title}. ${said.join("; ")}`);
+  const top = panelTitle(root, title, width) + 4, bottom = top + heights.reduce((a, b) => a + b, 0);
+  high(root, bottom + 22);
+  for (let power = Math.ceil(from); power <= to; power += every) {
+    const at = x(10 ** power);
+    root.append(svg("line", {x1: at, x2: at, y1: top, y2: bottom, stroke: "#d0d0d0", "stroke-width": 0.8}));
+    root.append(svg("text", {x: at, y: bottom + 15, "text-anchor": "middle", class: "tick"}, power >= 6 ? 10 ** (power - 6) + " M" : (10 ** power).toLocaleString("en-US")));
+  }
+  let y = top;
+  table.rows.forEach((row, i) => {
+    root.append(svg("line", {x1: 0, x2: width, y1: y, y2: y, stroke: "#d0d0d0", "stroke-width": 0.8}));
+    root.append(svg("text", left ? {x: 0, y: y + heights[i] / 2 + 4} : {x: 0, y: y + 15}, row.words));
+    row.figures.forEach((f, j) => {
+      const at = y + lead + line * (j + 0.5), system = table.systems[f.system][0], group = svg("g", {});
+      const words = [`${row.words}, ${system}: ${f.ours ? cyclesText(f.ours.value) + " cycles" : "not run, or not on this CPU"}`, ...(f.published ? ["published " + cyclesText(f.published)] : []),
+        ...(f.here ? [cyclesText(f.here) + " on " + cpu] : []), ...(f.calibrated && f.ours ? ["a cost was set by this figure"] : []), ...(row.note ? [row.note] : [])];
+      group.append(svg("title", {}, words.join("; ")));
+      if (f.published) {
+        const ring = marker(f.look, 1, x(f.published), at);
+        ring.setAttribute("transform", ring.getAttribute("transform") + " scale(1.3)");
+        group.append(ring);
+      }
+      if (f.ours && f.ours.value > 0) {
+        group.append(svg("line", {x1: Math.max(left, x(Math.max(f.ours.low, f.ours.value / 1000))), x2: x(f.ours.high), y1: at, y2: at, stroke: f.look.colour, "stroke-width": 1.8}), marker(f.look, 0, x(f.ours.value), at));
+      }
+      if (f.here > 0) group.append(svg("line", {x1: x(f.here), x2: x(f.here), y1: at - 7, y2: at + 7, stroke: f.look.colour, "stroke-width": 2.4}));
+      if (f.ours && f.published) group.append(svg("text", {x: width - 2, y: at + 4, "text-anchor": "end", class: "tick"}, shareText(f.ours.value / f.published) + (f.calibrated ? " *" : "")));
+      root.append(group);
+    });
+    y += heights[i];
   });
   return root;
 }

@@ -52,116 +52,6 @@ function ratioOf(index, name) {
     pricedCounts(data, cell.events), cell.platform, pricedCounts(data, native.events), native.platform));
 }
 
-// ---- what the charts show
-const generation = (name) => data.generations.find((g) => g.name === name);
-const shown = (work) => work.variants.filter((v) => v.technique !== "native");
-const look = (technique) => data.looks[technique] || {colour: "#8a8a8a", marker: "X"};
-const last = (list) => list[list.length - 1];
-const workHere = () => data.workloads[state.work];
-const rowOf = (variant) => ({label: variant.label, look: look(variant.technique), hollow: variant.hollow});
-
-function slowdowns(work, name) {
-  return shown(work).map((variant) => ({...rowOf(variant), ...(ratioOf(last(variant.cells), name) || {})}));
-}
-
-const CHARTS = {
-  slowdown(host) {
-    const order = [state.work, ...data.workloads.keys()].filter((w, i, all) => all.indexOf(w) === i).slice(0, 8);
-    const panels = order.map((w) => [data.workloads[w], slowdowns(data.workloads[w], state.cpu)]);
-    const all = panels.flatMap(([, rows]) => rows.flatMap((row) => row.value === undefined ? [] : [row.low, row.high]));
-    const title = slowdownTitle(panels[0][0], panels[0][1]);
-    host(title, panels.map(([work, rows]) => (width) => dotPanel(work.label, rows, width, all)), null,
-      ["workload", "technique", "slowdown", "5 %", "95 %"],
-      panels.flatMap(([work, rows]) => rows.map((row) => [work.label, row.label, ...(row.value === undefined ? ["–", "–", "–"] : [row.value, row.low, row.high].map(times))])));
-  },
-
-  causes(host) {
-    const work = workHere(), rows = [];
-    let counted = false;
-    for (const variant of work.variants) {
-      const index = last(variant.cells), price = priceOf(index, state.cpu), per = data.cells[index].operations || 1;
-      counted = counted || data.cells[index].operations > 0;
-      rows.push(price ? {...rowOf(variant), total: price.total / per, parts: data.causes.filter((c) => price.breakdown[c]).map((c) => [c, price.breakdown[c] / per])} : rowOf(variant));
-    }
-    const unit = counted ? "cycles per operation" : "cycles";
-    const priced = rows.filter((row) => row.parts).sort((a, b) => a.total - b.total), groups = [];
-    for (const row of priced) { // bars that differ by more share no panel
-      if (groups.length && row.total <= 8 * last(groups)[0].total) last(groups).push(row); else groups.push([row]);
-    }
-    const used = data.causes.filter((cause) => priced.some((row) => row.parts.some(([name]) => name === cause)));
-    host(causesTitle(priced, work), groups.map((group) => (width) => stackPanel(group, width, data.colours, unit)),
-      legend(used.map((cause) => ({label: cause, colour: data.colours[cause]}))), ["technique", "cause", unit, "share"],
-      priced.flatMap((row) => row.parts.map(([cause, cycles]) => [row.label, cause, cyclesText(cycles), Math.round(100 * cycles / row.total) + " %"])), "wide");
-  },
-
-  density(host) {
-    const work = workHere();
-    const series = shown(work).map((variant) => ({...rowOf(variant), points: variant.cells.flatMap((index) => {
-      const ratio = ratioOf(index, state.cpu);
-      return ratio ? [[Number(data.cells[index].parameters.density) || 0, ratio.value, ratio.low, ratio.high]] : [];
-    })})).filter((one) => one.points.length);
-    const all = series.flatMap((one) => one.points.flatMap((p) => [p[2], p[3]]));
-    if (!series.some((one) => one.points.length > 1)) { host("One density only: nothing to compare for " + work.name, [], null, [], []); return; }
-    host(densityTitle(series), [(width) => linePanel(work.name + " on " + generation(state.cpu).short, "per 1000 other instructions", series, width, all)],
-      legend(series), ["technique", "density", "slowdown", "5 %", "95 %"],
-      series.flatMap((one) => one.points.map((p) => [one.label, String(p[0]), times(p[1]), times(p[2]), times(p[3])])), "one");
-  },
-
-  generations(host) {
-    const works = [workHere(), ...data.workloads.filter((w) => w !== workHere())].slice(0, 4);
-    const panels = works.map((work) => [work, shown(work).map((variant) => ({...rowOf(variant), points: data.generations.flatMap((g, i) => {
-      const ratio = ratioOf(last(variant.cells), g.name);
-      return ratio ? [[i, ratio.value, ratio.low, ratio.high]] : [];
-    })}))]);
-    const all = panels.flatMap(([, series]) => series.flatMap((one) => one.points.flatMap((p) => [p[2], p[3]])));
-    const names = data.generations.map((g) => g.short), joined = data.generations.map((g) => g.joined);
-    host(generationsTitle(works[0]), panels.map(([work, series]) => (width) => ladderPanel(work.label, names, joined, series, width, all)),
-      legend(panels[0][1]), ["workload", "technique", ...names],
-      panels.flatMap(([work, series]) => series.map((one) => [work.label, one.label, ...data.generations.map((_, i) => {
-        const point = one.points.find((p) => p[0] === i);
-        return point ? times(point[1]) : "–";
-      })])));
-  },
-};
-
-// ---- findings in words, computed from the figures shown
-function slowdownTitle(work, rows) {
-  const priced = rows.filter((row) => row.value !== undefined).sort((a, b) => a.value - b.value), cpu = generation(state.cpu).short;
-  if (!priced.length) return "No technique was priced on " + cpu;
-  const best = priced[0], worst = last(priced);
-  const head = `${work.name} on ${cpu}: ${best.label} takes ${times(best.value)} native's time`;
-  return best === worst ? head : `${head}, ${worst.label} ${times(worst.value)}`;
-}
-
-function causesTitle(priced, work) {
-  const cpu = generation(state.cpu).short, worst = last(priced.filter((row) => row.label !== data.looks.native.short));
-  if (!worst) return "No cell was priced by cause on " + cpu;
-  const [cause, cycles] = worst.parts.reduce((a, b) => b[1] > a[1] ? b : a);
-  return `${cause[0].toUpperCase()}${cause.slice(1)} ${cause.endsWith("s") ? "take" : "takes"} ${Math.round(100 * cycles / worst.total)} % of the cycles of ${worst.label} in ${work.name} on ${cpu}`;
-}
-
-function densityTitle(series) {
-  const moves = series.filter((one) => one.points.length > 1).map((one) => ({label: one.label, a: one.points[0], b: last(one.points)})), cpu = generation(state.cpu).short;
-  const by = (one) => one.b[1] / one.a[1], up = moves.reduce((a, b) => by(b) > by(a) ? b : a), down = moves.reduce((a, b) => by(b) < by(a) ? b : a);
-  const head = `From ${up.a[0]} to ${up.b[0]} per 1000, ${up.label} goes from ${times(up.a[1])} to ${times(up.b[1])}`;
-  return (up === down ? head : `${head}, ${down.label} from ${times(down.a[1])} to ${times(down.b[1])}`) + ` on ${cpu}`;
-}
-
-function generationsTitle(work) {
-  let best = [0, ""];
-  for (const variant of shown(work)) {
-    const standing = data.generations.filter((g) => g.joined).flatMap((g) => {
-      const ratio = ratioOf(last(variant.cells), g.name);
-      return ratio ? [[ratio.high < 1 ? "beats native" : ratio.low > 1 ? "loses to native" : "is about even", g.short]] : [];
-    });
-    const words = [...new Set(standing.map(([word]) => word))];
-    const weight = 2 * words.includes("beats native") + words.includes("loses to native");
-    const list = (names) => names.length > 3 ? `${names.length} generations from ${names[0]} to ${last(names)}` : names.join(" and ");
-    if (words.length > 1 && weight > best[0]) best = [weight, `${variant.label} ${words.map((word) => word + " on " + list(standing.filter(([w]) => w === word).map(([, g]) => g))).join(", ")}`];
-  }
-  return best[1] ? `${work.name}: ${best[1]}` : `${work.name}: against the bare machine no technique's standing changes over these generations`;
-}
-
 // ---- drawing
 function draw() {
   for (const figure of document.querySelectorAll("figure[data-chart]")) {
@@ -179,40 +69,10 @@ function draw() {
       table.replaceChildren(rows.length ? figuresTable(head, rows) : "");
     });
   }
-  drawExits();
   drawClaims();
   const count = state.moved.size;
   byId("moved").textContent = count ? `${count} cost${count > 1 ? "s" : ""} moved: charts and verdicts are at your costs, the sentences above and the tables of cells at the published ones.` : "All costs are the published ones.";
   byId("reset").disabled = !count && state.cpu === data.order[0] && state.work === 0;
-}
-
-const LEAVING = ["exit.", "trap.", "hypercall.", "bt.callout."];
-
-function drawExits() {
-  const body = byId("exits-body");
-  if (!body) return;
-  const model = modelOf(state.cpu), rows = [];
-  for (const variant of shown(workHere())) {
-    const index = last(variant.cells), cell = data.cells[index], priced = priceOf(index, state.cpu), found = [];
-    let calls = 0, gate = "trap.int";
-    for (let i = 0; i < cell.events.length; i += 2) if (data.kinds[cell.events[i]] === "trap.syscall") gate = "trap.syscall";
-    for (let i = 0; i < cell.events.length; i += 2) if (data.kinds[cell.events[i]].startsWith("hypercall.")) calls += cell.events[i + 1];
-    for (let i = 0; i < cell.events.length; i += 2) {
-      const kind = data.kinds[cell.events[i]];
-      let count = cell.events[i + 1];
-      if (!LEAVING.some((prefix) => kind.startsWith(prefix))) continue;
-      if (kind === gate) count -= Math.min(count, calls); // the transitions of hypercalls, counted as such
-      if (count > 0) found.push([kind, count]);
-    }
-    const all = found.reduce((sum, [, count]) => sum + count, 0), per = cell.operations || 0;
-    for (const [kind, count] of found.sort((a, b) => b[1] - a[1])) {
-      let cycles = null;
-      try { cycles = priced && model.unit(kind) + (kind.startsWith("exit.") ? model.unit("entry") : kind.startsWith("hypercall.") ? model.unit(gate) : 0); } catch (error) { if (!(error instanceof NoFigure)) throw error; }
-      rows.push([variant.label, data.words[kind] || kind, count.toLocaleString("en-US"), (100 * count / all).toFixed(1) + " %", per ? (count / per).toPrecision(2) : "–",
-        cycles === null || cycles === undefined ? "–" : cyclesText(cycles), cycles && priced ? (100 * cycles * count / priced.total).toFixed(1) + " %" : "–"]);
-    }
-  }
-  body.replaceChildren(rows.length ? figuresTable(["technique", "reason", "times", "of its exits", "per operation", "cycles each", "of all cycles"], rows) : html("p", {}, "No technique left the guest in this workload."));
 }
 
 const SIGNS = {holds: "✓", fails: "✗", undecided: "?"};
@@ -371,7 +231,6 @@ function start() {
   data.workloads.forEach((work, i) => byId("work").append(html("option", {value: i}, work.label)));
   readFragment();
   byId("controls").hidden = false;
-  for (const place of document.querySelectorAll(".static")) place.remove();
   byId("cpu").addEventListener("change", () => { state.cpu = byId("cpu").value; everything(); });
   byId("work").addEventListener("change", () => { state.work = Number(byId("work").value); everything(); });
   byId("reset").addEventListener("click", () => { state.cpu = data.order[0]; state.work = 0; state.moved.clear(); costsChanged(); everything(); });
