@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machinelab import CODE, HANDLERS, IDT, STACK0, asm, gate
 
+from vmlab.machine import memory
 from vmlab.machine.cpu import Segment
 from vmlab.machine.delivery import PAGE_FAULT
 from vmlab.machine.paging import CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, EFER_LMA, EFER_NXE, NX, PS, RW, US, A, D, P, PageFault, Tables, translate
@@ -201,3 +202,16 @@ def test_a_probe_without_marks_leaves_the_tables_alone(mode: str) -> None:
 
 def test_unpaged_addresses_are_physical() -> None:
     assert translate(machine().ram, Tables(0x11, 0, 0, 0), 0xFFFF1234) == 0xFFFF1234
+
+
+def test_pages_in_use_are_those_that_are_not_all_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the host tells what was never touched or not."""
+    ram = Machine(1 << 20, "portable").ram
+    for at, data in ((0x5000, b"x"), (0x5FFF, b"y"), (0x40000, b"\0"), (0xFFFFF, b"z")):
+        ram.write(at, data)
+    first = list(ram.pages_in_use(0, ram.size))
+    assert {0x5000, 0xFF000} <= {at for at, _ in first} and 0x40000 not in {at for at, _ in first}
+    assert all(page == ram.read(at, 0x1000) for at, page in first)
+    assert [at for at, _ in ram.pages_in_use(0x5000, 0x2000)] == [0]
+    monkeypatch.setattr(memory, "_touched", lambda address, size: None)
+    assert list(ram.pages_in_use(0, ram.size)) == first

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from vmlab.cli.output import Progress, print_json, table
 from vmlab.errors import ConfigError
 
 if TYPE_CHECKING:
+    from vmlab.experiment.executors import CellRunner
     from vmlab.experiment.lab import Lab
     from vmlab.experiment.runner import Outcome
     from vmlab.experiment.schema import Experiment
@@ -45,6 +47,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's directory: absent or empty (default: below results/)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with --out DIR, or with the newest unfinished run of the same configuration")
+    parser.add_argument("--no-reuse", action="store_true", help="run every cell, also those that an earlier run below results/ has finished")
+    parser.add_argument("--executor", choices=("local", "dask"), default="local",
+                        help="where cells run: in --jobs processes here, or on the workers of a Dask scheduler")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="of Dask, as tcp://host:8786")
     parser.add_argument("--strict", action="store_true", help="exit 1 also when a verdict is not the expected one")
     parser.add_argument("--json", action="store_true", help="print results.json's content and nothing else on stdout")
 
@@ -104,18 +110,20 @@ def execute(experiment: Experiment, lab: Lab, arguments: argparse.Namespace) -> 
 
     if arguments.strict and not experiment.expect:
         raise ConfigError(f"--strict: {experiment.name} expects no verdicts (it has no 'expect' section)")
-    options = Options(arguments.jobs, arguments.out, resume=arguments.resume, quick=arguments.quick)
+    options = Options(arguments.jobs, arguments.out, resume=arguments.resume, quick=arguments.quick, reuse=not arguments.no_reuse,
+                      executor=_executor(arguments))
     run_ = Run(experiment, lab, options)
     where = _shown(run_.directory.path)
     todo = len(run_.todo)
-    kept = f", {run_.reused} kept from before" if run_.reused else ""
+    found = run_.reused + len(run_.taken)
+    kept = f", {found} kept from before" if found else ""
     print(f"{experiment.title}: {todo} cells to run{kept}, in {where}", file=sys.stderr)
     progress = Progress(todo)
     try:
         outcome = run_.execute(progress.finished)
     except KeyboardInterrupt:
         progress.close()
-        print(f"vmlab: interrupted; {len(run_.records)} of {len(experiment.cells)} cells are kept in {where}; "
+        print(f"vmlab: interrupted; {len(run_.done)} of {len(experiment.cells)} cells are kept in {where}; "
               "go on with the same command and --resume", file=sys.stderr)
         return 130
     finally:
@@ -127,6 +135,17 @@ def execute(experiment: Experiment, lab: Lab, arguments: argparse.Namespace) -> 
     _complain(outcome)
     broken = bool(outcome.failed or outcome.not_evaluated)
     return 1 if broken or (arguments.strict and outcome.unexpected) else 0
+
+
+def _executor(arguments: argparse.Namespace) -> Callable[[str, str], CellRunner] | None:
+    """What the options say of where cells run; None: here."""
+    if (arguments.executor == "dask") != (arguments.scheduler is not None):
+        raise ConfigError("--executor dask and --scheduler ADDRESS go together")
+    if arguments.executor == "local":
+        return None
+    from vmlab.experiment.executors import dask
+
+    return functools.partial(dask, arguments.scheduler)
 
 
 def _print(outcome: Outcome, lab: Lab) -> None:

@@ -1,8 +1,4 @@
-"""Cells wherever they are: finished ones are taken from earlier runs by content hash, the others are run and kept.
-
-A cell's content hash covers technique, parameters, image and the code that counts, so that a file found under
-it is that cell's result, whichever run made it (:mod:`vmlab.experiment.store`).
-"""
+"""Cells wherever they are: finished ones are taken from earlier runs (:mod:`vmlab.experiment.reuse`), the others are run and kept."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from vmlab.experiment import schema, store
 from vmlab.experiment.lab import Lab
 from vmlab.experiment.matrix import Cell
 from vmlab.experiment.pricing import complete
+from vmlab.experiment.reuse import Kept
 from vmlab.experiment.worker import Record
 from vmlab.experiment.workers import Pool
 from vmlab.experiment.yamlfile import Document
@@ -41,8 +38,8 @@ class Gatherer:
     """Finds or runs cells; ``folder`` below ``results`` keeps those that it ran."""
 
     def __init__(self, lab: Lab, folder: str, results: Path = RESULTS) -> None:
-        self.lab, self.results, self.own = lab, results, results / folder / "cells"
-        self._index: dict[str, Path] | None = None
+        self.lab, self.own = lab, results / folder / "cells"
+        self._kept = Kept(results, self.own)
 
     def expand(self, block: Mapping[str, Any]) -> list[Cell]:
         """The cells of one block of an experiment, with the baselines that they need.
@@ -61,7 +58,7 @@ class Gatherer:
         content = self._content(list(wanted.values()))
         records: dict[str, Record] = {}
         for cell in wanted.values():
-            found = self._found(content[cell.id])
+            found = self._kept.find(content[cell.id])
             if found is not None:
                 records[cell.id] = found
         reused, todo = len(records), [cell for cell in wanted.values() if cell.id not in records]
@@ -79,18 +76,6 @@ class Gatherer:
         versions = self.lab.versions()
         images = {guest: self.lab.image(guest) for guest in sorted({str(cell.parameters["guest"]) for cell in cells})}
         return {cell.id: store.content_hash(cell, images[str(cell.parameters["guest"])], versions) for cell in cells}
-
-    def _found(self, content: str) -> Record | None:
-        if self._index is None:
-            # Runs of experiments first, the own folder last, so that it wins.
-            paths = [*sorted(self.results.glob("*/*/cells/*.json")), *sorted(self.own.glob("*.json"))]
-            self._index = {path.stem: path for path in paths}
-        path = self._index.get(content)
-        if path is None:
-            return None
-        record = store.read_json(path)
-        # A cell that failed by its guest's doing fails again the same way; one that its worker took along may not.
-        return record if record.get("status") in ("ok", "unsupported") or record.get("events") else None
 
 
 def kept(results: Path, folder: str, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

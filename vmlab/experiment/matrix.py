@@ -20,7 +20,7 @@ from vmlab.machine.tlb import PARAMETERS as MODEL_PARAMETERS
 from vmlab.parameters import Parameter, Value, nearest
 from vmlab.strategies.techniques import RAM
 
-MAX_CELLS = 5_000
+MAX_CELLS = 50_000
 BASELINE = "native"
 
 #: What a cell may say of the machine: how much RAM the guest has, and what is modelled.

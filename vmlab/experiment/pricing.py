@@ -27,12 +27,11 @@ def complete(cells: Sequence[Cell], records: Mapping[str, Record], profiles: Seq
 
     :param records: worker's record by cell id; a cell without one was not run and is left out.
     """
-    return [_cell(cell, records, profiles, lab) for cell in cells if cell.id in records]
+    return [complete_one(cell, records[cell.id], records.get(cell.baseline), profiles, lab) for cell in cells if cell.id in records]
 
 
-def _cell(cell: Cell, records: Mapping[str, Record], profiles: Sequence[str], lab: Lab) -> dict[str, Any]:
-    record = records[cell.id]
-    native = records.get(cell.baseline)
+def complete_one(cell: Cell, record: Record, native: Record | None, profiles: Sequence[str], lab: Lab) -> dict[str, Any]:
+    """One cell of ``results.json``. ``native``: the record of its baseline, if there is one."""
     result: dict[str, Any] = {"id": cell.id, "technique": cell.technique, "parameters": dict(cell.parameters)}
     for key, default in SHAPE.items():
         value = record.get(key)

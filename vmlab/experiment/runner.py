@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,18 @@ import yaml
 
 from vmlab.errors import ConfigError, ExperimentError, VmlabError
 from vmlab.experiment import store
+from vmlab.experiment.executors import CellRunner
 from vmlab.experiment.lab import Lab, host
 from vmlab.experiment.matrix import Cell
-from vmlab.experiment.pricing import complete
+from vmlab.experiment.pricing import complete_one
+from vmlab.experiment.reuse import Kept
 from vmlab.experiment.schema import Experiment
 from vmlab.experiment.store import RunDirectory
 from vmlab.experiment.worker import Record
 from vmlab.experiment.workers import Pool
 
+#: Cells that the whole of a run's results holds in memory at most; larger sweeps are read from their files as they are needed.
+IN_MEMORY = 2000
 #: Called with each finished cell's id, status and seconds.
 Observer = Callable[[str, str, float], None]
 
@@ -35,6 +39,10 @@ class Options:
     results: Path = field(default_factory=lambda: Path("results"))
     resume: bool = False
     quick: bool = False
+    #: Take identical cells from earlier runs below ``results``.
+    reuse: bool = True
+    #: Where cells run: None for ``jobs`` workers on this machine, else what makes a runner from a cell function and the code's hash.
+    executor: Callable[[str, str], CellRunner] | None = None
 
 
 @dataclass
@@ -60,9 +68,15 @@ class Run:
         guests = sorted({str(cell.parameters["guest"]) for cell in experiment.cells})
         self.images = {guest: lab.image(guest) for guest in guests}
         self.config_hash = experiment.hash()
-        self.records: dict[str, Record] = {}
+        #: Finished cells: id → status and machine path. Their records are in the directory.
+        self.done: dict[str, tuple[str, str | None]] = {}
+        #: Those of them that an earlier run finished, by id.
+        self.taken: list[str] = []
         self.directory = self._directory()
-        self.reused = self._reuse()
+        self.contents = {cell.id: store.content_hash(cell, self.images[str(cell.parameters["guest"])], self.versions) for cell in experiment.cells}
+        self.reused = self._resume()
+        if options.reuse:
+            self._take_from_earlier_runs()
 
     # --- before ------------------------------------------------------------------------------------
 
@@ -82,21 +96,41 @@ class Run:
             raise ConfigError(f"{out} holds no run of this configuration: resume it with the same file and options")
         return old
 
-    def _reuse(self) -> int:
-        for cell in self.experiment.cells:
-            found = self.directory.cell(self.content(cell)) if self.options.resume else None
-            if found is not None:
-                self.records[cell.id] = found
-        return len(self.records)
+    def _resume(self) -> int:
+        if self.options.resume:
+            for cell in self.experiment.cells:
+                found = self.directory.cell(self.content(cell))
+                if found is not None:
+                    self._note(cell.id, found)
+        return len(self.done)
+
+    def _take_from_earlier_runs(self) -> None:
+        """Copy what is there already into this run, which then is whole by itself."""
+        kept = Kept(self.options.results)
+        for cell in self.todo:
+            found = kept.find(self.content(cell))
+            if found is not None and found.get("status") in ("ok", "unsupported"):
+                self._keep(cell, found)
+                self.taken.append(cell.id)
+
+    def _note(self, cell_id: str, record: Record) -> None:
+        self.done[cell_id] = str(record.get("status")), record.get("machine_path")
+
+    def _keep(self, cell: Cell, record: Record) -> None:
+        whole = {"id": cell.id, "technique": cell.technique, "parameters": dict(cell.parameters)} | {
+            k: v for k, v in record.items() if k not in ("id", "technique", "parameters")
+        }
+        self.directory.write_cell(self.content(cell), whole)
+        self._note(cell.id, whole)
 
     def content(self, cell: Cell) -> str:
         """The cell's content hash."""
-        return store.content_hash(cell, self.images[str(cell.parameters["guest"])], self.versions)
+        return self.contents[cell.id]
 
     @property
     def todo(self) -> list[Cell]:
         """Cells that have no result yet, in the order of the matrix."""
-        return [cell for cell in self.experiment.cells if cell.id not in self.records]
+        return [cell for cell in self.experiment.cells if cell.id not in self.done]
 
     # --- the run -----------------------------------------------------------------------------------
 
@@ -124,25 +158,47 @@ class Run:
 
     def _cells(self, observer: Observer) -> None:
         todo = self.todo
-        with Pool(self.lab.cell_function, min(self.options.jobs, len(todo))) as pool:
-            for cell, record in pool.run(todo):
-                record = {"id": cell.id, "technique": cell.technique, "parameters": dict(cell.parameters)} | {
-                    k: v for k, v in record.items() if k not in ("id", "technique", "parameters")
-                }
-                self.directory.write_cell(self.content(cell), record)
-                self.records[cell.id] = record
+        with self._runner(len(todo)) as runner:
+            for cell, record in runner.run(todo):
+                self._keep(cell, record)
                 observer(cell.id, str(record.get("status")), float(record.get("host_seconds", 0.0)))
+
+    def _runner(self, cells: int) -> CellRunner:
+        if self.options.executor is not None:
+            return self.options.executor(self.lab.cell_function, str(self.versions.get("code", "")))
+        return Pool(self.lab.cell_function, min(self.options.jobs, cells))
+
+    def _record(self, cell_id: str) -> Record | None:
+        content = self.contents.get(cell_id) if cell_id in self.done else None
+        return None if content is None else store.read_json(self.directory.path_of(content))
+
+    def _complete(self) -> Sequence[dict[str, Any]]:
+        """Every cell priced and compared, in its file; in memory only as many as it can hold."""
+        large = len(self.experiment.cells) > IN_MEMORY
+        cells: list[dict[str, Any]] = []
+        native: tuple[str, Record | None] = ("", None)
+        for cell in self.experiment.cells:
+            record = self._record(cell.id)
+            if record is None:
+                continue
+            if native[0] != cell.baseline:      # cells of the same work often follow one another
+                native = cell.baseline, self._record(cell.baseline)
+            completed = complete_one(cell, record, native[1], self.experiment.profiles, self.lab)
+            self.directory.write_cell(self.content(cell), completed)
+            if not large:
+                cells.append(completed)
+        if not large:
+            return cells
+        return store.StoredCells([self.directory.path_of(self.content(cell)) for cell in self.experiment.cells if cell.id in self.done])
 
     def _finish(self) -> Outcome:
         experiment, path = self.experiment, self.directory.path
-        cells = complete(experiment.cells, self.records, experiment.profiles, self.lab)
-        for cell, completed in zip(experiment.cells, cells, strict=True):
-            self.directory.write_cell(self.content(cell), completed)
+        cells = self._complete()
         claims = [self._judge(claim, cells) for claim in experiment.claims]
         results = {
             "schema_version": store.SCHEMA_VERSION, "experiment": experiment.name, "cells": cells, "claims": claims,
         }
-        store.write_json(path / "results.json", results)
+        store.write_results(path / "results.json", results)
         store.write(path / "results.csv", store.tidy_csv(results))
         # The page quotes the manifest, so it has to be right by now; a report that fails sets it back to "stopped".
         failed = [cell for cell in cells if cell["status"] == "failed"]
@@ -154,10 +210,10 @@ class Run:
             failed=failed,
             not_evaluated=[claim for claim in claims if "error" in claim],
             unexpected=unexpected(claims, experiment.expect),
-            reused=self.reused, report=report,
+            reused=self.reused + len(self.taken), report=report,
         )
 
-    def _judge(self, claim: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    def _judge(self, claim: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One verdict. A claim whose check breaks must not take the run's other results along."""
         try:
             return self.lab.evaluate([claim], cells, self.experiment.profiles)[0]
@@ -181,15 +237,16 @@ class Run:
         return f"# {self.experiment.name}, resolved: 'vmlab experiment config.yaml' runs exactly these cells.\n{text}"
 
     def _manifest(self, state: str) -> None:
-        statuses = collections.Counter(str(record.get("status")) for record in self.records.values())
-        paths = {str(record["machine_path"]) for record in self.records.values() if record.get("machine_path")}
+        statuses = collections.Counter(status for status, _ in self.done.values())
+        paths = {path for _, path in self.done.values() if path}
         manifest = {
             "schema_version": store.SCHEMA_VERSION, "experiment": self.experiment.name, "state": state,
             "config_hash": self.config_hash, "quick": self.options.quick,
             "versions": self.versions, "images": {Path(name).name: sha for name, sha in self.images.items()},
             "seeds": self.lab.seeds(), "machine_path": sorted(paths), "host": host(), "jobs": self.options.jobs,
             "cells": {"total": len(self.experiment.cells), **dict(sorted(statuses.items()))},
-            "files": {cell.id: self.content(cell) for cell in self.experiment.cells if cell.id in self.records},
+            "reused": list(self.taken),
+            "files": {cell.id: self.content(cell) for cell in self.experiment.cells if cell.id in self.done},
         }
         store.write_json(self.directory.path / "manifest.json", manifest)
 

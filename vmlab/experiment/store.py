@@ -17,9 +17,9 @@ import io
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from vmlab.errors import ConfigError, ExperimentError
 from vmlab.experiment.matrix import Cell
@@ -27,18 +27,21 @@ from vmlab.experiment.matrix import Cell
 SCHEMA_VERSION = 1
 
 
-def write(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` has all of it or is as it was before.
+def write(path: Path, text: str | Iterable[str], *, lasting: bool = True) -> None:
+    """Write ``text`` (in pieces, if it comes so) so that ``path`` has all of it or is as it was before.
 
+    :param lasting: wait until it would outlive a power failure; a cell lost in one is run again.
     :raises ExperimentError: disk full, no permission, no such place.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            for piece in (text,) if isinstance(text, str) else text:
+                file.write(piece)
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):  # the place itself is the trouble, and that is reported below
@@ -46,9 +49,29 @@ def write(path: Path, text: str) -> None:
         raise ExperimentError(f"{path} cannot be written: {error.strerror or error}; finished cells are kept") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, lasting: bool = True) -> None:
     """Write ``value`` as JSON, whole or not at all."""
-    write(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
+    write(path, json.dumps(value, indent=1, sort_keys=False) + "\n", lasting=lasting)
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results.json``: as :func:`write_json`, one cell at a time."""
+    def pieces() -> Iterator[str]:
+        for number, (key, value) in enumerate(results.items()):
+            yield f"{',' if number else '{'}\n {json.dumps(key)}: "
+            if key == "cells":
+                for n, cell in enumerate(value):
+                    yield f"{',' if n else '['}\n{_indented(cell)}"
+                yield "\n ]" if len(value) else "[]"
+            else:
+                yield json.dumps(value, indent=1).replace("\n", "\n ")
+        yield "\n}\n"
+
+    write(path, pieces())
+
+
+def _indented(value: Any) -> str:
+    return "  " + json.dumps(value, indent=1).replace("\n", "\n  ")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -137,9 +160,13 @@ class RunDirectory:
         value = read_json(path)
         return value if value.get("status") in ("ok", "unsupported") else None
 
+    def path_of(self, content: str) -> Path:
+        """Where a cell is, or will be."""
+        return self.path / "cells" / f"{content}.json"
+
     def write_cell(self, content: str, record: Mapping[str, Any]) -> None:
         """Keep a cell."""
-        write_json(self.path / "cells" / f"{content}.json", record)
+        write_json(self.path / "cells" / f"{content}.json", record, lasting=False)
 
 
 def read_results(run: Path) -> dict[str, Any]:
@@ -160,18 +187,39 @@ def read_results(run: Path) -> dict[str, Any]:
     return value
 
 
-def tidy_csv(results: Mapping[str, Any]) -> str:
-    """``results`` as one table of single values: a row for each cell, quantity and profile."""
+def tidy_csv(results: Mapping[str, Any]) -> Iterator[str]:
+    """``results`` as one table of single values: a row for each cell, quantity and profile. In pieces."""
     cells = results["cells"]
     names = sorted({name for cell in cells for name in cell["parameters"]})
-    out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(["id", "technique", *names, "status", "quantity", "name", "profile", "value", "low", "high"])
+    yield _csv([["id", "technique", *names, "status", "quantity", "name", "profile", "value", "low", "high"]])
     for cell in cells:
         head = [cell["id"], cell["technique"], *(cell["parameters"].get(name, "") for name in names), cell["status"]]
-        for row in _quantities(cell):
-            table.writerow(head + row)
+        yield _csv(head + row for row in _quantities(cell))
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
+
+
+class StoredCells(Sequence[dict[str, Any]]):
+    """The cells of a sweep too large for memory, each read from its file when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> StoredCells: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | StoredCells:
+        return StoredCells(self._paths[index]) if isinstance(index, slice) else read_json(self._paths[index])
 
 
 def _quantities(cell: Mapping[str, Any]) -> list[list[Any]]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,11 +58,17 @@ def load(name_or_path: str | Path, protocol: str = "auto") -> GuestImage:
     """
     text = os.fspath(name_or_path)
     if text in _BUILT_IN:
-        return files.parse(text, files.read(str(_BUILT_IN[text].image)), protocol)
+        return _built_in(text, files.read(str(_BUILT_IN[text].image)), protocol)
     path = Path(text)
     if isinstance(name_or_path, str) and not path.suffix and path.name == text and not text.startswith("$") and not path.exists():
         raise GuestImageError(f"no guest {text!r}{nearest(text, _BUILT_IN)}")
     return files.parse(path.name, files.read(text), protocol)
+
+
+@functools.lru_cache(maxsize=8)
+def _built_in(name: str, data: bytes, protocol: str) -> GuestImage:
+    """A worker runs many cells with one image."""
+    return files.parse(name, data, protocol)
 
 
 def from_file(name: str) -> bool:

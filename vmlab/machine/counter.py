@@ -36,6 +36,7 @@ class Tag:
 
 
 Tags = list[Tag | None]
+_Counted = tuple[int, int, tuple[tuple[str, int], ...]]
 
 
 def _weight(tags: Tags) -> int:
@@ -49,7 +50,8 @@ class Block:
     The three counts are lists indexed by ``user``: 0 for CPL 0–2, 1 for CPL 3 (but see :attr:`Counter.user_from`).
     """
 
-    __slots__ = ("again", "end", "instructions", "iret", "key", "offsets", "pc", "rep", "ring", "runs", "size", "slot", "tags", "taken", "weight")
+    __slots__ = ("_ones", "_wholes", "again", "end", "instructions", "iret", "key", "offsets", "pc", "rep", "ring", "runs", "size", "slot",
+                 "tags", "taken", "weight")
 
     def __init__(self, key: int, pc: int, size: int, instructions: list[Instruction], tags: Tags | None) -> None:
         self.key, self.pc, self.size, self.end = key, pc, size, pc + size
@@ -67,6 +69,27 @@ class Block:
         self.weight = len(instructions) if tags is None else _weight(tags)
         self.runs, self.taken, self.again = [0, 0], [0, 0], [0, 0]
         self.slot = -1
+        self._wholes: list[_Counted | None] = [None, None]
+        self._ones: dict[tuple[int, int], _Counted] = {}
+
+    def one(self, index: int, user: int) -> _Counted:
+        """What instruction ``index`` counts each time that it retires: machine instructions, guest instructions, events."""
+        found = self._ones.get((index, user))
+        if found is None:
+            found = self._ones[index, user] = _kinds(self, index, user)
+        return found
+
+    def whole(self, user: int) -> _Counted:
+        """The same of all instructions together."""
+        found = self._wholes[user]
+        if found is None:
+            each = [_kinds(self, index, user) for index in range(len(self.instructions))]
+            kinds: dict[str, int] = {}
+            for _, _, counted in each:
+                for kind, n in counted:
+                    kinds[kind] = kinds.get(kind, 0) + n
+            found = self._wholes[user] = len(each), sum(guests for _, guests, _ in each), tuple(kinds.items())
+        return found
 
     def leads_to(self, address: int) -> bool:
         """Whether control can go from this block's end to ``address``, which lies inside the block."""
@@ -278,9 +301,10 @@ def block_hook(counter: Counter, attend: Callable[[int, int], bool],
 
 def _sum(blocks: Iterable[Block], short: dict[tuple[int, int, int], int]) -> Snapshot:
     events: dict[str, int] = {}
-    by_block: dict[int, list[tuple[int, int, int]]] = {}
+    cut: dict[tuple[int, int], dict[int, int]] = {}         # (block's key, user) → how often left before which instruction
     for (key, index, user), n in short.items():
-        by_block.setdefault(key, []).append((index, user, n))
+        cuts = cut.setdefault((key, user), {})
+        cuts[index] = cuts.get(index, 0) + n
     guest = [0, 0]
     machine = 0
 
@@ -289,53 +313,71 @@ def _sum(blocks: Iterable[Block], short: dict[tuple[int, int, int], int]) -> Sna
             events[kind] = events.get(kind, 0) + n
 
     for block in blocks:
-        cuts = by_block.get(block.key, ())
-        last = len(block.instructions) - 1
         for user in (0, 1):
-            runs, taken, again = block.runs[user], block.taken[user], block.again[user]
+            runs, cuts = block.runs[user], cut.get((block.key, user), {})
             if not runs and not cuts:
                 continue
-            lost = [0] * (last + 2)
-            for index, who, n in cuts:
-                if who == user:
-                    lost[index] += n
-            times = runs
-            for i, instruction in enumerate(block.instructions):
-                times -= lost[i]
-                n = times
-                if i == last and block.rep:
-                    n -= again
-                    if not instruction.search:  # the machine counts what these look at
+            # What each run of the whole block counts; then the exceptions to it.
+            instructions, guests, kinds = block.whole(user)
+            whose = user if block.tags is None else 0   # a translation is a kernel's, whatever ring the cache runs in
+            machine += runs * instructions
+            guest[whose] += runs * guests
+            for kind, n in kinds:
+                add(kind, runs * n)
+            lost, last = 0, len(block.instructions) - 1
+            for i in range(min(cuts), last + 1) if cuts else ():
+                lost += cuts.get(i, 0)
+                gone, guests, kinds = block.one(i, user)
+                machine -= lost * gone
+                guest[whose] -= lost * guests
+                for kind, n in kinds:
+                    add(kind, -lost * n)
+            if block.instructions:
+                taken, again = block.taken[user], block.again[user] if block.rep else 0
+                if taken and block.instructions[last].kind == "jcc" and not block.instructions[last].op:
+                    add("machine.branch", taken)
+                    add("machine.alu", -taken)
+                if again:   # iterations of the last instruction: elements, not instructions
+                    gone, guests, kinds = block.one(last, user)
+                    machine -= again * gone
+                    guest[whose] -= again * guests
+                    for kind, n in kinds:
+                        add(kind, -again * n)
+                    if not block.instructions[last].search:  # the machine counts what these look at
                         add("machine.string", again)
-                elif instruction.string:
-                    add("machine.string", n)
-                machine += n
-                _add_machine(add, instruction, n, taken if i == last else 0)
-                tag = None if block.tags is None else block.tags[i]
-                if block.tags is None:
-                    guest[user] += n
-                    add("retired.user" if user else "retired.kernel", n)
-                    if instruction.op:
-                        add(f"retired.{instruction.op}", n)
-                elif tag is not None:
-                    if tag.guest is not None:
-                        guest[0] += n   # a kernel's, whatever ring the cache runs in
-                        add(f"translated.{tag.how}", n)
-                        if tag.how == "ident" and instruction.op:
-                            add("translated.sensitive", n)
-                    for mark in tag.marks:
-                        add(f"translated.{mark}", n)
-    return Snapshot(dict(sorted(events.items())), guest[1], guest[0], machine)
+    return Snapshot({kind: n for kind, n in sorted(events.items()) if n}, guest[1], guest[0], machine)
 
 
-def _add_machine(add: Callable[[str, int], None], instruction: Instruction, n: int, taken: int) -> None:
+def _kinds(block: Block, index: int, user: int) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+    """What one instruction counts when it retires: machine instructions, guest instructions, and events."""
+    instruction, tags = block.instructions[index], block.tags
+    kinds: dict[str, int] = {}
+
+    def add(kind: str) -> None:
+        kinds[kind] = kinds.get(kind, 0) + 1
+
     if instruction.op:
-        add(f"machine.{instruction.op}", n)
-    elif instruction.kind == "jcc":
-        add("machine.branch", taken)
-        add("machine.alu", n - taken)
+        add(f"machine.{instruction.op}")
     else:
-        add(f"machine.{instruction.kind}", n)
+        add("machine.alu" if instruction.kind == "jcc" else f"machine.{instruction.kind}")
+    # The elements of the last instruction of a block under REP are counted apart.
+    if instruction.string and not (block.rep and index == len(block.instructions) - 1):
+        add("machine.string")
+    guests = 0
+    if tags is None:
+        guests = 1
+        add("retired.user" if user else "retired.kernel")
+        if instruction.op:
+            add(f"retired.{instruction.op}")
+    elif (tag := tags[index]) is not None:
+        if tag.guest is not None:
+            guests = 1
+            add(f"translated.{tag.how}")
+            if tag.how == "ident" and instruction.op:
+                add("translated.sensitive")
+        for mark in tag.marks:
+            add(f"translated.{mark}")
+    return 1, guests, tuple(kinds.items())
 
 
 assert {"alu", "load", "store", "branch", "indirect", "muldiv", "string"} == set(CLASSES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from unicorn import unicorn_const as uc_const
@@ -18,6 +18,25 @@ from vmlab.machine.engine import Engine
 
 PAGE = 0x1000
 FOUR_GIB = 1 << 32
+_ZEROS = bytes(PAGE)
+_PRESENT_OR_SWAPPED = 3 << 62
+
+
+def _touched(address: int, size: int) -> memoryview | None:
+    """For each page of this process's memory an entry that says whether it is there; what is not was never touched, hence zero, and
+    reading it would cost a page fault.
+
+    Linux tells (Documentation/admin-guide/mm/pagemap.rst); None where the host does not.
+    """
+    if mmap.PAGESIZE != PAGE:
+        return None
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+            pages.seek(8 * (address // PAGE))
+            entries = pages.read(8 * (size // PAGE))
+    except OSError:
+        return None
+    return memoryview(entries).cast("Q") if len(entries) == 8 * (size // PAGE) else None
 
 
 class MemoryDevice(Protocol):
@@ -91,6 +110,15 @@ class Ram:
         end = min(address + len(data), self.size)
         if address < end:
             self.bytes[address:end] = data[:end - address]
+
+    def pages_in_use(self, first: int, size: int) -> Iterator[tuple[int, bytes]]:
+        """Offset from ``first`` and content of each page that is not all zero, in order; ``first`` and ``size`` in whole pages."""
+        touched = _touched(self.address + first, size)
+        for at in range(0, size, PAGE):
+            if touched is None or touched[at // PAGE] & _PRESENT_OR_SWAPPED:
+                page = bytes(self.bytes[first + at:first + at + PAGE])
+                if page != _ZEROS:
+                    yield at, page
 
     def read32(self, address: int) -> int:
         if address + 4 > self.size:

@@ -49,7 +49,7 @@ def load(name: str) -> type[Strategy]:
     """The class of a technique; ``FILE.py:CLASS`` names one in a file. Raises ConfigError with the nearest name."""
     if ".py:" in name:
         return _from_file(name)
-    target = _found().get(name)
+    target = BUILT_IN.get(name) or _found().get(name)    # what is installed is looked through only for what is not built in
     if target is None:
         raise ConfigError(f"technique: {name!r} is not known{nearest(name, _found())}")
     module, _, attribute = target.partition(":")

@@ -103,10 +103,10 @@ class Strategy(Technique, ABC):
         return machine
 
     def state_digest(self) -> str:
-        """SHA-256 over registers, all guest memory, and device writes in their order."""
+        """SHA-256 over registers, all guest memory (pages that are not all zero, each with its address), and device writes in their order."""
         digest = hashlib.sha256(self.guest_state().digest())
-        base = self.frame_address(0)
-        digest.update(self.machine.ram.bytes[base:base + self.guest_memory])
+        for gpa, page in self.machine.ram.pages_in_use(self.frame_address(0), self.guest_memory):
+            digest.update(struct.pack("<Q", gpa) + page)
         digest.update(repr(self.machine.device_log).encode())
         return digest.hexdigest()
 
