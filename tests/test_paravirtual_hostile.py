@@ -20,15 +20,15 @@ from vmlab.strategies.techniques import GUEST_MEMORY
 from vmlab.vmm import xen
 from vmlab.vmm.xen_domain import GUEST_FRAMES
 
-#: What the hypervisor itself changes (hpa): TSS, IDT, its two page tables' accessed bits, the M2P on request, shared_info.
-CHANGING = ((0x3000, 0x5000), (0x10000, 0x20000), (0x30000, 0x33000))
+#: What the hypervisor itself changes (hpa), by width: accessed bits of its page tables, the M2P on request, TSS, IDT, shared_info.
+CHANGING = {32: ((0x3000, 0x5000), (0x10000, 0x20000), (0x30000, 0x33000)), 64: ((0x3000, 0x9000), (0x30000, 0x33000), (0x40000, 0x60000))}
 POOL = 0x200
 
 
 def poison(strategy: Paravirtualization) -> bytes:
     """Fill what nobody should write with a pattern; returns all that must stay as it is."""
     ram = strategy.machine.ram
-    for start, end in ((0x40000, GUEST_FRAMES), (GUEST_FRAMES + GUEST_MEMORY, ram.size)):
+    for start, end in ((0x60000, GUEST_FRAMES), (GUEST_FRAMES + GUEST_MEMORY, ram.size)):
         ram.bytes[start:end] = b"\xa5\x5a" * ((end - start) // 2)
     return untouched(strategy)
 
@@ -36,7 +36,7 @@ def poison(strategy: Paravirtualization) -> bytes:
 def untouched(strategy: Paravirtualization) -> bytes:
     ram = strategy.machine.ram
     pieces, at = [], 0
-    for start, end in (*CHANGING, (GUEST_FRAMES, GUEST_FRAMES + GUEST_MEMORY)):
+    for start, end in (*CHANGING[strategy.domain.abi.bits], (GUEST_FRAMES, GUEST_FRAMES + GUEST_MEMORY)):
         pieces.append(bytes(ram.bytes[at:start]))
         at = end
     return b"".join((*pieces, bytes(ram.bytes[at:])))
@@ -45,7 +45,8 @@ def untouched(strategy: Paravirtualization) -> bytes:
 def nearby(strategy: Paravirtualization) -> bytes:
     """As :func:`untouched`, of the memory in reach of small mistakes: for many guests, one after another."""
     ram, end = strategy.machine.ram, GUEST_FRAMES + GUEST_MEMORY
-    low = b"".join(bytes(ram.bytes[a:b]) for a, b in zip((0, *(b for _, b in CHANGING)), (*(a for a, _ in CHANGING), 1 << 20), strict=True))
+    changing = CHANGING[strategy.domain.abi.bits]
+    low = b"".join(bytes(ram.bytes[a:b]) for a, b in zip((0, *(b for _, b in changing)), (*(a for a, _ in changing), 1 << 20), strict=True))
     return low + bytes(ram.bytes[GUEST_FRAMES - (1 << 16):GUEST_FRAMES]) + bytes(ram.bytes[end:end + (1 << 16)])
 
 

@@ -44,6 +44,7 @@ class WideHypervisor(Hypervisor):
         self._gs_bases = [0, 0]         # of the kernel and of its users, while the other runs
         self._gates: tuple[dict[int, int], dict[int, int]] = ({}, {})
         super().__init__(machine, domain, counts, refused, direct_paging=direct_paging, direct_calls=direct_calls, bus=bus)
+        self._calls["set_segment_base"] = self.set_segment_base
         machine.gate(ENTRY, self._entered)
         machine.gate(ENTRY32, self._entered_from_32)
         machine.counter.user_from = _NO_USERS
