@@ -20,6 +20,9 @@ Events = dict[str, float]
 
 LOOP: Events = {"machine.alu": 2, "machine.branch": 1}
 CALL: Events = {"interrupt.software": 1, "machine.iret": 1, "machine.int": 1, "machine.load": 40, "machine.alu": 60, "machine.store": 20}
+#: What a system call of a 64-bit paravirtual guest has besides.
+BOUNCE: Events = {"machine.syscall": 2, "trap.syscall": 2, "crossing.system_call": 1, "crossing.return": 1, "hypercall.iret": 1, "vmm.inject": 1,
+                  "guest.side": 2}
 TRAP: Events = {"trap.gp": 1, "vmm.decode": 1}
 EXIT: Events = {"entry": 1, "vmcb.read": 8, "vmcb.write": 4}
 #: A trace fault under shadow paging: the store is decoded and carried out, and a shadow entry follows.
@@ -86,6 +89,7 @@ HOLDS: dict[str, dict[str, dict[str, Any]]] = {
         "shadow": {"walk.reference.guest": 40, "tlb.miss.data": 10},
     },
     "pv-syscall-direct": {"native": CALL, "paravirtual": CALL},
+    "pv-syscall-64": {"native": CALL, "assisted": CALL, "paravirtual": plus(CALL, BOUNCE)},
     "pv-batching": {
         "single": {"hypercall.mmu_update": 160, "mmu.update": 160}, "batched": {"hypercall.mmu_update": 10, "mmu.update": 160}},
     "pv-io-ring": {"ports": {"hypercall.port_io": 12}, "ring": {"hypercall.event_channel_op": 1}},
@@ -123,6 +127,8 @@ FALSIFIERS: list[tuple[str, dict[str, dict[str, Any]], dict[str, dict[str, float
     ("nested-no-exits", {"ctxsw": {"exit.cr_write": 2}}, {}),
     ("nested-walk", {"nested": {"walk.reference.guest": 40, "tlb.miss.data": 10}}, {}),
     ("pv-syscall-direct", {"paravirtual": plus(CALL, {"trap.int": 1, "hypercall.iret": 1})}, {}),
+    ("pv-syscall-64", {"paravirtual": CALL}, {}),
+    ("pv-syscall-64", {"assisted": plus(CALL, {"exit.other": 1, "entry": 1})}, {}),
     ("pv-batching", {"batched": {"hypercall.mmu_update": 160, "mmu.update": 160}}, {}),
     ("pv-io-ring", {"ring": {"hypercall.event_channel_op": 12}}, {}),
 ]

@@ -52,12 +52,13 @@ def test_the_guest_does_what_it_does_on_the_bare_machine(guest: str, technique: 
 
 
 @pytest.mark.parametrize("workload", USUAL)
-@pytest.mark.parametrize(("technique", "memory"), [*SCHEMES["minios"], ("paravirtualization", "direct")])
-def test_usual_operations_do_what_they_do_on_the_bare_machine(technique: str, memory: str, workload: str) -> None:
+@pytest.mark.parametrize(("guest", "technique", "memory"), [
+    *(("minios", *scheme) for scheme in SCHEMES["minios"]), *((guest, "paravirtualization", "direct") for guest in SCHEMES)])
+def test_usual_operations_do_what_they_do_on_the_bare_machine(guest: str, technique: str, memory: str, workload: str) -> None:
     if technique != "paravirtualization":
-        check("minios", workload, technique, memory)
+        check(guest, workload, technique, memory)
         return
-    native, cell = run("minios", workload, "native"), run("minios", workload, technique, memory)
+    native, cell = run(guest, workload, "native"), run(guest, workload, technique, memory)
     assert cell["status"] == native["status"] == "ok", cell["error"]
     assert cell["fidelity"]["outcome"] == native["fidelity"]["outcome"]  # a ported kernel runs other instructions
 
