@@ -93,7 +93,7 @@ def test_the_tables_of_start_of_day_are_counted() -> None:
 def new_space(ask: Asking, first: int = POOL) -> tuple[int, int, int, int]:
     """The kernel's root and its L3, the users' root and its L3, as mfns, not pinned. They share nothing yet."""
     root, middle, users, lower = (ask.fresh_frame(first + i) for i in range(4))
-    kernel = ask.ram.read64((ask.ram.read64(ask.domain.root) & 0xFFFFFF000))
+    kernel = ask.ram.read64(ask.ram.read64(ask.domain.root) & 0xFFFFFF000)
     assert ask.update((root << 12, middle << 12 | P | RW), (middle << 12, kernel), (users << 12, lower << 12 | P | RW)) == 0
     return root, middle, users, lower
 
@@ -326,7 +326,8 @@ def test_the_kernel_may_raise_what_its_users_may_not() -> None:
 
 
 def test_each_side_has_a_gs_base_of_its_own() -> None:
-    before = call64(25, xen.SEGBASE_GS_KERNEL, DATA + 0xD00) + call64(25, xen.SEGBASE_GS_USER, USER_STACK) + "xor esi, esi; mov qword ptr gs:[rsi], 0x111;"
+    bases = call64(25, xen.SEGBASE_GS_KERNEL, DATA + 0xD00) + call64(25, xen.SEGBASE_GS_USER, USER_STACK)
+    before = bases + "xor esi, esi; mov qword ptr gs:[rsi], 0x111;"
     handler = "xor esi, esi; mov rax, gs:[rsi]; add rax, rdi;" + EXIT64
     strategy = two_sides("mov esi, 8; mov edi, 0x222; mov gs:[rsi], rdi; mov rdi, gs:[rsi]; syscall", handler, before=before)
     assert strategy.run(10_000).exit_code == 0x333
