@@ -91,6 +91,11 @@ class Cpu:
         self._old_exception = layout.old_exception // 4
 
     # ---- plain registers
+    @property
+    def gprs(self) -> memoryview:
+        """The general registers by number, 64 bits each: for whoever reads several."""
+        return self._u64
+
     def gpr(self, number: int) -> int:
         return self._u64[number]
 

@@ -24,11 +24,12 @@ from vmlab.machine.engine import CODE_CALLBACK, INTR_CALLBACK, library
 if TYPE_CHECKING:
     from vmlab.machine.fast import FastCounter
     from vmlab.machine.pc import Machine
+    from vmlab.machine.protocols import Monitor
 
 # Words of ``state`` in native/machine.h behind those of the counter.
-(CUTS, ENV, ERROR_CODE, IS_INT, OLD_EXCEPTION, STOPPED, ON_EXCEPTION, ON_TRAP, GATES, ON_INSTRUCTION, ON_GATE, WRITE_REGISTER,
- LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT) = range(15, 33)
-WORDS = 33
+(CUTS, ENV, ERROR_CODE, IS_INT, OLD_EXCEPTION, STOPPED, ON_EXCEPTION, ON_TRAP, WHAT, TOKEN, GATES, ON_INSTRUCTION, ON_GATE, WRITE_REGISTER,
+ LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT) = range(15, 35)
+WORDS = 35
 
 _NONE, _NO_GATE = 0xFFFFFFFF, 0xFF
 _CUT = struct.Struct("=6I4Q")
@@ -39,8 +40,7 @@ _NAMES = {kind: op for op, kind in _KINDS.items()}
 _GATE_TABLES = 64       # of a monitor that changes its gates with its guest's ring, kept
 _SOFTWARE, _WITH_ERROR_CODE = 1 << 8, 1 << 9
 
-_TRAP_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)
-_GATE_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
+_CALLBACK = ctypes.CFUNCTYPE(None)
 _TRAPS = {vector: f"trap.{name}" for vector, name in EXCEPTIONS.items()}
 
 
@@ -95,28 +95,30 @@ class FastEvents:
         layout = machine.cpu.layout
         register = ctypes.cast(library().uc_reg_write, ctypes.c_void_p).value or 0
         self._callbacks = (
-            INTR_CALLBACK(machine.exceptions.on_exception), _TRAP_CALLBACK(self._on_trap),
-            CODE_CALLBACK(machine.blocks.on_instruction), _GATE_CALLBACK(self._on_gate))
+            INTR_CALLBACK(machine.exceptions.on_exception), _CALLBACK(self._on_trap),
+            CODE_CALLBACK(machine.blocks.on_instruction), _CALLBACK(self._on_gate))
         addresses = [ctypes.cast(callback, ctypes.c_void_p).value or 0 for callback in self._callbacks]
         for word, value in ((ENV, env), (ERROR_CODE, layout.error_code), (IS_INT, layout.exception_is_int),
                             (OLD_EXCEPTION, layout.old_exception), (WRITE_REGISTER, register),
                             (ON_EXCEPTION, addresses[0]), (ON_TRAP, addresses[1]), (ON_INSTRUCTION, addresses[2]), (ON_GATE, addresses[3])):
             state[word] = value
-        self.note_monitor(machine.monitor is not None)
+        self.note_monitor(machine.monitor)
         machine.engine.hook(uc_const.UC_HOOK_INTR, INTR_CALLBACK, exception, data=counter.address)
 
     # ---- what C asks
-    def _on_trap(self, what: int, token: int) -> None:
-        """The CPU left the block at the instruction that ``token`` names, which trapped; or it executed INT n."""
-        machine = self._machine
+    def _on_trap(self) -> None:
+        """The CPU left the block at an instruction that trapped, or executed INT n."""
+        machine, state = self._machine, self._state
         try:
+            what = state[WHAT]
             vector = what & 0xFF
-            if what & _SOFTWARE:
-                machine.exceptions.take(vector, None, software=True)
+            monitor = self._monitor
+            if what & _SOFTWARE and monitor is not None:
+                machine.events["trap.int"] += 1
+                monitor.exception(vector, None, software=True)
                 return
-            machine.exceptions.faulting = self._tokens[token]
+            machine.exceptions.faulting = self._tokens[state[TOKEN]]
             error_code = what >> 32 if what & _WITH_ERROR_CODE else None
-            monitor = machine.monitor
             if monitor is None:
                 machine.exceptions.take(vector, error_code)
             else:
@@ -125,9 +127,9 @@ class FastEvents:
         except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames
             machine.fail(failure)
 
-    def _on_gate(self, address: int) -> None:
+    def _on_gate(self) -> None:
         try:
-            self._doors[address]()
+            self._doors[self._state[WHAT]]()
         except BaseException as failure:  # noqa: BLE001
             self._machine.fail(failure)
 
@@ -149,12 +151,13 @@ class FastEvents:
                 self._known_gates.clear()
             known = self._known_gates[id(gates)] = dict(gates), direct, table
         self._gates = known[2]
-        if self._machine.monitor is not None:
+        if self._monitor is not None:
             self._state[GATES] = ctypes.addressof(self._gates)
 
-    def note_monitor(self, there: bool) -> None:
+    def note_monitor(self, monitor: Monitor | None) -> None:
         """Without a monitor no INT n goes to one."""
-        self._state[GATES] = ctypes.addressof(self._gates if there else self._no_gates)
+        self._monitor = monitor
+        self._state[GATES] = ctypes.addressof(self._no_gates if monitor is None else self._gates)
 
     def note_end(self, failed: bool, ending: bool) -> None:
         """Whether the run is about to end."""

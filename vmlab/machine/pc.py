@@ -177,7 +177,7 @@ class Machine:
     def monitor(self, monitor: Monitor | None) -> None:
         self._monitor = monitor
         if self.native_events is not None:
-            self.native_events.note_monitor(monitor is not None)
+            self.native_events.note_monitor(monitor)
 
     @property
     def software_gates(self) -> Mapping[int, int]:

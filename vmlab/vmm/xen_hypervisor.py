@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from vmlab.errors import GuestFault, GuestRefused
 from vmlab.ledger import Counts
@@ -42,6 +42,15 @@ _MULTICALL_WORDS = 8                # struct multicall_entry: number, result, si
 _VAIN_INTERRUPTS = 10_000
 #: As many calls as one multicall may have; Xen's own list has no end but a look at other domains on the way.
 MAX_MULTICALL = 128
+
+
+class _Known(NamedTuple):
+    """What a hypercall's number stands for: the events of its entry and of itself, and who carries it out (None: nobody)."""
+
+    crossing: str
+    event: str
+    is_iret: bool
+    call: Call | None
 
 
 class Hypervisor(ABC):
@@ -80,6 +89,8 @@ class Hypervisor(ABC):
             "set_timer_op": self.timers.set_timer_op, "vcpu_op": self.timers.vcpu_op,
             "port_io": ports.port_io, "ring_op": self.ring.ring_op,
         }
+        self._known_calls: dict[int, _Known] = {}
+        self._registers, self._mask = machine.cpu.gprs, self.abi.mask
         machine.monitor = self
         self.open_gates()
 
@@ -125,8 +136,10 @@ class Hypervisor(ABC):
 
     # ---- into the guest
     def deliver_events(self) -> None:
+        if self.event_callback is None:
+            return
         shared = self.domain.shared
-        if self.event_callback is None or shared.masked or not shared.pending:
+        if shared.masked or not shared.pending:
             return
         self.counts["event.upcall"] += 1
         self.enter(*self.event_callback, None)
@@ -209,25 +222,40 @@ class Hypervisor(ABC):
     # ---- hypercalls
     def hypercall(self) -> None:
         """The call whose number is in EAX; the answer goes there."""
-        cpu = self.cpu
-        number = cpu.gpr(RAX) & 0xFFFFFFFF
-        self.counts[f"crossing.{xen.SERVICES.get(xen.HYPERCALLS.get(number, ''), 'setup')}"] += 1
-        if xen.HYPERCALLS.get(number) == "iret":
-            self.counts["hypercall.iret"] += 1
+        registers, mask, counts = self._registers, self._mask, self.counts     # one function: it runs for every hypercall
+        number = registers[RAX] & 0xFFFFFFFF
+        known = self._known_calls.get(number) or self._known_call(number)
+        counts[known.crossing] += 1
+        counts[known.event] += 1
+        if known.is_iret:
             self.iret()
-        else:
-            arguments = [cpu.gpr(register) & self.abi.mask for register in self.argument_registers]
-            cpu.set_gpr(RAX, self._call(number, arguments), self.abi.word)
+            return
+        result = xen.ENOSYS
+        if known.call is not None:
+            try:
+                a, b, c, d, e = self.argument_registers
+                result = known.call(registers[a] & mask, registers[b] & mask, registers[c] & mask, registers[d] & mask, registers[e] & mask)
+            except PageFault:
+                result = xen.EFAULT
+        registers[RAX] = result & mask
+
+    def _known_call(self, number: int) -> _Known:
+        found = self._known_calls.get(number)
+        if found is None:
+            name = xen.HYPERCALLS.get(number, "")
+            found = _Known(f"crossing.{xen.SERVICES.get(name, 'setup')}", f"hypercall.{name or 'unknown'}", name == "iret", self._calls.get(name))
+            if name:
+                self._known_calls[number] = found
+        return found
 
     def _call(self, number: int, arguments: list[int]) -> int:
         """One hypercall by its number; a pointer that leads nowhere is -EFAULT."""
-        name = xen.HYPERCALLS.get(number)
-        self.counts[f"hypercall.{name or 'unknown'}"] += 1
-        call = self._calls.get(name or "")
-        if call is None:
+        known = self._known_call(number)
+        self.counts[known.event] += 1
+        if known.call is None:
             return xen.ENOSYS
         try:
-            return call(*arguments)
+            return known.call(*arguments)
         except PageFault:
             return xen.EFAULT
 

@@ -25,7 +25,7 @@
 
 #define FIELD(type, s, offset) (*AT(type *, (s)->env + (offset)))
 
-/* What on_trap() is told: the vector, and with it */
+/* What `what` is at a trap: the vector, and with it */
 #define SOFTWARE (1ull << 8)
 #define WITH_ERROR_CODE (1ull << 9)
 #define ERROR_CODE_SHIFT 32
@@ -145,7 +145,9 @@ EXPORT void vmlab_exception(void *uc, uint32_t vector, void *data)
     }
     FIELD(int32_t, s, s->old_exception) = -1;
     FIELD(uint32_t, s, s->is_int) = 0;
-    AT(void (*)(uint64_t, uint64_t), s->on_trap)(what, token);
+    s->what = what;
+    s->token = token;
+    AT(void (*)(void), s->on_trap)();
     set_cpl(s);
     return;
 python:
@@ -184,7 +186,8 @@ EXPORT void vmlab_gate(void *uc, uint64_t address, uint32_t size, void *data)
     leave_at(s, here);
     if (address != s->door || !known_callout(s)) {
         FIELD(uint64_t, s, EIP) = address - FIELD(uint64_t, s, CS_BASE);
-        AT(void (*)(uint64_t), s->on_gate)(address);
+        s->what = address;
+        AT(void (*)(void), s->on_gate)();
         set_cpl(s);
     }
     AT(int (*)(void *, int, const void *), s->write_register)(uc, UC_X86_REG_RIP, &FIELD(uint64_t, s, EIP));

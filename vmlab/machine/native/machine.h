@@ -54,10 +54,11 @@ typedef struct {
     uint64_t error_code, is_int, old_exception; /* offsets in it */
     uint64_t stopped;        /* the run ends: ask Python; FAILED: with an error */
     uint64_t on_exception;   /* void (*)(void *uc, uint32_t vector, void *data): all of it in Python */
-    uint64_t on_trap;        /* void (*)(uint64_t what, uint64_t token): the block is left, who takes it? */
+    uint64_t on_trap;        /* void (*)(void): the block is left, who takes it? What it is: the next two words */
+    uint64_t what, token;    /* a call without arguments costs Python half as much */
     uint64_t gates;          /* uint8_t[256]: the least privileged ring from which INT n goes to the monitor; NO_GATE: ask Python */
     uint64_t on_instruction; /* void (*)(void *uc, uint64_t address, uint32_t size, void *data): all of it in Python */
-    uint64_t on_gate;        /* void (*)(uint64_t address): the block is left, RIP is at the gate */
+    uint64_t on_gate;        /* void (*)(void): the block is left, RIP is at the gate, and its address in `what` */
     uint64_t write_register; /* uc_reg_write */
     uint64_t left, left_at;  /* number of the block that was left last, and at which offset */
     uint64_t virtual_cpu;    /* address of a `virtual_cpu`; 0: no shortcuts */
