@@ -154,3 +154,53 @@ def test_the_verb_prints_exits_three_ways(results: dict[str, Any], tmp_path: Pat
     assert main(["exits", str(file), "--workload", "ptemd"]) == 2
     assert main(["exits", str(file), "--profile", "haswell-2013"]) == 2
     assert main(["exits", str(tmp_path / "absent")]) == 2
+
+
+def batched(batch: int, calls: int) -> list[dict[str, Any]]:
+    """The same stores under paravirtualization, so many in a hypercall, and natively, where it makes no difference."""
+    events = {"machine.alu": 800, "trap.int": calls, "hypercall.mmu_update": calls}
+    return [cell("native", "ptemod", {"machine.alu": 800}, None, batch=batch), cell("paravirtualization", "ptemod", events, None, batch=batch)]
+
+
+def test_variants_by_a_parameter_of_the_guest_are_all_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A guest's parameter that varies within one workload tells cells apart, as the technique's own do."""
+    cells = [*batched(1, 100), *batched(16, 7), cell("native", "pgfault", {"machine.alu": 10}, None, batch=32),
+             cell("paravirtualization", "pgfault", {"machine.alu": 10}, None, batch=32)]
+    view = View({"cells": cells})
+    assert view.variants("ptemod") == [("native", ""), ("paravirtualization", "batch 1"), ("paravirtualization", "batch 16")]
+    assert view.variants("pgfault") == [("native", ""), ("paravirtualization", "")]
+    assert view.rows(["ptemod", "pgfault"]) == [("paravirtualization", "batch 1"), ("paravirtualization", "batch 16")]
+    assert [c["parameters"]["batch"] for c in view.column("ptemod", ("paravirtualization", "batch 16"))] == [16]
+    assert view.column("pgfault", ("paravirtualization", "batch 1")) == [], "a cell that was not run is not another one"
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"schema_version": 1, "cells": cells}), encoding="utf-8")
+    assert main(["exits", str(file), "--workload", "ptemod"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [" 100 " in line for line in lines if "batch 1)" in line] == [True] and [" 7 " in line for line in lines if "batch 16)" in line] == [True]
+    assert main(["exits", str(file), "--set", "batch=16", "--json"]) == 0
+    assert [(row["count"], row["technique"]) for row in json.loads(capsys.readouterr().out)["exits"]] == [(7, "paravirtualization")]
+    assert main(["exits", str(file), "--set", "batch=2"]) == 2
+    assert "batch = 1, 16, 32" in capsys.readouterr().err
+    assert main(["exits", str(file), "--set", "btch=1"]) == 2
+    assert "'batch'" in capsys.readouterr().err
+
+
+def test_more_than_two_parameters_are_told_against_the_first_cell() -> None:
+    usual = {"chaining": "on", "lookup": "in-cache", "unit": 12}
+    cells = [cell("native", "ptemod", {"machine.alu": 8}, None)]
+    for number, other in enumerate(({}, {"chaining": "off"}, {"unit": 1}, {"chaining": "off", "lookup": "callout"})):
+        cells.append(cell("binary-translation", "ptemod", {"machine.alu": 10 + number}, None, **usual | other))
+    told = [variant[1] for variant in View({"cells": cells}).variants("ptemod")[1:]]
+    assert told == ["reference", "chaining off", "unit 1", "chaining off, callout"]
+
+
+def test_exits_say_which_density_they_are_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [cell(technique, "ptemod", {"machine.alu": 8, "trap.gp": d}, None, density=d)
+             for d in (10, 500) for technique in ("native", "trap-and-emulate")]
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"schema_version": 1, "cells": cells}), encoding="utf-8")
+    assert main(["exits", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("ptemod, density 500; also in this run: 10 (--set density=")
+    assert main(["exits", str(file), "--set", "density=10"]) == 0
+    out = capsys.readouterr().out
+    assert "also in this run" not in out and " 10 " in out and " 500 " not in out

@@ -264,7 +264,7 @@ def every_step_by_keyboard(page: Page, data: dict[str, Any]) -> None:
     folds = [number for number, group in enumerate(data["groups"]) if group["count"] > 1]
     if folds:
         page.run(f"location.hash = '#step={folds[0] + 1}'")
-        page.wait("document.querySelector('.lane details.quiet') !== null")
+        page.wait(f"document.getElementById('where').textContent.startsWith('{folds[0] + 1} of')")
         page.run("document.querySelector('.lane details.quiet summary').focus()")
         page.press("Enter")
         page.wait("document.querySelector('.lane .listing li') !== null")

@@ -135,7 +135,7 @@ class View:
         """The cells of one variant on one workload, by ascending density."""
         of = [c for c in self.cells if self.work(c) == workload and c["technique"] == variant[0]]
         found = [cell for cell in of if self.variant(cell) == variant]
-        if of and not found:  # variants that are one: any of them will do
+        if of and not found and not variant[1]:  # variants that are one: any of them will do
             found = [cell for cell in of if self.variant(cell) == self.variant(of[0])]
         return sorted(found, key=lambda cell: float(cell["parameters"].get("density") or 0))
 
@@ -173,15 +173,27 @@ def times(value: float) -> str:
 
 
 def _spread(cells: list[Cell]) -> dict[str, dict[str, set[str]]]:
-    """By technique, the parameters that are not about the work and take several values in this run, with these, by name."""
-    work = {*WORK_KEYS, *(key for cell in cells if cell["technique"] == "native" for key in cell["parameters"])}
+    """By technique, the parameters that tell its cells of one work apart, with the values that they take, by name.
+
+    Those that are not about the work, and take several values in this run; and those of the guest (``batch``, ``disk``) that take several
+    for one workload.
+    """
+    natives = {key for cell in cells if cell["technique"] == "native" for key in cell["parameters"]}
     values: dict[str, dict[str, set[str]]] = {}
+    within: dict[tuple[Any, ...], set[str]] = {}
+    several: set[tuple[str, str]] = set()
     for cell in cells:
-        of = values.setdefault(str(cell["technique"]), {})
-        for key, value in cell["parameters"].items():
-            if key not in work:
-                of.setdefault(key, set()).add(str(value))
-    return {technique: {key: of[key] for key in sorted(of) if len(of[key]) > 1} for technique, of in values.items()}
+        technique, parameters = str(cell["technique"]), cell["parameters"]
+        for key, value in parameters.items():
+            if key in WORK_KEYS:
+                continue
+            values.setdefault(technique, {}).setdefault(key, set()).add(str(value))
+            place = (technique, key, *(str(parameters.get(of)) for of in ("guest", "workload", "density"))) if key in natives else (technique, key)
+            seen = within.setdefault(place, set())
+            seen.add(str(value))
+            if len(seen) > 1:
+                several.add((technique, key))
+    return {technique: {key: of[key] for key in sorted(of) if (technique, key) in several} for technique, of in values.items()}
 
 
 def _generation(name: str) -> Generation:

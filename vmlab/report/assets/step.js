@@ -88,7 +88,7 @@ function drawLanes() {
   const made = lanes.map((lane, number) => {
     const card = html("section", {class: "lane" + (number === state.lane ? " chosen" : ""), role: "listitem", tabindex: "-1", "aria-label": lane.name}, html("h3", {}, lane.name));
     card.style.setProperty("--lane", lane.colour);
-    card.addEventListener("click", () => { state.lane = number; draw(); });
+    card.addEventListener("click", (event) => { if (!event.target.closest("details")) { state.lane = number; draw(); } }); // a fold is opened, not redrawn
     if (lane.reason) {
       card.append(html("p", {class: "none"}, "Not shown: " + lane.reason));
       return card;
