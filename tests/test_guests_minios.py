@@ -104,12 +104,12 @@ def test_every_workload_runs_and_gives_the_same_twice(guest: str, workload: str)
 
 
 def test_fork_writes_the_entries_that_a_hand_counts() -> None:
-    """A fork of a process with P pages: what `fork` adds to `forkwait` is two stores for each page (the parent's right
-    to write is taken, the child's entry made) the first time, and one after it, for they stay shared."""
+    """A fork of a process with P pages: what `fork` adds to `forkwait` is three stores for each page (the parent's right
+    to write is taken, the child's entry made, and cleared when it ends) the first time, and two after it, for they stay shared."""
     few, many = run("minios", "fork", pages=10), run("minios", "fork", pages=110)
     forks = few.counts["forks"]
     assert forks == many.counts["forks"] == few.work[0] == 5
-    assert many.counts["pt_writes"] - few.counts["pt_writes"] == 100 * 2 + 100 * (forks - 1)
+    assert many.counts["pt_writes"] - few.counts["pt_writes"] == 100 * 3 + 100 * 2 * (forks - 1)
     assert many.counts["faults"] == few.counts["faults"] == 2 * forks  # the stack, in parent and child
 
 

@@ -59,7 +59,7 @@ class Shadowed:
     """The CPU walks shadow tables: #PF exits, and so do the registers that say where the guest's tables are."""
 
     def __init__(self, vmm: AssistedVmm, pager: ShadowPager) -> None:
-        self._vmm, self._pager = vmm, pager
+        self._vmm, self.pager = vmm, pager
         pager.on_foreign = vmm.mmu.memory.on_foreign = vmm.note_foreign
         vmm.emulator.registers.on_paging = pager.reload
         vmm.emulator.registers.on_invlpg = pager.invlpg
@@ -68,18 +68,18 @@ class Shadowed:
     def prepare(self, vmcb: v.Vmcb) -> int:
         vmcb["intercept_cr_read"] = vmcb["intercept_cr_write"] = _SHADOWED_CRS
         vmcb["intercept_exceptions"] = 1 << PAGE_FAULT
-        self._vmm.cpu.load_paging(self._pager.root)
+        self._vmm.cpu.load_paging(self.pager.root)
         # A task switch loads CR3, and no other intercept sees that (APM Vol. 2 §15.14.1).
-        return v.intercept_bit(v.EXIT_TASK_SWITCH) | (v.intercept_bit(v.EXIT_INVLPG) if self._pager.scheme == "lazy" else 0)
+        return v.intercept_bit(v.EXIT_TASK_SWITCH) | (v.intercept_bit(v.EXIT_INVLPG) if self.pager.scheme == "lazy" else 0)
 
     def follow(self) -> None:
-        if self._pager.stale:
-            self._pager.stale = False
-            self._vmm.cpu.load_paging(self._pager.root)
+        if self.pager.stale:
+            self.pager.stale = False
+            self._vmm.cpu.load_paging(self.pager.root)
             self._vmm.emulator.machine.flush_guest()
 
     def forget(self) -> None:
-        self._pager.drop_all()
+        self.pager.drop_all()
 
     def _page_fault(self) -> None:
         """#PF on the shadow: hidden, a store to a traced table, or the guest's own; what it interrupted is injected again."""
@@ -87,7 +87,7 @@ class Shadowed:
         code, address, during = (vmm.cpu.read(field) for field in ("exit_info_1", "exit_info_2", "exit_interrupt_info"))
         during = during if during & v.EVENT_VALID else 0
         try:
-            outcome = self._pager.fault(address, write=bool(code & PF_WRITE), user=bool(code & PF_USER), fetch=bool(code & PF_FETCH))
+            outcome = self.pager.fault(address, write=bool(code & PF_WRITE), user=bool(code & PF_USER), fetch=bool(code & PF_FETCH))
         except PageFault as fault:
             vmm.emulator.counts["shadow.fault.true"] += 1
             vmm.inject(Fault(PAGE_FAULT, fault.error_code, fault.address), during)

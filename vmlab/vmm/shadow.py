@@ -303,9 +303,11 @@ class ShadowPager:
         gfn = gpa >> 12
         if self.is_device(gpa):
             return Outcome.DEVICE
-        if write and self.tracing and gfn in self._by_gfn and self._is_traced(gfn):
+        traced = write and self.tracing and gfn in self._by_gfn
+        if traced:
             self._counts["shadow.trace.write"] += 1
-            return Outcome.TRACE
+            if self._is_traced(gfn):
+                return Outcome.TRACE
         if write and gfn in self.guarded:
             return Outcome.GUARDED
         if len(self._free) < _RESERVE and not self._make_room(self._root):
@@ -317,8 +319,9 @@ class ShadowPager:
         kernel_write = write and not user and not walk.writable     # CR0.WP = 0 lets the kernel
         entry = self._leaf(gpa, page.view, writable=walk.writable, user=walk.user, no_execute=walk.no_execute,
                            dirty=bool(walk.steps[-1].entry & DIRTY), kernel_write=kernel_write)
-        dirty = bool(old & P and old & _CLEAN and write)
-        self._counts["shadow.fault.dirty" if dirty else "shadow.fault.hidden"] += 1
+        if not traced:      # else it was the store that ended the tracing, and runs now
+            dirty = bool(old & P and old & _CLEAN and write)
+            self._counts["shadow.fault.dirty" if dirty else "shadow.fault.hidden"] += 1
         if entry == old and not self._linked:
             raise AssertionError(f"the shadow entry of {address:#x} already is {entry:#x}, and the CPU faults on it")
         self._set_leaf(page, index, entry)

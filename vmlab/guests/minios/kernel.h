@@ -46,6 +46,7 @@ struct space {
 void space_new(struct space *space);            /* without rights yet */
 void space_program(struct space *space);        /* the program's text, data and stack */
 void space_fork(struct space *child, struct space *parent);
+void space_clear(struct space *space);
 void space_free(struct space *space);
 int space_fault(struct space *space, word address, word error);
 word space_map(struct space *space, word address, word pages, word rights);

@@ -43,7 +43,7 @@ static void __attribute__((noinline)) divisions(word iterations, word empty)
     kernel_fixup = 0;
 }
 
-/* The program has mapped and touched (NP->P: not touched) pages from TABLES_AT on; each is changed once, those of a
+/* The program has mapped and touched pages from TABLES_AT on (NP->P: and unmapped them again); each is changed once, those of a
  * second call behind those of the first. Nothing is touched in the loop; the TLB is emptied behind it. */
 static void entries(word which, word iterations, word empty)
 {

@@ -82,6 +82,7 @@ void process_exec(struct frame *frame, word program, word argument)
     space_program(&current->space);
     load_cr3(current->space.root);
     counts.cr3_loads++;
+    space_clear(&old);
     space_free(&old);
     current->on_fault = 0;
     start(frame, program, argument);
@@ -93,6 +94,7 @@ void process_exit(word result)
         outcome_print();
         shut_down(result);
     }
+    space_clear(&current->space);       /* its pages go now, while its tables are in use; the tables when the parent waits */
     cli();
     for (struct process *process = processes; process < processes + PROCESSES; process++)
         if (process->parent == current)
@@ -100,7 +102,7 @@ void process_exit(word result)
     current->result = result;
     current->state = DEAD;
     wake(&current->parent->children_gone);
-    schedule();                         /* its memory goes when the parent waits for it */
+    schedule();
     __builtin_unreachable();
 }
 

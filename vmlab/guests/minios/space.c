@@ -106,7 +106,25 @@ void space_fork(struct space *child, struct space *parent)
     counts.flushes++;
 }
 
-/* The tables die whole: no entry is cleared. The root goes first; nothing may point at a table that is freed. */
+/* No page is mapped any more: a store for each that was, as a usual kernel's exit makes (Linux: zap_pte_range). */
+void space_clear(struct space *space)
+{
+    for (word i = 0; i < WINDOW_TABLES; i++) {
+        word value = entry_read(space->table + i);
+        if (!(value & PRESENT))
+            continue;
+        entry *last = (entry *)FRAME(value);
+        for (word j = 0; j < 512; j++) {
+            value = entry_read(last + j);
+            if (!(value & PRESENT))
+                continue;
+            entry_write(last + j, 0);
+            page_drop(FRAME(value));
+        }
+    }
+}
+
+/* The tables of a space that is cleared die whole. The root goes first; nothing may point at a table that is freed. */
 void space_free(struct space *space)
 {
 #ifdef __x86_64__
@@ -121,11 +139,6 @@ void space_free(struct space *space)
         if (!(value & PRESENT))
             continue;
         entry *last = (entry *)FRAME(value);
-        for (word j = 0; j < 512; j++) {
-            value = entry_read(last + j);
-            if (value & PRESENT)
-                page_drop(FRAME(value));
-        }
         table_free(last, page_free(last));
     }
     table_free(space->table, page_free(space->table));
