@@ -95,6 +95,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self._vain: dict[int, int] = {}        # by guilty instruction: callouts in a row for memory that nobody watches
         self._new_space = False      # the guest has just changed its address space
         self._interpreting = False   # the guest's kernel is in code that is not translated
+        self._at_work = False        # a callout is being carried out
 
     def make_vcpu(self) -> TranslatedCpu:
         return TranslatedCpu(self.machine.cpu, self.space, self.mmu)
@@ -249,7 +250,15 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
 
     # ---- out of the cache: a callout
     def _gate(self) -> None:
-        """Translated code left for the VMM; SITE says why."""
+        """Translated code left for the VMM."""
+        self._at_work = True
+        try:
+            self._call_out()
+        finally:
+            self._at_work = False
+
+    def _call_out(self) -> None:
+        """SITE says why translated code left."""
         self.priority.take()
         if self._interpreting:
             self._interpret()
@@ -332,6 +341,10 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             state: State | None = State(rip)     # also where a user jumped to the VMM's pages, which it cannot execute
         elif rip == self._door:
             state = State(self.vcpu.rip)         # the VMM was running
+            if not self._at_work and not self._interpreting:
+                # No: an interrupt came just before, and waits until the callout is done, as if it had come a moment later.
+                site = self.translator.sites.get(self.machine.ram.read32(self._site_at))
+                state = None if site is None else State(site.guest, shadow=True)
         else:
             state = self.translator.states.get(rip) if self.space.in_hole(rip) else State(rip)
         if state is None:
@@ -435,6 +448,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.platform_devices.physical_interrupt()
         if state.shadow:
             self._note_pending()     # the check behind the shadowed instruction finds it
+            self.machine.request_attention(self.machine.cpu.rip == self._door)
         elif state.early_flags:
             self.machine.request_attention(True)    # before the user's first instruction, which comes next
         elif self.inject_pending():
@@ -449,7 +463,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
             return False
         if state.shadow:
             self._note_pending()
-            self.machine.request_attention(False)
+            self.machine.request_attention(self.machine.cpu.rip == self._door)      # before a callout: ask again behind it
             return False
         if not super().attend():
             return False
