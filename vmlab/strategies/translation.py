@@ -444,6 +444,9 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         return decode(fetch(self.vcpu, rip), self.vcpu.bits)
 
     def interrupt(self) -> None:
+        if self.machine.cpu.rip in self._syscall_doors:
+            self.platform_devices.physical_interrupt()      # injected when the system call is done
+            return
         state = self._where()
         self.platform_devices.physical_interrupt()
         if state.shadow:
