@@ -312,6 +312,13 @@ def test_a_users_page_fault_says_user_and_a_kernels_does_not() -> None:
     assert strategy.run(10_000).exit_code == 0x000
 
 
+@pytest.mark.parametrize(("at", "error"), [(WIDE.m2p + 8 * FIRST, 4), (0xFFFF820000000000, 5), (DATA, 4)])
+def test_users_reach_neither_the_hypervisor_nor_their_kernel(at: int, error: int) -> None:
+    """The machine-to-physical table is not in their root, nor is their kernel; the hypervisor's own pages are there, but supervisor."""
+    strategy = two_sides(f"movabs rbx, {at:#x}; mov eax, [rbx]", "mov rax, [rsp + 16];" + EXIT64, traps=((14, 0),))
+    assert strategy.run(10_000).exit_code == error
+
+
 @pytest.mark.parametrize(("level", "code_"), [(3, 0), (1, 0x81 * 8 + 2), (0, 0x81 * 8 + 2)])
 def test_int_n_of_a_user_needs_level_3(level: int, code_: int) -> None:
     """Else #GP with the vector in its error code, at the instruction."""

@@ -111,8 +111,8 @@ def _rules() -> dict[str, Rule]:
     # A TLB is flushed, and a base loaded, by MOV to CR3.
     for name in ("new_baseptr", "tlb_flush"):
         rules[f"mmuext.{name}"] = _rule("hypercalls", "path.mmuext", "insn.mov_to_cr")
-    # A 64-bit guest's kernel and its users have page tables of their own, and GS bases (SWAPGS).
-    rules["guest.side"] = _rule("hypercalls", "insn.mov_to_cr", "insn.swapgs")
+    # A 64-bit guest's kernel and its users have page tables of their own.
+    rules["guest.side"] = _rule("hypercalls", "insn.mov_to_cr")
     rules["ring.request"] = _rule("devices", "path.ring_request")
     # Three OUTs program the timer; a disk request takes six, and one IN when it is done.
     rules["vmm.timer"] = Rule("devices", ((1, "path.device"), (3, "insn.out"), (3, "shared.port_latency_ns")))

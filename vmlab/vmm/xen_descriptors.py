@@ -86,6 +86,7 @@ class DescriptorTables:
     def __init__(self, ram: Ram, frames: FrameTable, private_l1: int) -> None:
         self._ram, self._frames, self._l1 = ram, frames, private_l1
         self._guests: list[int] = []        # the frames of the guest's part, in order
+        self._loaded: dict[int, Segment] = {}
 
     def build(self) -> None:
         """GDT with the flat segments of rings 1 and 3, an IDT with no gates of the guest's yet, a TSS."""
@@ -100,8 +101,11 @@ class DescriptorTables:
             ram.write64(self._l1 + 8 * page, (GDT + page * PAGE) | P)
 
     def descriptor(self, selector: int) -> Segment:
-        """What loading this selector of the hypervisor's part of the GDT gives."""
-        return unpack_descriptor(self._ram.read(GDT + (selector & 0xFFF8), 8), selector)
+        """What loading this selector of the hypervisor's part of the GDT gives: always the same."""
+        found = self._loaded.get(selector)
+        if found is None:
+            found = self._loaded[selector] = unpack_descriptor(self._ram.read(GDT + (selector & 0xFFF8), 8), selector)
+        return found
 
     def set_kernel_stack(self, ss: int, esp: int) -> None:
         """Where the CPU goes on its way from ring 3 to ring 1 (TSS: ESP1, SS1)."""

@@ -52,9 +52,9 @@ class WideHypervisor(Hypervisor):
     # ---- in
     def _before_syscall(self, cs: int) -> None:
         """The CPU's state as it was before SYSCALL, but for RCX and R11; RIP is behind the instruction."""
-        cpu, tables = self.cpu, self.domain.tables
-        cpu.set_segment(SS, tables.descriptor(xen.FLAT_RING3_SS64))
-        cpu.set_segment(CS, tables.descriptor(cs))
+        cpu, descriptor = self.cpu, self.domain.tables.descriptor
+        cpu.set_segment(SS, descriptor(xen.FLAT_RING3_SS64))
+        cpu.set_segment(CS, descriptor(cs))
         cpu.set_cpl(3)
         cpu.eflags = cpu.gpr(R11) | IF
         cpu.rip = cpu.gpr(RCX)
@@ -116,9 +116,9 @@ class WideHypervisor(Hypervisor):
         words = [cpu.gpr(RCX), cpu.gpr(R11), *interrupted]
         rsp = (rsp & ~15) - 8 * len(words) & self.abi.mask
         self.push(rsp, struct.pack(f"<{len(words)}Q", *words))
-        tables = self.domain.tables
-        cpu.set_segment(SS, tables.descriptor(xen.FLAT_RING3_SS64))
-        cpu.set_segment(CS, tables.descriptor(xen.FLAT_RING3_CS64))
+        for number, flat in ((SS, xen.FLAT_RING3_SS64), (CS, xen.FLAT_RING3_CS64)):
+            if cpu.selector(number) != flat:        # the hypervisor's own descriptors never change
+                cpu.set_segment(number, self.domain.tables.descriptor(flat))
         cpu.set_cpl(3)
         cpu.set_gpr(RSP, rsp, 8)
         cpu.eflags = (cpu.eflags & ~_CLEARED) | IF
