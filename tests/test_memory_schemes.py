@@ -14,10 +14,10 @@ from vmlab import guests
 from vmlab.experiment.cell import run_cell
 
 Cell = dict[str, Any]
-#: (technique, memory) that carry a paged guest faithfully; trap-and-emulate carries no 64-bit guest.
+#: (technique, memory) that carry a paged guest faithfully.
 _ASSISTED = [("hardware-assisted", "tracing"), ("hardware-assisted", "lazy"), ("hardware-assisted", "nested")]
 _DEPRIVILEGED = [(technique, memory) for technique in ("trap-and-emulate", "binary-translation") for memory in ("tracing", "lazy")]
-SCHEMES = {"minios": [*_DEPRIVILEGED, *_ASSISTED], "minios64": [*(way for way in _DEPRIVILEGED if way[0] != "trap-and-emulate"), *_ASSISTED]}
+SCHEMES = dict.fromkeys(("minios", "minios64"), (*_DEPRIVILEGED, *_ASSISTED))
 #: Instructions depend on when interrupts arrive, and that on what the VMM does: only the outcome must be equal.
 WITH_DEVICES = frozenset({"build", "mixed", "io", "idle"})
 QUICK = ("ptemod", "protfault", "ctxsw")

@@ -150,11 +150,6 @@ def agree(mode: str, operations: list[object], schemes: list[str]) -> None:
         assert (mine.user, mine.kernel) == (expected.user, expected.kernel), scheme
 
 
-def schemes_of(mode: str) -> list[str]:
-    """Trap-and-emulate carries no 64-bit guest."""
-    return [name for name in SCHEMES if mode != "64" or not name.startswith("trap-and-emulate")]
-
-
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "phases": [Phase.generate]}
 
 
@@ -162,7 +157,7 @@ _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "dera
 @settings(max_examples=12, **_SETTINGS)
 @given(operations=_OPERATIONS)
 def test_random_edits_and_accesses_agree_with_the_bare_machine(mode: str, operations: list[object]) -> None:
-    agree(mode, operations, schemes_of(mode))
+    agree(mode, operations, list(SCHEMES))
 
 
 @pytest.mark.slow
@@ -170,4 +165,4 @@ def test_random_edits_and_accesses_agree_with_the_bare_machine(mode: str, operat
 @settings(max_examples=400, **_SETTINGS)
 @given(operations=_OPERATIONS)
 def test_many_random_edits_and_accesses_agree_with_the_bare_machine(mode: str, operations: list[object]) -> None:
-    agree(mode, operations, schemes_of(mode))
+    agree(mode, operations, list(SCHEMES))

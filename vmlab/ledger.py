@@ -191,7 +191,6 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("bt.adapt.back", "adapted instructions copied again, because what they reach is watched no more")
     yield vmm("bt.window", "windows on watched memory given to simulated stores")
     yield vmm("bt.direct.enter", "switches to direct execution of user code")
-    yield vmm("bt.system_call", "system calls of a 64-bit guest's users handed to its kernel")
     # Memory virtualization.
     yield vmm("shadow.fault.hidden", "hidden page faults: the shadow lacked what the guest's tables allow")
     yield vmm("shadow.fault.dirty", "hidden page faults: a page's first write, to set its dirty bit")
@@ -208,6 +207,7 @@ def _kinds() -> Iterator[EventKind]:
     yield vmm("vmm.guest_walk", "walks of the guest's page tables by the VMM")
     yield vmm("vmm.shadow_update", "shadow entries written by the VMM")
     yield vmm("vmm.inject", "exceptions and interrupts built for the guest by the VMM")
+    yield vmm("vmm.system_call", "system calls of a 64-bit guest's users handed to its kernel by the VMM")
     yield vmm("vmm.device", "device models entered by the VMM")
     yield vmm("vmm.timer", "times the VMM programmed the physical timer")
     yield vmm("vmm.disk", "requests that the VMM gave the physical disk", "request")

@@ -134,7 +134,7 @@ def _rules() -> dict[str, Rule]:
     for patch in ("bt.adapt", "bt.adapt.back", "bt.window"):
         rules[patch] = _rule("translation", "path.chain")
     # Translated code runs deprivileged; user code is entered through an IRET of the monitor's.
-    rules["bt.system_call"] = _rule("VMM emulation", "path.emulate")
+    rules["vmm.system_call"] = _rule("VMM emulation", "path.emulate")
     rules["bt.direct.enter"] = _rule("traps", "path.direct", "insn.iret")
     rules["vmm.decode"] = _rule("VMM emulation", "path.decode")
     # A TLB miss costs the entries that its walk reads; a flush costs the misses that follow it, and its instruction.

@@ -23,14 +23,12 @@ from vmlab.machine.state import CS, DS, RSP
 from vmlab.parameters import Value
 from vmlab.strategies.base import GuestState
 from vmlab.strategies.techniques import BinaryTranslationTechnique
-from vmlab.vmm.emulate_long import LongEmulator
-from vmlab.vmm.monitor import DeprivilegingMonitor
+from vmlab.vmm.long_monitor import LongModeMonitor
 from vmlab.vmm.operands import effective_address, fetch
-from vmlab.vmm.shadow import View
 from vmlab.vmm.translation import Mode, Options, Site, State, Translator, Unit
 from vmlab.vmm.translation.adapt import acquit, convict
 from vmlab.vmm.translation.forms import LONG, NARROW
-from vmlab.vmm.translation.layout import GATE, OLD_FLAGS, PENDING, SITE, SYSCALL32_DOOR, SYSCALL_DOOR, TARGET
+from vmlab.vmm.translation.layout import GATE, OLD_FLAGS, PENDING, SITE, TARGET
 from vmlab.vmm.translation.pages import CodePages
 from vmlab.vmm.translation.priority import Priority
 from vmlab.vmm.translation.translator import read_instruction
@@ -51,7 +49,7 @@ def _accessed(instruction: Instruction) -> Any:
     return next((operand for operand in instruction.cs.operands if operand.type == cs_x86.X86_OP_MEM), None)
 
 
-class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
+class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
     """A VMM after VMware's (Adams & Agesen, ASPLOS 2006)."""
 
     trap_tsc = False
@@ -80,9 +78,6 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         machine.tagger = self.translator.tag_block
         for forms in (NARROW, LONG):
             machine.gate(forms.linear(GATE), self._gate)
-        self._syscall_doors = {LONG.linear(SYSCALL_DOOR): 64, LONG.linear(SYSCALL32_DOOR): 32}
-        for door in self._syscall_doors:
-            machine.gate(door, self._system_call)
         native = machine.native_events if type(self) is BinaryTranslation else None
         self._shortcuts: Shortcuts | None = None
         self._short_sites: dict[int, Site] = {}     # callouts that C carries out
@@ -99,9 +94,6 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
 
     def make_vcpu(self) -> TranslatedCpu:
         return TranslatedCpu(self.machine.cpu, self.space, self.mmu)
-
-    def make_emulator(self) -> LongEmulator:
-        return LongEmulator(self.machine, self.vcpu, self.platform_devices, self.counts)
 
     def load(self, image: GuestImage, command_line: str) -> None:
         super().load(image, command_line)
@@ -134,10 +126,6 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.user_returns.forget(site)
 
     def _paging_changed(self, flush: bool) -> None:
-        if self.vcpu.long_mode != self._in_long_mode:
-            self._change_mode()
-        elif self._in_long_mode:
-            self.vcpu.follow_efer()
         self._registers_written(flush)
         self.pages.look_again()
         self.windows.look_again()
@@ -148,19 +136,10 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.pages.look_again()
         self.windows.look_again()
 
-    @property
-    def _in_long_mode(self) -> bool:
-        return self.translator.mode.bits == 64
-
-    def _change_mode(self) -> None:
-        """The guest entered long mode: so does the CPU, and the guest's kernel goes to CPL 3 (vmm/long_mode.py)."""
-        if self._in_long_mode:
-            raise UnsupportedByStrategy(f"the guest left long mode at {self.vcpu.rip:#x}, and this VMM does not go back with it")
+    def prepare_long_mode(self) -> None:
+        """Translations of 32-bit code go while the CPU can still reach them."""
         self.windows.close_all()
-        self.translator.set_mode(Mode(64, self.vcpu.kernel_cs.selector, self.vcpu.iopl))   # while its code can still be reached
-        self.space.set_bits(64)
-        self.pager.view = View.KERNEL
-        self.vcpu.start_long_mode()
+        self.translator.set_mode(Mode(64, self.vcpu.kernel_cs.selector, self.vcpu.iopl))
 
     # ---- into the cache
     def resume(self, site: Site | None = None) -> None:
@@ -169,8 +148,6 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         :param site: the callout that is being returned from.
         """
         vcpu, cpu = self.vcpu, self.machine.cpu
-        if self._in_long_mode:
-            self.pager.show(View.USER if vcpu.cpl == 3 else View.KERNEL)
         self._interpreting = False
         if vcpu.cpl == 3:
             if self.space.in_hole(cpu.rip) or cpu.rip != vcpu.rip:
@@ -186,7 +163,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
                 self.mmu.translate(vcpu.rip, fetch=True)   # as fetching the next instruction does: A bits, or a page fault
             except PageFault as fault:
                 self.reflect(Fault(14, fault.error_code, fault.address))
-        if self._in_long_mode and vcpu.bits != 64:
+        if self.in_long_mode and vcpu.bits != 64:
             self._interpreting = True
             cpu.rip = self._door
             self.follow_tables()
@@ -205,7 +182,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
     def _show_state(self) -> None:
         """What translated code reads of the virtual CPU, and what it has built in."""
         self.vcpu.show_control_registers()
-        self.translator.set_mode(Mode(64 if self._in_long_mode else 32, self.vcpu.selector(CS), self.vcpu.iopl))
+        self.translator.set_mode(Mode(64 if self.in_long_mode else 32, self.vcpu.selector(CS), self.vcpu.iopl))
 
     def _unit(self, after: Site | None = None, *, indirect: bool = False) -> Unit:
         """The unit of the guest's kernel code at RIP, translated if need be; a fetch that faults is the guest's own #PF."""
@@ -295,7 +272,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         else:
             self.reflect(Fault(6))
         self.resume(site)
-        if self._shortcuts is not None and not self._in_long_mode and site.cause in ("cli", "sti") and self.machine.cpu.rip == site.after:
+        if self._shortcuts is not None and not self.in_long_mode and site.cause in ("cli", "sti") and self.machine.cpu.rip == site.after:
             instruction = site.instruction
             assert instruction is not None and site.guest is not None
             self._short_sites[site.number] = site
@@ -377,16 +354,13 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.resume()
 
     def _system_call(self) -> None:
-        """SYSCALL in user code of a 64-bit guest, which led the CPU to the VMM."""
         self.priority.take()
-        self.vcpu.system_call(self._syscall_doors[self.machine.cpu.rip])
-        self.counts["bt.system_call"] += 1
-        self.inject_pending()
+        super()._system_call()
         self.resume()
 
     def _calls_system(self) -> bool:
         """SYSCALL in user code of a 32-bit guest: the CPU's EFER.SCE is off, so it is an undefined instruction until the VMM has looked at it."""
-        instruction = self.machine.faulting if self.vcpu.cpl == 3 and not self._in_long_mode else None
+        instruction = self.machine.faulting if self.vcpu.cpl == 3 and not self.in_long_mode else None
         if instruction is None or instruction.op != "syscall":
             return False
         self.emulate(instruction)
@@ -459,7 +433,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         self.follow_tables()
 
     def attend(self) -> bool:
-        if self.machine.cpu.rip in self._syscall_doors:
+        if self._at_door:
             return False     # a user's SYSCALL is done when the VMM has seen it
         state = self._where()
         if state.early_flags:
@@ -491,7 +465,7 @@ class BinaryTranslation(BinaryTranslationTechnique, DeprivilegingMonitor):
         """The guest's registers, also where the run was stopped in the middle of a template; it may be continued."""
         cpu = self.machine.cpu
         cpu.load()
-        if cpu.rip in self._syscall_doors:
+        if self._at_door:
             self._system_call()
         state, before = self._where(), cpu.rip
         self._undo()

@@ -13,7 +13,8 @@ from vmlab.machine.decode import Instruction
 from vmlab.machine.pc import Machine
 from vmlab.parameters import Value
 from vmlab.strategies.techniques import TrapAndEmulateTechnique
-from vmlab.vmm.monitor import DeprivilegingMonitor
+from vmlab.vmm.long_mode import LongModeCpu
+from vmlab.vmm.long_monitor import LongModeMonitor
 from vmlab.vmm.vcpu import KERNEL_RING
 
 #: Sensitive and unprivileged on x86 (Robin & Irvine, USENIX Security 2000, §3), as far as the lab makes
@@ -23,8 +24,12 @@ SENSITIVE = frozenset({
     "lar", "lsl", "verr", "verw", "mov_from_seg", "push_seg", "call_far", "ret_far",
 })
 
-class TrapAndEmulate(TrapAndEmulateTechnique, DeprivilegingMonitor):
-    """The VMM of the textbook's first sections."""
+class TrapAndEmulate(TrapAndEmulateTechnique, LongModeMonitor):
+    """The VMM of the textbook's first sections.
+
+    A 64-bit guest's kernel runs at CPL 3 in a view of its own. There an IRET or far return to its users would not trap, and they
+    would go on in the kernel's view; so the CPU has no descriptors while the kernel runs, and whatever loads one raises #GP.
+    """
 
     def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
         trap = (parameters or {}).get("sensitive", "silent") == "trap"
@@ -35,6 +40,18 @@ class TrapAndEmulate(TrapAndEmulateTechnique, DeprivilegingMonitor):
         # A technique of somebody's own may do more at a CLI than this one does.
         native = machine.native_events if type(self) is TrapAndEmulate else None
         self._shortcuts = native.offer(self.counts, self.vcpu.words_at) if native is not None else None
+
+    def make_vcpu(self) -> LongModeCpu:
+        vcpu = LongModeCpu(self.machine.cpu, self.space, self.mmu, true_selectors=self.true_selectors)
+        vcpu.in_place = True
+        return vcpu
+
+    def follow_tables(self) -> None:
+        if self.in_long_mode:
+            kernel = self.vcpu.cpl == 0
+            self.vcpu.empty_gdt(kernel)
+            self.machine.counter.user_from = 4 if kernel else 3
+        super().follow_tables()
 
     def emulate(self, instruction: Instruction) -> None:
         super().emulate(instruction)

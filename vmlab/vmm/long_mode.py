@@ -43,10 +43,16 @@ class LongModeCpu(VirtualCpu):
         super().__init__(cpu, space, mmu, true_selectors=true_selectors)
         self._ring = 0
         self._kernel = {CS: KERNEL_CODE, SS: KERNEL_STACK}
+        #: Whether the kernel's code runs where it lies, and in its own size, rather than from a cache of 64-bit code.
+        self.in_place = False
 
     @property
     def long_mode(self) -> bool:
         return bool(self.mmu.efer & EFER_LMA)
+
+    def start_long_mode(self) -> None:
+        """:meth:`enter_long_mode` with the segments that the guest's kernel has."""
+        self.enter_long_mode(uncompressed(self.cpu.segment(CS)), uncompressed(self.cpu.segment(SS)))
 
     def enter_long_mode(self, code: Segment, stack: Segment) -> None:
         """The guest turned paging on with EFER.LME: from here on the CPU runs in long mode, the guest's kernel at CPL 3.
@@ -56,7 +62,7 @@ class LongModeCpu(VirtualCpu):
         cpu = self.cpu
         self._ring, self._kernel = 0, {CS: code, SS: stack}
         self.follow_efer()
-        cpu.set_segment(CS, KERNEL_CODE)
+        cpu.set_segment(CS, self._physical(CS, code))
         cpu.set_segment(SS, KERNEL_STACK)
         cpu.set_cpl(3)
         table = cpu.table("gdt")
@@ -131,9 +137,23 @@ class LongModeCpu(VirtualCpu):
         else:
             if value.selector & 3 == 0:
                 self._kernel[number] = value
-                value = KERNEL_CODE if number == CS else KERNEL_STACK
+                value = self._physical(number, value)
             self.cpu.set_segment(number, Segment(value.selector, value.base, value.limit, value.flags | _RING3))
             self.cpu.set_cpl(3)
+
+    def _physical(self, number: int, value: Segment) -> Segment:
+        """What the CPU gets for CS or SS of the guest's kernel."""
+        if not self.in_place:
+            return KERNEL_CODE if number == CS else KERNEL_STACK
+        if number == SS:
+            return Segment(value.selector | 3, KERNEL_STACK.base, KERNEL_STACK.limit, KERNEL_STACK.flags)
+        return Segment(value.selector | 3, value.base, value.limit, value.flags | _RING3)
+
+    def empty_gdt(self, empty: bool) -> None:
+        """Give the CPU no descriptors, so that whatever wants one traps; or those of the guest's shadow."""
+        limit = 0 if empty else max((self.gdt.limit + 1) // 8 * 8 - 1, 0)
+        if self.cpu.table("gdt").limit != limit:
+            self.cpu.set_table("gdt", Segment(0, self.space.base, limit, 0))
 
     def set_segment_base(self, number: int, base: int) -> None:
         if not self.long_mode:

@@ -164,7 +164,8 @@ class DeprivilegingMonitor(Strategy):
         known = self.machine.faulting
         if known is not None:  # the machine already decoded this block; same bytes, no second fetch
             return known
-        return decode(fetch(self.vcpu, (self.vcpu.segment(CS).base + rip) & 0xFFFFFFFF), self.vcpu.bits)
+        bits = self.vcpu.bits
+        return decode(fetch(self.vcpu, rip if bits == 64 else (self.vcpu.segment(CS).base + rip) & 0xFFFFFFFF), bits)
 
     def emulate(self, instruction: Instruction) -> None:
         """Carry one instruction out on the virtual CPU, or reflect what it would have raised."""

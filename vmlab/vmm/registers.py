@@ -169,9 +169,8 @@ class RegisterEmulator:
             raise Fault(GP, 0)
         if value & EFER_LME and not self.carries_long_mode:
             raise UnsupportedByStrategy(
-                "the guest turns long mode on (EFER.LME), and trap-and-emulate cannot carry a 64-bit kernel: in 64-bit mode "
-                "segments have no limits, and ring 1, where the kernel would run, is supervisor to paging as the VMM is, "
-                "so nothing protects the VMM from it; at ring 3 the kernel's returns to its users would not trap "
-                "(use binary-translation or hardware-assisted)")
+                "the guest turns long mode on (EFER.LME), and this VMM cannot carry a 64-bit kernel: in 64-bit mode "
+                "segments have no limits, and ring 1, where it would run the kernel, is supervisor to paging as the VMM is, "
+                "so nothing protects the VMM from it (vmm/long_monitor.py does it at ring 3)")
         self._vcpu.mmu.write_efer(value)
         self.on_paging(False)

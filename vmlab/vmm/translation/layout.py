@@ -37,7 +37,6 @@ FLAGS_UPPER = PENDING + 0x300
 BELOW_16 = PENDING + 0x400
 
 GATE = HOLE + 0x13000               # the door to the VMM
-SYSCALL_DOOR, SYSCALL32_DOOR = GATE + 0x100, GATE + 0x110   # and where a user's SYSCALL leads, from 64- and from 32-bit code
 #: Windows on watched pages of the guest's, and a chart beside each (read-only; the first forbids every store).
 WINDOWS, CHARTS, WINDOW_COUNT = HOLE + 0x20000, HOLE + 0x30000, 16
 #: What a simulated store is bound to before it has a window: page, chart, window.

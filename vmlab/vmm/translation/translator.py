@@ -62,7 +62,7 @@ class Translator:
         self._watched, self._watch = watched, watch
         space.map_hole(VIRTUAL_FLAGS, 0x1000, writable=True, user=True)
         space.map_hole(PENDING, 0x1000, user=True)
-        self.ram.write(space.map_hole(GATE, 0x1000, user=True), b"\xcc" * 0x200)  # never executed: the machine's hooks are here
+        self.ram.write(space.map_hole(GATE, 0x1000, user=True), b"\xcc")  # never executed: the machine's hook is here
         self.cache = Cache(space, options.cache_size, on_patch)
         self.mode, self.forms = Mode(), NARROW
         self.units: dict[int, Unit] = {}

@@ -11,8 +11,7 @@ from vmlab.machine.state import CS, SS
 from vmlab.vmm.guest_tables import GuestMmu
 from vmlab.vmm.long_mode import LongModeCpu, uncompressed
 from vmlab.vmm.space import StaticSpace
-from vmlab.vmm.translation.forms import LONG
-from vmlab.vmm.translation.layout import NEGATIVE_STACK, PENDING, SITE, SYSCALL32_DOOR, SYSCALL_DOOR, VIRTUAL_CR, VIRTUAL_FLAGS
+from vmlab.vmm.translation.layout import NEGATIVE_STACK, PENDING, SITE, VIRTUAL_CR, VIRTUAL_FLAGS
 from vmlab.vmm.vcpu import FLAGS_AT, KERNEL_RING, NOTED_AT, SITE_AT
 
 #: CS while the cache runs: flat, ring 1; its selector is never shown to anybody.
@@ -42,9 +41,7 @@ class TranslatedCpu(LongModeCpu):
             self.space.ram.write32(self.space.hole_frame(NEGATIVE_STACK), -self.selector(SS) & 0xFFFFFFFF)
 
     def start_long_mode(self) -> None:
-        """As :meth:`enter_long_mode`, with the segments that the guest's kernel has."""
         self.enter_long_mode(self.kernel_cs, uncompressed(self.cpu.segment(SS)))
-        self.take_system_calls(LONG.linear(SYSCALL_DOOR), LONG.linear(SYSCALL32_DOOR))
 
     @property
     def flags(self) -> int:
