@@ -418,7 +418,7 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
         return decode(fetch(self.vcpu, rip), self.vcpu.bits)
 
     def interrupt(self) -> None:
-        if self.machine.cpu.rip in self._syscall_doors:
+        if self._at_door:
             self.platform_devices.physical_interrupt()      # injected when the system call is done
             return
         state = self._where()

@@ -88,6 +88,12 @@ class LongModeMonitor(DeprivilegingMonitor):
         self.inject_pending()
         self.follow_tables()
 
+    def interrupt(self) -> None:
+        if self._at_door:
+            self.platform_devices.physical_interrupt()      # injected when the system call is done
+        else:
+            super().interrupt()
+
     def attend(self) -> bool:
         return not self._at_door and super().attend()
 
