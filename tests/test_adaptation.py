@@ -81,3 +81,40 @@ def test_page_tables_that_are_written_agree_in_every_form(form: str) -> None:
     assert (here.user, here.kernel) == (native.user, native.kernel)
     traps, callouts, simulated = (here.events.get(kind, 0) for kind in ("shadow.trace.write", "bt.callout.adapted", "translated.simulated"))
     assert (traps, callouts, simulated) == {"simulate": (18, 105, 103), "callout": (18, 208, 0), "off": (226, 0, 0)}[form]
+
+
+_LAPIC = 0xFEE00000
+#: Self-IPIs by the ICR, of the vector in AL.
+_IPI = f"mov dword ptr [{_LAPIC + 0x300:#x}], {{vector:#x}};"
+
+
+def test_the_task_priority_is_set_in_the_cache() -> None:
+    """A hundred and one stores by one instruction: eight faults, one callout that opens the window, the others stay; reads see the last."""
+    source = (f"mov ecx, 101; l: mov eax, ecx; and eax, 0xf; shl eax, 4; mov [{_LAPIC + 0x80:#x}], eax; loop l;"
+              f"mov eax, [{_LAPIC + 0x80:#x}]; mov [{DATA:#x}], eax; {END}")
+    native, here = Native(Machine()), BinaryTranslation(Machine())
+    for guest in (native, here):
+        guest.load(kernel(source), "")
+        guest.run(10_000)
+    assert here.guest_state() == native.guest_state()
+    assert here.read_guest(DATA, 4) == native.read_guest(DATA, 4) == (0x10).to_bytes(4, "little")
+    assert here.snapshot().kernel == native.snapshot().kernel
+    assert here.counts["bt.callout.adapted"] == 1
+    assert here.snapshot().events["translated.simulated"] == 101 - 8 - 1
+
+
+def test_lowering_the_task_priority_lets_a_waiting_interrupt_in() -> None:
+    """Raised, an IPI to itself that must wait, lowered: the handler comes right behind the store, in each round."""
+    low, high = (f"mov [{_LAPIC + 0x80:#x}], {register};" for register in ("ebx", "ebx"))
+    source = (f"mov dword ptr [{_LAPIC + 0xF0:#x}], 0x1ff; sti; mov esi, 40; l: mov ebx, 0x50; test esi, 1; jz h; mov ebx, 0; h: nop; {high}"
+              f"mov edx, [{DATA + 4:#x}]; test esi, 3; jnz s; mov dword ptr [{_LAPIC + 0x300:#x}], 0x41; s: dec esi; jnz l; mov ebx, 0;"
+              f"{low} nop; {END}")
+    handler = f"inc dword ptr [{DATA:#x}]; mov [{DATA + 8:#x}], esi; add [{DATA + 12:#x}], esi; mov dword ptr [{_LAPIC + 0xB0:#x}], 0; iretd"
+    native, here = Native(Machine()), BinaryTranslation(Machine())
+    for guest in (native, here):
+        guest.load(kernel(source, {0x41: handler}), "")
+        guest.run(20_000)
+    assert here.guest_state() == native.guest_state()
+    assert here.read_guest(DATA, 16) == native.read_guest(DATA, 16)
+    assert int.from_bytes(here.read_guest(DATA, 4), "little") == 10
+    assert here.snapshot().events["translated.simulated"] > 0

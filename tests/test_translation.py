@@ -134,10 +134,12 @@ def test_bad_input_is_one_line(options: list[str], said: str, capsys: pytest.Cap
 
 
 def test_warm_up_counts_what_had_been_done_by_each_power_of_two() -> None:
-    from vmlab.cli.translate import warm_up
+    from vmlab.vmm.translation.steady import Learning
 
-    steps = [{"at": at, "what": what} for at, what in ((0, "translated"), (2, "translated"), (2, "chained"), (3, "evicted"), (5, "translated"))]
-    assert [tuple(row.values()) for row in warm_up(steps, 6)] == [(1, 1, 0), (2, 2, 1), (4, 2, 1), (6, 3, 1)]
+    learning = Learning()
+    for at, what in ((0, "translated"), (2, "translated"), (2, "chained"), (5, "translated")):
+        learning.note(what, at)
+    assert [tuple(row.values()) for row in learning.curve(6)] == [(1, 1, 0), (2, 2, 1), (4, 2, 1), (6, 3, 1)]
 
 
 def test_warm_up_of_a_guest_ends_with_the_ledgers_own_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,7 @@ def watched(r: random.Random, n: int) -> str:
     f, times, c = r.randrange(FUNCTIONS), r.randrange(2, 7), r.choice(CONDITIONS)
     return r.choice((
         f"mov ecx, {times}; l{n}: {op} dword ptr [{spare:#x}], {reg}; {arithmetic(r, n)}; loop l{n}",
-        f"mov ecx, {times}; l{n}: {op} [{spare:#x}], {narrow}; j{c} x{n}; inc edi; x{n}: and ecx, 7; loop l{n}",
+        f"mov ecx, {times}; l{n}: push ecx; {op} [{spare:#x}], {narrow}; j{c} x{n}; inc edi; x{n}: pop ecx; loop l{n}",
         f"mov ecx, {times}; l{n}: push ecx; mov ecx, {spare:#x}; {op} [ecx], {r.choice(('eax', 'ecx', 'dl'))}; pop ecx; loop l{n}",
         f"push ebp; mov ebp, {spare - 8:#x}; mov ecx, {times}; l{n}: mov word ptr [ebp + ecx*4], {r.getrandbits(15)}; loop l{n}; pop ebp",
         f"mov ecx, {times}; l{n}: test cl, 1; mov edi, {spare:#x}; jz x{n}; mov edi, {DATA + 0x240:#x}; x{n}: not dword ptr [edi]; loop l{n}",

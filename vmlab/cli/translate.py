@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vmlab.cli.output import print_json
 
 if TYPE_CHECKING:
     from vmlab.guests import GuestImage
+    from vmlab.ledger import Snapshot
     from vmlab.parameters import Value
     from vmlab.strategies.translation import BinaryTranslation
     from vmlab.vmm.translation import Site, Unit
@@ -22,6 +24,7 @@ examples:
   vmlab translate nano --workload cli_sti --symbol uart_write --profile prescott-2005
   vmlab translate --asm "cli; mov eax, 1; sti; ret"          (needs the extra: pip install 'vmlab[asm]')
   vmlab translate --bytes "fa b8 01 00 00 00 fb c3" --steps
+  vmlab translate minios --workload mixed --set memory=tracing --steady
 
 Units that ran most come first. Kinds: identical (copied), in-cache (works on the virtual CPU), callout (into the monitor),
 control flow, simulated (adapted: it kept faulting as a copy), forwarding (jumps to where it was adapted). Cycles are per execution of
@@ -51,6 +54,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--steps", action="store_true", help="what happened to the translations, in order")
     shown.add_argument("--warm-up", action="store_true", help="units translated and chained by each power of two of guest instructions")
+    shown.add_argument("--steady", action="store_true",
+                       help="both halves of the guest's work: units, entries into the monitor for translation or control flow, and what is apart")
     parser.add_argument("--json", action="store_true", help="units (or steps) as JSON")
 
 
@@ -63,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.profile not in costs.names():
         raise ConfigError(f"--profile: {arguments.profile!r} is not a profile{nearest(arguments.profile, costs.names())}")
-    strategy, image, budget = _prepared(arguments)
+    if arguments.steady:
+        return _steady(arguments)
+    strategy, image, budget, _ = _prepared(arguments)
     if arguments.symbol is not None and arguments.symbol not in image.symbols:
         raise ConfigError(f"--symbol: {arguments.symbol!r} is not in {image.name}{nearest(arguments.symbol, image.symbols)}")
     steps: list[dict[str, Any]] = []
@@ -85,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     except GuestError as error:
         ended = str(error)
     if arguments.warm_up:
-        curve = warm_up(steps, strategy.machine.time)
+        curve = strategy.warm_up()
         if arguments.json:
             print_json({"schema_version": 1, "warm_up": curve})
         else:
@@ -121,18 +128,44 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def warm_up(steps: Sequence[Mapping[str, Any]], end: int) -> list[dict[str, int]]:
-    """What the translator had done by each power of two of virtual time (guest instructions, and idle time), and by ``end``.
+def _steady(arguments: argparse.Namespace) -> int:
+    """The same run twice, since every run is the same: once to know how long its work is, once to look at the middle."""
+    from vmlab.errors import GuestBudget, GuestError
+    from vmlab.ledger import Snapshot
+    from vmlab.vmm.translation.steady import halves
 
-    Made from the translator's own steps, so that the guest runs as it would unobserved. Anything twice translated counts twice.
-    """
-    times = [1 << n for n in range(end.bit_length()) if 1 << n < end] + [end]
-    return [{"instructions": by, **{what: sum(step["what"] == what and step["at"] <= by for step in steps)
-                                    for what in ("translated", "chained")}} for by in times]
+    ended = "it ended by itself"
+    strategy, _, budget, marks = _prepared(arguments)
+    try:
+        strategy.run(budget)
+    except GuestError as error:
+        ended = str(error)
+    begin, end = marks.get("vmlab_roi_begin", Snapshot()), marks.get("vmlab_roi_end", strategy.snapshot())
+    again, *_ = _prepared(arguments)
+    with contextlib.suppress(GuestBudget):
+        again.run((begin.user + begin.kernel + end.user + end.kernel) // 2)
+    rows = halves(begin, again.snapshot(), end)
+    if arguments.json:
+        print_json({"schema_version": 1, "halves": rows})
+        return 0
+    columns = (("half", "half"), ("units", "units"), ("translated", "translated"), ("per 1000", "translated_per_1000"), ("entries", "entries"),
+               ("per 1000", "entries_per_1000"), ("callouts", "callouts"), ("interrupts", "interrupts"), ("sensitive", "sensitive"))
+    print(" ".join(f"{title:>11}" for title, _ in columns))
+    for row in rows:
+        print(" ".join(f"{_figure(row[key]):>11}" for _, key in columns))
+    print("Halves of the guest's measured work, by its instructions. Entries: into the monitor for translation or control flow;\n"
+          f"callouts and interrupts are apart. Sensitive: copies of sensitive instructions that retired. The guest: {ended}.")
+    return 0
 
 
-def _prepared(arguments: argparse.Namespace) -> tuple[BinaryTranslation, GuestImage, int]:
-    """The guest loaded under translation, and its budget."""
+def _figure(value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _prepared(arguments: argparse.Namespace) -> tuple[BinaryTranslation, GuestImage, int, Mapping[str, Snapshot]]:
+    """The guest loaded under translation, its budget, and what will have been counted when it passes its markers."""
     from vmlab.errors import ConfigError
     from vmlab.experiment import schema, single
     from vmlab.experiment.cell import DEFAULT_BUDGET, Run
@@ -153,14 +186,14 @@ def _prepared(arguments: argparse.Namespace) -> tuple[BinaryTranslation, GuestIm
                 raise ConfigError(f"--set {key}: code of your own takes the technique's parameters only")
         strategy = BinaryTranslation(Machine(), parameters)
         strategy.load(image, "")
-        return strategy, image, 100_000
+        return strategy, image, 100_000, {}
     for key, given in (("iterations", arguments.iterations or "20"), ("density", arguments.density)):
         if given is not None and not (key == "iterations" and arguments.iterations is None and arguments.workload is None):
             parameters[key] = schema.word_or_number(given)
     cell = single.expand("binary-translation", arguments.workload, arguments.guest, parameters, Lab())[0]
     made = Run("binary-translation", cell.parameters)
     assert isinstance(made.strategy, BinaryTranslation)
-    return made.strategy, made.image, DEFAULT_BUDGET
+    return made.strategy, made.image, DEFAULT_BUDGET, made.marks
 
 
 def _assembled(source: str) -> bytes:

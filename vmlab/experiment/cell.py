@@ -159,6 +159,9 @@ def _run(technique: str, parameters: Mapping[str, Value], started: float) -> Cel
         "machine_path": run.machine.path,
         "host_seconds": round(time.perf_counter() - started, 6),
     }
+    curve = run.strategy.warm_up()
+    if curve:
+        record["warm_up"] = curve
     if declared:
         record["fidelity"]["first_difference"] = _divergence(technique, parameters)
     return record

@@ -36,6 +36,8 @@ def complete_one(cell: Cell, record: Record, native: Record | None, profiles: Se
     for key, default in SHAPE.items():
         value = record.get(key)
         result[key] = default if value is None else value
+    if "warm_up" in record:     # only of a technique that learns its guest
+        result["warm_up"] = record["warm_up"]
     result["cycles"], result["slowdown"] = {}, {}
     if result["status"] != "ok":
         result["fidelity"] = {**_digests(record), "matches_native": None, "first_difference": None}

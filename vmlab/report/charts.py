@@ -12,6 +12,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmlab.report import findings, nanobench
+from vmlab.report.ablation import ablation_title, draw_ablation, shown
 from vmlab.report.canvas import Sheet, fits
 from vmlab.report.exits_chart import draw_exits, exits_title, per_operation
 from vmlab.report.findings import Variant, name, short
@@ -195,7 +196,7 @@ def _generation_lines(
 #: Chart by file name, in the order of the report.
 CHARTS: dict[str, Callable[[View], Any]] = {
     "slowdown": slowdown, "causes": causes, "density": density, "generations": generations,
-    "exits": draw_exits, "nanobenchmarks": draw_nanobenchmarks,
+    "exits": draw_exits, "nanobenchmarks": draw_nanobenchmarks, "ablation": draw_ablation,
 }
 
 #: Title by chart: the finding.
@@ -203,6 +204,7 @@ TITLES: dict[str, Callable[[View], str]] = {
     "slowdown": findings.slowdown_title, "causes": findings.causes_title, "density": findings.density_title,
     "generations": findings.generations_title,
     "exits": exits_title, "nanobenchmarks": lambda view: nanobench.finding(nanobench.tables(view.results)),
+    "ablation": ablation_title,
 }
 
 
@@ -217,6 +219,7 @@ def drawable(view: View) -> list[str]:
         "generations": len(view.generations) > 1,
         "exits": bool(per_operation(view)),
         "nanobenchmarks": nanobench.worth_drawing(view.results),
+        "ablation": bool(shown(view)),
     }
     return [chart for chart in CHARTS if enough[chart]]
 

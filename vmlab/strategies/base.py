@@ -74,6 +74,10 @@ class Strategy(Technique, ABC):
     def deliver_interrupt(self, vector: int) -> None:
         """Make an interrupt pending for the guest's CPU; it arrives when the guest allows it."""
 
+    def warm_up(self) -> list[dict[str, int]]:
+        """What a technique that learns its guest had learned by when (virtual time as ``instructions``); empty for the others."""
+        return []
+
     @abstractmethod
     def guest_state(self) -> GuestState:
         """The guest's state, precise at every stop."""

@@ -7,9 +7,6 @@ by a jump, without any trap. :mod:`vmlab.vmm.translation` makes the code; this m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from capstone import x86_const as cs_x86
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.guests import GuestImage
@@ -26,7 +23,7 @@ from vmlab.strategies.techniques import BinaryTranslationTechnique
 from vmlab.vmm.long_monitor import LongModeMonitor
 from vmlab.vmm.operands import effective_address, fetch
 from vmlab.vmm.translation import Mode, Options, Site, State, Translator, Unit
-from vmlab.vmm.translation.adapt import acquit, convict
+from vmlab.vmm.translation.adapt import Adaptation, accessed
 from vmlab.vmm.translation.forms import LONG, NARROW
 from vmlab.vmm.translation.layout import GATE, OLD_FLAGS, PENDING, SITE, TARGET
 from vmlab.vmm.translation.pages import CodePages
@@ -38,15 +35,6 @@ from vmlab.vmm.translation.windows import Windows
 from vmlab.vmm.vcpu import KERNEL_RING
 
 _TRAPS = frozenset({"int", "int3", "into", "int1"})
-#: Callouts in a row that had nothing to do with watched memory, after which a guilty access is copied again.
-INNOCENT_AFTER = 64
-
-
-def _accessed(instruction: Instruction) -> Any:
-    """The explicit memory operand of an access that may be adapted."""
-    if instruction.string or instruction.op is not None or instruction.kind in ("branch", "jcc", "indirect"):
-        return None
-    return next((operand for operand in instruction.cs.operands if operand.type == cs_x86.X86_OP_MEM), None)
 
 
 class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
@@ -68,10 +56,12 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
         self.translator = Translator(self.space, self.counts, self.options, on_patch=self._forget_code,
                                      watched=self._watched.get, watch=machine.watch)
         self.pages = CodePages(self.pager, self.translator, self.counts)
-        self.windows = Windows(self.pager, self.translator.cache, self.pages, self.counts)
-        self.user_returns = UserReturns(self.vcpu, self.translator.cache)
         self.priority = Priority(self.space, self.platform_devices.lapic)
+        self.windows = Windows(self.pager, self.translator.cache, self.pages, self.priority, self.counts)
+        self.adaptation = Adaptation(self.translator, self.windows)
+        self.user_returns = UserReturns(self.vcpu, self.translator.cache)
         self.translator.on_site_gone = self._site_gone
+        self.translator.clock = lambda: machine.time
         self.vcpu.on_gdt = self.user_returns.forget_all
         self.emulator.registers.on_paging = self._paging_changed
         self.emulator.registers.on_invlpg = self._invlpg
@@ -86,11 +76,12 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
             self.translator.on_drop = self._dropped
         self._site_at, self._pending_at, self._old_flags_at = (self.space.hole_frame(at) for at in (SITE, PENDING, OLD_FLAGS))
         self._state = State(0)
-        self._faults: dict[int, int] = {}      # by kernel instruction: faults on memory that the VMM watches
-        self._vain: dict[int, int] = {}        # by guilty instruction: callouts in a row for memory that nobody watches
         self._new_space = False      # the guest has just changed its address space
         self._interpreting = False   # the guest's kernel is in code that is not translated
         self._at_work = False        # a callout is being carried out
+
+    def warm_up(self) -> list[dict[str, int]]:
+        return self.translator.learning.curve(self.machine.time)
 
     def make_vcpu(self) -> TranslatedCpu:
         return TranslatedCpu(self.machine.cpu, self.space, self.mmu)
@@ -372,40 +363,22 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
             self.counts["bt.code_write"] += 1
         instruction = self.decode_at(self.vcpu.rip) if self.vcpu.cpl == 0 else None
         if instruction is not None:
-            self._suspect(self.vcpu.rip, instruction)
+            self.adaptation.fault(self.vcpu.rip, instruction)
         if instruction is not None and self.emulator.knows(instruction.op):
             self.emulate(instruction)
         else:
             super().carry_out(address)
 
-    def _suspect(self, at: int, instruction: Instruction) -> None:
-        """Innocent until proven guilty: an ordinary access that faulted often enough is adapted."""
-        if self.options.adaptation == "off" or _accessed(instruction) is None:
-            return
-        self._faults[at] = self._faults.get(at, 0) + 1
-        if self._faults[at] >= self.options.guilty_after:
-            del self._faults[at]
-            convict(self.translator, at)
-
     def _adapted(self, site: Site, instruction: Instruction) -> None:
         """A guilty access, without the trap; where it goes is looked at anew each time."""
         vcpu = self.vcpu
-        at, address = vcpu.rip, effective_address(vcpu, instruction, _accessed(instruction))
+        at, address = vcpu.rip, effective_address(vcpu, instruction, accessed(instruction))
         try:
             self.stores.carry_out(vcpu, instruction, address)
         except Fault as fault:
             self.reflect(fault)
             return
-        gpa = self.mmu.peek(address)
-        if self.pager.is_device(gpa) or self.windows.watches(gpa >> 12):
-            self._vain.pop(at, None)
-            if site.binding:
-                self.windows.offer(site, address)
-        else:
-            self._vain[at] = self._vain.get(at, 0) + 1
-            if self._vain[at] == INNOCENT_AFTER:
-                del self._vain[at]
-                acquit(self.translator, at)
+        self.adaptation.callout(site, at, address)
         if vcpu.shadow_at == at:
             vcpu.shadow_at = None
         self.inject_pending()

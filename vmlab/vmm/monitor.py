@@ -23,7 +23,7 @@ from vmlab.strategies.base import GuestState, Strategy, visible_registers
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
 from vmlab.vmm.host import physical_bus
-from vmlab.vmm.operands import fetch
+from vmlab.vmm.operands import fetch, reads_what_it_writes
 from vmlab.vmm.platform import VirtualPlatform
 from vmlab.vmm.shadow import Outcome, ShadowPager
 from vmlab.vmm.space import GUEST_FRAMES, StaticSpace
@@ -205,8 +205,13 @@ class DeprivilegingMonitor(Strategy):
         if not self.mmu.paging and self.space.in_hole(address):
             self.refuse(f"{'store to' if error_code & PF_WRITE else 'fetch from' if error_code & PF_FETCH else 'access to'} "
                         f"the VMM's memory at {address:#x}")
+        write = bool(error_code & PF_WRITE)
+        if write and self.space.in_hole(address):
+            # Only the VMM has a page there, which may be read: on the bare machine what reads before it writes faults reading.
+            instruction = self.decode_at(self.vcpu.rip)
+            write = instruction is None or not reads_what_it_writes(instruction)
         try:
-            outcome = self.pager.fault(address, write=bool(error_code & PF_WRITE), user=self.vcpu.cpl == 3,
+            outcome = self.pager.fault(address, write=write, user=self.vcpu.cpl == 3,
                                        fetch=bool(error_code & PF_FETCH))
         except PageFault as fault:
             self.counts["shadow.fault.true"] += 1

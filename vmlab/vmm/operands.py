@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Protocol
 
+import capstone
 from capstone import x86_const as cs_x86
 
 from vmlab.machine.decode import Instruction
@@ -111,6 +112,12 @@ def write_operand(cpu: Registers, instruction: Instruction, operand: Any, value:
     size = memory_size or operand.size
     data = (value & ((1 << (8 * size)) - 1)).to_bytes(size, "little")
     cpu.write_linear(effective_address(cpu, instruction, operand), data, user=cpu.cpl == 3)
+
+
+def reads_what_it_writes(instruction: Instruction) -> bool:
+    """Whether a memory operand is read, changed and written back."""
+    both = capstone.CS_AC_READ | capstone.CS_AC_WRITE
+    return any(operand.type == cs_x86.X86_OP_MEM and operand.access & both == both for operand in instruction.cs.operands)
 
 
 def operand_size(instruction: Instruction) -> int:

@@ -10,16 +10,60 @@ The way back is the same: an access that called out again and again for memory t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from capstone import x86_const as cs_x86
+
+from vmlab.machine.decode import Instruction
 from vmlab.vmm.translation.forms import LEAVE_JUMP, jump
 from vmlab.vmm.translation.units import Kind, Piece, Site, State, Unit
 
 if TYPE_CHECKING:
     from vmlab.vmm.translation.translator import Translator
+    from vmlab.vmm.translation.windows import Windows
 
+#: Callouts in a row that had nothing to do with watched memory, after which a guilty access is copied again.
+INNOCENT_AFTER = 64
 #: ``jmp rel32``
 _JUMP = 5
+
+
+def accessed(instruction: Instruction) -> Any:
+    """The explicit memory operand of an access that may be adapted; None where there is none."""
+    if instruction.string or instruction.op is not None or instruction.kind in ("branch", "jcc", "indirect"):
+        return None
+    return next((operand for operand in instruction.cs.operands if operand.type == cs_x86.X86_OP_MEM), None)
+
+
+class Adaptation:
+    """Who is suspected, who is guilty, and who may be innocent after all."""
+
+    def __init__(self, translator: Translator, windows: Windows) -> None:
+        self._translator, self._windows = translator, windows
+        self._faults: dict[int, int] = {}      # by kernel instruction: faults on memory that the VMM watches
+        self._vain: dict[int, int] = {}        # by guilty instruction: callouts in a row for memory that nobody watches
+
+    def fault(self, at: int, instruction: Instruction) -> None:
+        """The kernel instruction at ``at`` faulted on memory that the VMM watches."""
+        options = self._translator.options
+        if options.adaptation == "off" or accessed(instruction) is None:
+            return
+        self._faults[at] = self._faults.get(at, 0) + 1
+        if self._faults[at] >= options.guilty_after:
+            del self._faults[at]
+            convict(self._translator, at)
+
+    def callout(self, site: Site, at: int, address: int) -> None:
+        """A guilty access called out, and was carried out at linear ``address``."""
+        if self._windows.watched(address):
+            self._vain.pop(at, None)
+            if site.binding:
+                self._windows.offer(site, address)
+            return
+        self._vain[at] = self._vain.get(at, 0) + 1
+        if self._vain[at] == INNOCENT_AFTER:
+            del self._vain[at]
+            acquit(self._translator, at)
 
 
 def convict(translator: Translator, guest: int) -> None:

@@ -1,19 +1,27 @@
-"""CR8, the task priority of 64-bit mode, in the cache (SDM Vol. 3A §10.8.6).
+"""The local APIC's task priority in the cache (SDM Vol. 3A §10.8.3.1): as CR8 in 64-bit mode, as a store to TPR in 32-bit code.
 
-A write goes to a word of the VMM's page; the local APIC's model hears of it when the VMM next runs, and it runs at once if an
+A write to CR8 goes to a word of the VMM's page; the local APIC's model hears of it when the VMM next runs, and it runs at once if an
 interrupt waits that a lower priority may let through. A value above 15 calls out, and is the guest's #GP.
+
+An adapted store to TPR goes through a window (:mod:`vmlab.vmm.translation.windows`) to a page of the VMM's, as long as no interrupt
+waits in the APIC: then there is none to hold back, and the store is nothing but a store. While one waits, the chart forbids it, and
+it calls out.
 """
 
 from __future__ import annotations
 
 from vmlab.machine.counter import Tag
 from vmlab.machine.decode import Instruction
-from vmlab.machine.devices.lapic import Lapic
+from vmlab.machine.devices.lapic import BASE, TPR, Lapic
+from vmlab.machine.memory import PAGE
 from vmlab.machine.state import RCX
 from vmlab.vmm.operands import REGISTERS
 from vmlab.vmm.space import StaticSpace
 from vmlab.vmm.translation.emitter import Emitter
-from vmlab.vmm.translation.layout import BELOW_16, NEW_PRIORITY, PRIORITY, PRIORITY_WAITS, PRIORITY_WRITTEN
+from vmlab.vmm.translation.layout import BELOW_16, CHARTS, NEW_PRIORITY, PRIORITY, PRIORITY_WAITS, PRIORITY_WRITTEN, WINDOWS
+
+#: The guest frame that the window is said to show.
+APIC_FRAME = BASE >> 12
 
 
 def mov_to_cr8(em: Emitter, at: int, ins: Instruction) -> bool:
@@ -47,16 +55,36 @@ class Priority:
     """The VMM's side: what translated code wrote goes to the local APIC, what it may read comes from there."""
 
     def __init__(self, space: StaticSpace, lapic: Lapic) -> None:
-        self._ram, self._lapic = space.ram, lapic
+        self._space, self._ram, self._lapic = space, space.ram, lapic
+        self._window: int | None = None     # hpa of TPR in the window's page, while there is one
+        self._chart = 0
         self._value, self._written, self._waits = (space.hole_frame(at) for at in (PRIORITY, PRIORITY_WRITTEN, PRIORITY_WAITS))
+
+    def open(self, number: int) -> None:
+        """Window ``number`` is the APIC's: it shows the page of the VMM's that lies behind it."""
+        at = WINDOWS + number * PAGE
+        self._space.show(at, self._space.hole_frame(at))
+        self._window = self._space.hole_frame(at) + TPR
+        self._chart = self._space.hole_frame(CHARTS + number * PAGE) + TPR
+        self.show()
+
+    def close(self) -> None:
+        """The window is another's."""
+        self.take()
+        self._window = None
 
     def take(self) -> None:
         """Before the VMM looks at interrupts. The guest's ring can write the page: no more than four bits of it are believed."""
         if self._ram.read32(self._written):
             self._ram.write32(self._written, 0)
             self._lapic.set_tpr((self._ram.read32(self._value) & 15) << 4)
+        if self._window is not None:
+            self._lapic.set_tpr(self._ram.read32(self._window) & 0xFF)
 
     def show(self) -> None:
         """After the VMM ran."""
         self._ram.write64(self._value, self._lapic.tpr >> 4)
         self._ram.write32(self._waits, int(bool(self._lapic.irr)))
+        if self._window is not None:
+            self._ram.write32(self._window, self._lapic.tpr)
+            self._ram.write(self._chart, bytes((bool(self._lapic.irr),)))

@@ -27,6 +27,7 @@ from vmlab.vmm.translation.forms import LEAVE_JUMP, LEAVE_SIZE, LONG, NARROW
 from vmlab.vmm.translation.layout import CACHE_LIMIT, GATE, MISS, PENDING, TARGET, VIRTUAL_FLAGS, saved
 from vmlab.vmm.translation.sensitive import Template, flag_tables, template
 from vmlab.vmm.translation.simulate import simulable, simulate
+from vmlab.vmm.translation.steady import Learning
 from vmlab.vmm.translation.units import Kind, Mode, Site, State, Unit
 
 UNIT_LIMIT = 12
@@ -76,6 +77,9 @@ class Translator:
         self.generation = 0
         #: Asked when the cache is emptied, for listings: how often each of its addresses had run by then.
         self.runs_by_code: Callable[[], Mapping[tuple[int, str, int], tuple[int, int]]] = dict
+        #: When what was learned, and the clock for that.
+        self.learning = Learning()
+        self.clock: Callable[[], int] = lambda: 0
         self.emptied_at: Mapping[tuple[int, str, int], tuple[int, int]] = {}
         #: Told of what happens to translations (for `vmlab translate --steps`): (what, unit, site).
         self.listener: Callable[[str, Unit, Site | None], None] = lambda what, unit, site: None
@@ -211,6 +215,7 @@ class Translator:
         """Patch an exit to lead straight to ``target``."""
         self.cache.chain(site, target)
         self.counts["bt.chain"] += 1
+        self.learning.note("chained", self.clock())
         self.listener("chained", target, site)
 
     # ---- translation
@@ -243,6 +248,7 @@ class Translator:
             self.cache.enter(unit)
         self.units[guest] = unit
         self.counts["bt.translate.unit"] += 1
+        self.learning.note("translated", self.clock())
         self.counts["bt.translate.instruction"] += max(len(unit.pieces), 1)
         self.counts["bt.translate.bytes_in"] += len(unit.source)
         self.counts["bt.translate.bytes_out"] += unit.end - start
