@@ -42,6 +42,9 @@ SMALL: Mapping[str, Mapping[str, Value]] = {
 }
 
 
+_POISON = b"\xa5\x5a\x3c\xc3" * 1024
+
+
 @dataclass(frozen=True)
 class Ended:
     """What a run let the world see, and what its VMM refused."""
@@ -52,6 +55,7 @@ class Ended:
     disk: bytes | None
     refused: tuple[str, ...] = ()
     error: GuestError | None = None
+    outside_kept: bool = True
 
     def seen(self) -> tuple[object, ...]:
         return self.console, self.exit_code, self.outcome, self.disk
@@ -65,6 +69,9 @@ def run(guest: str, way: str, workload: str, more: tuple[tuple[str, Value], ...]
     machine = Machine(disk=guests.disk(values))
     strategy = strategies.load(technique)(machine, chosen)
     strategy.load(image, guests.command_line(values))
+    behind = strategy.frame_address(0) + strategy.guest_memory
+    poison = b"" if technique == "native" or workload != "bad" else _POISON * ((machine.ram.size - behind) // len(_POISON))
+    machine.ram.write(behind, poison)
     error = None
     try:
         exit_code = strategy.run(20_000_000_000).exit_code
@@ -72,7 +79,8 @@ def run(guest: str, way: str, workload: str, more: tuple[tuple[str, Value], ...]
         exit_code, error = None, failure
     at, end = image.symbol("vmlab_outcome_start"), image.symbol("vmlab_outcome_end")
     content = None if machine.disk is None else machine.disk.content
-    return Ended(machine.console.decode(), exit_code, strategy.read_guest(at, end - at), content, tuple(strategy.refused), error)
+    return Ended(machine.console.decode(), exit_code, strategy.read_guest(at, end - at), content, tuple(strategy.refused), error,
+                 machine.ram.read(behind, len(poison)) == poison)
 
 
 @pytest.mark.parametrize(("guest", "way"), [*WAYS, ("minios64", "translation-lazy"), ("minios64", "trap-tracing")])
@@ -152,3 +160,4 @@ def test_foreign_memory_is_neither_read_nor_written(guest: str, way: str, bad: s
     assert "gave badbadba" not in ended.console
     assert "foreign-dma gave 00000000" not in ended.console
     assert ended.refused, ended.console
+    assert ended.outside_kept
