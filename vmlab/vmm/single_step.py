@@ -29,6 +29,7 @@ from vmlab.vmm.guest_tables import GuestMmu
 
 _HF_TASK, _HF_FXSR = 7 << 9, 1 << 22        # MP, EM, TS of CR0; OSFXSR of CR4 (QEMU target/i386/cpu.h)
 _CR4_OSFXSR = 1 << 9
+_SVM_WORDS = 6                              # from vm_vmcb to nested_cr3
 _UNITS = slice(hidden.AT_EFER + 8, None)    # x87, SSE and what lies behind EFER, up to the exception being taken
 
 
@@ -146,6 +147,8 @@ class SingleStep:
         own.hflags2 = 1     # GIF; nothing of guest mode
         own.hflags = (HF_PE | (HF_LMA if long_mode else 0) | (mmu.cr0 << 8) & _HF_TASK | (_HF_FXSR if mmu.cr4 & _CR4_OSFXSR else 0))
         u64 = window.u64
+        for word in range(_SVM_WORDS):      # with #PF intercepted Unicorn leaves CR2 alone and stores the address at vm_vmcb, guest mode or not
+            u64[self._layout.vm_vmcb // 8 + word] = 0
         u64[hidden.AT_EFER // 8] = mmu.efer
         at = hidden.AT_CR // 8
         u64[at], u64[at + 2], u64[at + 3], u64[at + 4] = mmu.cr0, cpu.cr2, mmu.cr3, mmu.cr4
