@@ -179,13 +179,6 @@ def test_a_guest_that_maps_the_vmms_hole_is_refused_in_words() -> None:
             guest.run(10_000)
 
 
-def test_a_64_bit_guest_is_refused_by_trap_and_emulate_with_the_reason() -> None:
-    image = paging_kernel(layout("64"), "")
-    guest = boot(TrapAndEmulate, image, {"memory": "tracing", "sensitive": "trap"})
-    with pytest.raises(UnsupportedByStrategy, match="segments have no limits"):
-        guest.run(10_000)
-
-
 def test_paging_on_static_memory_is_refused_in_words() -> None:
     guest = boot(TrapAndEmulate, paging_kernel(layout("32"), END), {"memory": "static", "sensitive": "trap"})
     with pytest.raises(UnsupportedByStrategy, match="paging"):
