@@ -269,6 +269,7 @@ class Library(NamedTuple):
     block: int
     exception: int
     gate: int
+    world_switch: int
 
 
 @functools.cache
@@ -371,5 +372,5 @@ def connect(machine: Machine, address: int | None) -> FastCounter | None:
     counter = FastCounter(read_cpl, attend, None if address is None else address + AT_HFLAGS)
     machine.engine.hook(uc_const.UC_HOOK_BLOCK, CODE_CALLBACK, library.block, data=counter.address)
     if address is not None:
-        counter.events = FastEvents(machine, counter, address, library.exception, library.gate)
+        counter.events = FastEvents(machine, counter, address, library)
     return counter

@@ -22,14 +22,14 @@ from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK, INTR_CALLBACK, library
 
 if TYPE_CHECKING:
-    from vmlab.machine.fast import FastCounter
+    from vmlab.machine.fast import FastCounter, Library
     from vmlab.machine.pc import Machine
     from vmlab.machine.protocols import Monitor
 
 # Words of ``state`` in native/machine.h behind those of the counter.
 (CUTS, ENV, ERROR_CODE, IS_INT, OLD_EXCEPTION, STOPPED, ON_EXCEPTION, ON_TRAP, WHAT, TOKEN, GATES, ON_INSTRUCTION, ON_GATE, WRITE_REGISTER,
- LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT) = range(15, 35)
-WORDS = 35
+ LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT, SVM) = range(15, 36)
+WORDS = 36
 
 _NONE, _NO_GATE = 0xFFFFFFFF, 0xFF
 _CUT = struct.Struct("=6I4Q")
@@ -79,8 +79,8 @@ class Shortcuts:
 class FastEvents:
     """Connects ``events.c`` to one machine."""
 
-    def __init__(self, machine: Machine, counter: FastCounter, env: int, exception: int, gate: int) -> None:
-        self._machine, self._counter, self._gate = machine, counter, gate
+    def __init__(self, machine: Machine, counter: FastCounter, env: int, functions: Library) -> None:
+        self._machine, self._counter, self._functions = machine, counter, functions
         self._state = state = counter.state
         self._tokens: list[Instruction] = []
         self._token_of: dict[Instruction, int] = {}
@@ -103,7 +103,7 @@ class FastEvents:
                             (ON_EXCEPTION, addresses[0]), (ON_TRAP, addresses[1]), (ON_INSTRUCTION, addresses[2]), (ON_GATE, addresses[3])):
             state[word] = value
         self.note_monitor(machine.monitor)
-        machine.engine.hook(uc_const.UC_HOOK_INTR, INTR_CALLBACK, exception, data=counter.address)
+        machine.engine.hook(uc_const.UC_HOOK_INTR, INTR_CALLBACK, functions.exception, data=counter.address)
 
     # ---- what C asks
     def _on_trap(self) -> None:
@@ -136,7 +136,7 @@ class FastEvents:
     def hook_gate(self, address: int, callback: Callable[[], None]) -> int:
         """Reaching ``address`` calls ``callback``; gives the hook's handle."""
         self._doors[address] = callback
-        return self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._gate, address, address, data=self._counter.address)
+        return self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._functions.gate, address, address, data=self._counter.address)
 
     # ---- what C reads
     def set_gates(self, gates: Mapping[int, int], direct: frozenset[int]) -> None:
@@ -231,6 +231,11 @@ class FastEvents:
         if self._tables.pop(number, None) is not None:
             self._cuts[number] = 0
 
+    # ---- guest mode
+    def connect_svm(self, host: int, on_exit: Callable[[], None]) -> WorldSwitch:
+        """Let C carry out #VMEXIT. ``host``: hpa of the host save area; ``on_exit`` is called when the host is back."""
+        return WorldSwitch(self._machine, self._state, self._counter.address, self._functions.world_switch, host, on_exit)
+
     # ---- shortcuts
     def offer(self, counts: Counts, virtual_cpu: int, *, door: int = 0,
               on_callouts: Callable[[int, int], None] = lambda number, n: None) -> Shortcuts:
@@ -261,3 +266,45 @@ class FastEvents:
             self._state[SITES] = ctypes.addressof(ctypes.c_uint8.from_buffer(grown))
             self._state[SITE_COUNT] = len(grown) // _SITE.size
         _SITE.pack_into(self._sites, _SITE.size * number, kind, after, rip, size, 0)
+
+
+class WorldSwitch:
+    """#VMEXIT in C (``native/svm.c``)."""
+
+    def __init__(self, machine: Machine, state: memoryview, address: int, function: int, host: int, on_exit: Callable[[], None]) -> None:
+        self._machine = machine
+        memory = (ctypes.c_uint64 * 8)()
+        self._words, self._state_at = memoryview(memory).cast("B").cast("Q"), ctypes.c_void_p(address)
+        self._at = ctypes.c_void_p(ctypes.addressof(memory))
+        self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(function)
+
+        def exited() -> None:
+            try:
+                on_exit()
+            except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames
+                machine.fail(failure)
+
+        self._callback = _CALLBACK(exited)
+        words = (0, machine.ram.address, 0, host, machine.cpu.layout.debug_registers,
+                 ctypes.cast(library().uc_reg_read, ctypes.c_void_p).value or 0, ctypes.cast(self._callback, ctypes.c_void_p).value or 0, 0)
+        for i, word in enumerate(words):
+            self._words[i] = word
+        state[SVM] = ctypes.addressof(memory)
+
+    def entering(self, vmcb: int, plain: bool) -> None:
+        """VMRUN comes next, with the VMCB at this hpa. ``plain``: no event is to be injected, none waits, and the TLB is not modelled."""
+        self._words[2], self._words[0] = vmcb, plain
+
+    def not_plain(self) -> None:
+        """Something waits in the guest now."""
+        self._words[0] = 0
+
+    @property
+    def exit_code(self) -> int:
+        """Of the exit that C carried out."""
+        return self._words[7]
+
+    def switch(self) -> None:
+        """Guest to the VMCB, host back: what Svm._switch does."""
+        self._words[0] = 0
+        self._function(self._machine.engine.handle, self._state_at, self._at)

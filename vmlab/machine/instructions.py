@@ -132,6 +132,7 @@ class Instructions:
         if not machine.in_guest or machine.guest_mode is None or not machine.guest_mode.intercepts(op, instruction):
             return False
         machine.counter.leave(address)
+        machine.guest_mode.exited()
         machine.make_rip_count()
         return True
 

@@ -47,7 +47,10 @@ class GuestMode(Protocol):
         """#VMEXIT: the guest into the VMCB, the host into the CPU, and the end of the run."""
 
     def intercepts(self, op: str, instruction: Instruction) -> bool:
-        """Whether this instruction exits instead of being carried out; if so, it just did."""
+        """Whether this instruction exits instead of being carried out; if so, the switch is done: :meth:`exited` comes next."""
+
+    def exited(self) -> None:
+        """After :meth:`intercepts`, and with the block left: the VMM handles the exit now, or when the run has ended."""
 
     def watches_tasks(self) -> bool:
         """Whether far JMP, far CALL and IRET must be looked at, because a task switch is to exit."""

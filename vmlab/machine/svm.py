@@ -12,6 +12,7 @@ one routine for each thing a VMM must execute. Its handlers are Python; see ``do
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 from vmlab.errors import ConfigError, TripleFault
 from vmlab.machine import task
@@ -53,6 +54,7 @@ _ROUTINES = {
     _IDLE: "0f01dc f4 0f01dd eb07",      # stgi ; hlt ; clgi ; jmp door
     _DOOR: "ebfe",               # jmp $
 }
+_EVENTS = {code: f"exit.{v.exit_reason(code)}" for code in (*range(0xA0), v.EXIT_NPF)}
 _SWITCHED = (ES, CS, SS, DS)
 _TABLES = (("gdtr", "gdt"), ("idtr", "idt"))
 
@@ -77,6 +79,15 @@ class Svm:
         self._injected = 0
         self._virtual_interrupt = False
         self._kicked = False
+        self._attention = False
+        self._code = 0              # of the last exit
+        self._sound = b""           # what passed VMRUN's checks last time
+        #: A VMM that handles an exit at once, in the middle of the run: True to enter the guest again (RIP is at VMRUN then). It is asked
+        #: for the exit codes in ``at_once``; at all others, and where it says False, the run ends.
+        self.on_exit: Callable[[], bool] | None = None
+        self.at_once: frozenset[int] = frozenset()
+        native = machine.native_events
+        self._native = None if native is None else native.connect_svm(HOST_SAVE, self._plain_exit)
         #: Whether the CPU stands inside the guest: it runs there, or was stopped there by budget or device.
         self.in_guest = False
         machine.guest_mode = self
@@ -143,31 +154,45 @@ class Svm:
         machine = self.machine
         if self.in_guest:
             return machine.run()
-        vmcb = self._vmcb
-        vmcb.address = address
-        machine.events["entry"] += 1
-        if not self._consistent(vmcb):
-            machine.cpu.rip = _VMRUN
-            self._record_exit(vmcb, v.EXIT_INVALID, 0, 0)
+        if not self._prepare(address):
             return Stop(StopReason.REQUESTED)
-        machine.blocks.space_changed()
-        machine.tsc_offset = vmcb["tsc_offset"]
-        control = vmcb["interrupt_control"]
-        # Unicorn cannot take V_IRQ back from its CPU at #VMEXIT, so it never sees it: _attend() does it.
-        self._virtual_interrupt = bool(control & v.V_IRQ)
-        vmcb["interrupt_control"] = control & ~v.V_IRQ
-        # Its VMRUN delivers an interrupt and then raises it as an exception as well: _attend() does that too.
-        self._injected = vmcb["event_injection"] if vmcb["event_injection"] & v.EVENT_VALID else 0
-        vmcb["event_injection"] = 0
-        self._want_attention()
-        self.in_guest = True
-        machine.cpu.nested_root = vmcb["nested_cr3"] if vmcb["nested_control"] & 1 else 0
-        if machine.accesses is not None:
-            machine.accesses.world_switch(machine.cpu.nested_root or vmcb["cr3"])
         return self._call(_VMRUN, address)
 
+    def _prepare(self, address: int) -> bool:
+        """What VMRUN looks at and QEMU does not; False when it refuses, and exits at once."""
+        machine, vmcb = self.machine, self._vmcb
+        vmcb.address = address
+        machine.events["entry"] += 1
+        checked = vmcb.checked()
+        if checked != self._sound and not self._consistent(vmcb):
+            machine.cpu.rip = _VMRUN
+            self._record_exit(vmcb, v.EXIT_INVALID, 0, 0)
+            return False
+        self._sound = checked
+        machine.blocks.space_changed()
+        machine.tsc_offset, control, nested, injected, nested_root = vmcb.entry_controls()
+        # Unicorn cannot take V_IRQ back from its CPU at #VMEXIT, so it never sees it: _attend() does it.
+        self._virtual_interrupt = bool(control & v.V_IRQ)
+        if control & v.V_IRQ:
+            vmcb["interrupt_control"] = control & ~v.V_IRQ
+        # Its VMRUN delivers an interrupt and then raises it as an exception as well: _attend() does that too.
+        self._injected = injected if injected & v.EVENT_VALID else 0
+        if injected:
+            vmcb["event_injection"] = 0
+        self._want_attention()
+        self.in_guest = True
+        machine.cpu.nested_root = nested_root if nested & 1 else 0
+        if machine.accesses is not None:
+            machine.accesses.world_switch(machine.cpu.nested_root or vmcb["cr3"])
+        if self._native is not None:
+            self._native.entering(address, not self._injected and not self._virtual_interrupt and not self._kicked and machine.accesses is None)
+        return True
+
     def _want_attention(self) -> None:
-        self.machine.request_attention(bool(self._injected or self._virtual_interrupt or self._kicked))
+        wanted = bool(self._injected or self._virtual_interrupt or self._kicked)
+        if wanted != self._attention:
+            self._attention = wanted
+            self.machine.request_attention(wanted)
 
     @staticmethod
     def _consistent(vmcb: Vmcb) -> bool:
@@ -182,15 +207,61 @@ class Svm:
     def kick(self) -> None:
         """Make a running guest exit at its next instruction boundary, as an interrupt from another CPU does."""
         self._kicked = True
-        self.machine.request_attention(True)
+        if self._native is not None:
+            self._native.not_plain()
+        self._want_attention()
 
     # ---- #VMEXIT
-    def exit(self, code: int, info_1: int = 0, info_2: int | None = None, *, during: int | None = None) -> None:
+    def exit(self, code: int, info_1: int = 0, info_2: int | None = None, *, during: int | None = None, told: bool = True) -> None:
         """The world switch back (APM Vol. 2 §15.6). The window must be loaded; it holds the host afterwards.
+
+        The run ends, so that the VMM can handle the exit; without ``told`` the caller calls :meth:`exited`, which may handle it at once.
 
         :param info_2: None leaves what the CPU wrote.
         :param during: the event whose delivery was interrupted (EXITINTINFO).
         """
+        vmcb = self._vmcb
+        if self._native is not None:
+            self._native.switch()
+        else:
+            self._switch()
+        control = vmcb["interrupt_control"]
+        vmcb["interrupt_control"] = control | v.V_IRQ if self._virtual_interrupt else control & ~v.V_IRQ
+        self._record_exit(vmcb, code, info_1, info_2, during)
+        self._virtual_interrupt = self._kicked = False
+        self._code = code
+        self._left()
+        if told:
+            self.machine.stop(Stop(StopReason.REQUESTED))
+
+    def _plain_exit(self) -> None:
+        """C carried out the switch of an exit that the CPU found itself, and filled in the VMCB."""
+        assert self._native is not None
+        code = self._code = self._native.exit_code
+        self.machine.events[_EVENTS.get(code) or f"exit.{v.exit_reason(code)}"] += 1
+        self._left()
+        self.exited()
+
+    def _left(self) -> None:
+        """The host runs again."""
+        machine = self.machine
+        self.in_guest = False
+        self._want_attention()
+        machine.tsc_offset = 0
+        if machine.accesses is not None:
+            machine.accesses.world_switch()
+
+    def exited(self) -> None:
+        """The block that the guest left has been left, and the host runs: the VMM handles the exit now, or when the run has ended."""
+        machine = self.machine
+        if self._code in self.at_once and self.on_exit is not None and self.on_exit() and self._prepare(self._vmcb.address):
+            machine.cpu.set_gpr(RAX, self._vmcb.address, 8)
+            machine.cpu.rip = _VMRUN
+        elif machine.ending is None:
+            machine.stop(Stop(StopReason.REQUESTED))
+
+    def _switch(self) -> None:
+        """Guest to the VMCB, host from the save area; ``native/svm.c`` does the same."""
         cpu, vmcb, host = self.machine.cpu, self._vmcb, self._host
         vmcb.set_switched_segments([cpu.segment(number) for number in _SWITCHED])
         for name, table in _TABLES:
@@ -201,12 +272,6 @@ class Svm:
         vmcb["rsp"], vmcb["rax"], vmcb["cr2"] = cpu.gpr(RSP), cpu.gpr(RAX), cpu.cr2
         vmcb["efer"], vmcb["cpl"] = cpu.efer, cpu.cpl
         vmcb["interrupt_shadow"] = int(cpu.shadow)
-        control = vmcb["interrupt_control"]
-        vmcb["interrupt_control"] = control | v.V_IRQ if self._virtual_interrupt else control & ~v.V_IRQ
-        self._record_exit(vmcb, code, info_1, info_2, during)
-        self._virtual_interrupt = self._kicked = self.in_guest = False
-        self._want_attention()
-        self.machine.tsc_offset = 0
 
         cpu.clear_shadow()
         cpu.forget_exception()
@@ -215,8 +280,6 @@ class Svm:
         cr4, cr3, cr0, _, _, rflags, rip = host.switched_registers()
         cpu.set_efer(host["efer"])
         cpu.set_crs(cr0, cr3, cr4, told=False)  # which flushes Unicorn's TLB; a real one may keep what is tagged
-        if self.machine.accesses is not None:
-            self.machine.accesses.world_switch()
         for number, segment in zip(_SWITCHED, host.switched_segments(), strict=True):
             cpu.set_segment(number, segment)
         for name, table in _TABLES:
@@ -227,10 +290,9 @@ class Svm:
         cpu.set_gpr(RSP, host["rsp"], 8)
         cpu.set_gpr(RAX, host["rax"], 8)
         cpu.rip = rip
-        self.machine.stop(Stop(StopReason.REQUESTED))
 
     def _record_exit(self, vmcb: Vmcb, code: int, info_1: int, info_2: int | None, during: int | None = None) -> None:
-        self.machine.events[f"exit.{v.exit_reason(code)}"] += 1
+        self.machine.events[_EVENTS.get(code) or f"exit.{v.exit_reason(code)}"] += 1
         vmcb["exit_code"], vmcb["exit_info_1"] = code, info_1
         if info_2 is not None:
             vmcb["exit_info_2"] = info_2
@@ -247,19 +309,19 @@ class Svm:
             code = v.EXIT_RDTSC if op == "rdtsc" else v.EXIT_RDTSCP
             if not self._intercepted(code):
                 return False
-            self.exit(code)
+            self.exit(code, told=False)
             return True
         cpu = self.machine.cpu
         if op in ("rdmsr", "wrmsr"):
             if not self._intercepted(v.EXIT_MSR) or not self._msr_intercepted(cpu.gpr(RCX) & 0xFFFFFFFF, op == "wrmsr"):
                 return False
-            self.exit(v.EXIT_MSR, int(op == "wrmsr"))
+            self.exit(v.EXIT_MSR, int(op == "wrmsr"), told=False)
             return True
         if op in ("mov_to_cr", "mov_from_cr"):  # CR8
             kind, code = ("write", v.EXIT_CR_WRITE) if op == "mov_to_cr" else ("read", v.EXIT_CR_READ)
             if not self._vmcb[f"intercept_cr_{kind}"] >> 8 & 1:
                 return False
-            self.exit(code + 8)
+            self.exit(code + 8, told=False)
             return True
         if op in task.INSTRUCTIONS:
             return self._leaves_task(op, instruction)
@@ -269,7 +331,7 @@ class Svm:
         info = (port << v.IO_PORT_SHIFT | size << v.IO_SIZE_SHIFT | (instruction.cs.addr_size >> 1) << v.IO_ADDRESS_SHIFT
                 | (v.IO_STRING if instruction.string else 0) | (v.IO_REP if instruction.rep else 0)
                 | (v.IO_IN if op in ("in", "ins") else 0))
-        self.exit(v.EXIT_IOIO, info, cpu.rip + instruction.size)
+        self.exit(v.EXIT_IOIO, info, cpu.rip + instruction.size, told=False)
         return True
 
     def _port_intercepted(self, port: int, size: int) -> bool:

@@ -50,6 +50,7 @@ SWITCHED_SEGMENTS = SEGMENTS[:4]
 _FOUR_SEGMENTS = struct.Struct("<" + "HHIQ" * 4)
 SWITCHED_REGISTERS = ("cr4", "cr3", "cr0", "dr7", "dr6", "rflags", "rip")
 _SEVEN_REGISTERS = struct.Struct("<7Q")
+_CONTROLS = struct.Struct("<Q8xI44xQ16xQQ")    # from 0x050 on
 _SEGMENTS_AT, _REGISTERS_AT = _LAYOUT["es.selector"][0], _LAYOUT["cr4"][0]
 
 # Exit codes (APM Vol. 2 appendix C). Those from 0x60 to 0x9F are also bits of `intercepts`, see intercept_bit().
@@ -112,20 +113,30 @@ class Vmcb:
 
     def __init__(self, ram: Ram, address: int) -> None:
         self.address = address
-        self._bytes = ram.bytes
+        self.bytes = ram.bytes
 
     def __getitem__(self, field: str) -> int:
         offset, code = FIELDS[field]
-        value: int = code.unpack_from(self._bytes, self.address + offset)[0]
+        value: int = code.unpack_from(self.bytes, self.address + offset)[0]
         return value
 
     def __setitem__(self, field: str, value: int) -> None:
         offset, code = FIELDS[field]
-        code.pack_into(self._bytes, self.address + offset, value)
+        code.pack_into(self.bytes, self.address + offset, value)
+
+    def entry_controls(self) -> tuple[int, int, int, int, int]:
+        """What VMRUN acts on: tsc_offset, interrupt_control, nested_control, event_injection, nested_cr3."""
+        tsc_offset, interrupts, nested, event, root = _CONTROLS.unpack_from(self.bytes, self.address + 0x50)
+        return tsc_offset, interrupts, nested, event, root
+
+    def checked(self) -> bytes:
+        """The bytes that VMRUN's checks of consistency look at."""
+        at = self.address
+        return bytes(self.bytes[at + 0x0C:at + 0x14]) + bytes(self.bytes[at + 0x58:at + 0x5C]) + bytes(self.bytes[at + 0x4D0:at + 0x570])
 
     def clear(self) -> None:
         """All fields zero."""
-        self._bytes[self.address:self.address + 0x1000] = bytes(0x1000)
+        self.bytes[self.address:self.address + 0x1000] = bytes(0x1000)
 
     def segment(self, name: str) -> Segment:
         """One of :data:`SEGMENTS`, its attributes spread to where a descriptor has them (APM Vol. 2 §15.5.1)."""
@@ -142,22 +153,22 @@ class Vmcb:
     def switched_segments(self) -> tuple[Segment, ...]:
         """ES, CS, SS, DS."""
         at = self.address + _SEGMENTS_AT
-        return _unpack_segments(bytes(self._bytes[at:at + _FOUR_SEGMENTS.size]))
+        return _unpack_segments(bytes(self.bytes[at:at + _FOUR_SEGMENTS.size]))
 
     def set_switched_segments(self, segments: Iterable[Segment]) -> None:
         """Store ES, CS, SS, DS."""
         flat: list[int] = []
         for s in segments:
             flat += s.selector, (s.flags >> 8) & 0xFF | (s.flags >> 12) & 0xF00, s.limit, s.base
-        _FOUR_SEGMENTS.pack_into(self._bytes, self.address + _SEGMENTS_AT, *flat)
+        _FOUR_SEGMENTS.pack_into(self.bytes, self.address + _SEGMENTS_AT, *flat)
 
     def switched_registers(self) -> tuple[int, ...]:
         """Those of :data:`SWITCHED_REGISTERS`."""
-        return _SEVEN_REGISTERS.unpack_from(self._bytes, self.address + _REGISTERS_AT)
+        return _SEVEN_REGISTERS.unpack_from(self.bytes, self.address + _REGISTERS_AT)
 
     def set_switched_registers(self, *values: int) -> None:
         """Store those of :data:`SWITCHED_REGISTERS`."""
-        _SEVEN_REGISTERS.pack_into(self._bytes, self.address + _REGISTERS_AT, *values)
+        _SEVEN_REGISTERS.pack_into(self.bytes, self.address + _REGISTERS_AT, *values)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -173,12 +184,15 @@ class CountedVmcb(Vmcb):
 
     def __init__(self, ram: Ram, address: int, counts: Counts) -> None:
         super().__init__(ram, address)
-        self._counts = counts
+        self.counts = counts
 
     def __getitem__(self, field: str) -> int:
-        self._counts["vmcb.read"] += 1
-        return super().__getitem__(field)
+        self.counts["vmcb.read"] += 1
+        offset, code = FIELDS[field]
+        value: int = code.unpack_from(self.bytes, self.address + offset)[0]
+        return value
 
     def __setitem__(self, field: str, value: int) -> None:
-        self._counts["vmcb.write"] += 1
-        super().__setitem__(field, value)
+        self.counts["vmcb.write"] += 1
+        offset, code = FIELDS[field]
+        code.pack_into(self.bytes, self.address + offset, value)

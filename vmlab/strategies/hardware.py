@@ -82,6 +82,11 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             v.EXIT_SHUTDOWN: self._shutdown, v.EXIT_TASK_SWITCH: self._task_switch, **self.memory.exits,
         }
 
+        if self.machine.native_events is not None:
+            self.svm.on_exit = self._exit_at_once
+            self.svm.at_once = frozenset({*range(v.EXIT_CR_READ, v.EXIT_DR_READ), v.EXIT_CPUID, v.EXIT_MSR, v.EXIT_IOIO, *self.memory.exits})
+        self._handled = False       # the exit that ended the run was handled before it did
+
     # ---- loading
     def load(self, image: GuestImage, command_line: str) -> None:
         cpu = self.machine.cpu
@@ -130,14 +135,27 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         while True:
             if not self.svm.in_guest:
                 self._before_entry()
+            self._handled = False
             stop = self.svm.run(_VMCB)
             if stop.reason is not StopReason.REQUESTED:
                 return stop
-            self.cpu.at_exit()
-            self._exit(self.cpu.read("exit_code"))
-            machine.cpu.store()
+            if not self._handled:
+                self.cpu.at_exit()
+                self._exit(self.cpu.read("exit_code"))
+                machine.cpu.store()
             if machine.ending is not None and machine.ending.reason is not StopReason.REQUESTED:
                 return machine.ending
+
+    def _exit_at_once(self) -> bool:
+        """The same for one exit in the middle of the run, where that can be: True to enter the guest again."""
+        machine = self.machine
+        self.cpu.at_exit()
+        self._exit(self.cpu.read("exit_code"))
+        if machine.ending is None and not machine.pic.pending and not machine.stale_code:
+            self._before_entry()
+            return True
+        self._handled = True
+        return False
 
     def _exit(self, code: int) -> None:
         handler = self._exits.get(code)

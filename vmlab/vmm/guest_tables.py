@@ -150,6 +150,8 @@ class GuestMmu:
 
     def assume(self, cr0: int, cr3: int, cr4: int, efer: int) -> None:
         """The registers as the CPU holds them, where the guest writes them without the VMM (nested paging)."""
+        if self._pdptes is None and (self.cr0, self.cr3, self.cr4, self.efer) == (cr0, cr3, cr4, efer):
+            return
         self.cr0, self.cr3, self.cr4, self.efer, self._pdptes, self._tables = cr0, cr3, cr4, efer, None, None
 
     @property

@@ -57,6 +57,7 @@ class VirtualPlatform:
         self.timeline = Timeline(lambda: machine.time, self._arm)           # the VMM's own events
         #: Told of the level of INTR after every change.
         self.on_interrupt_line: Callable[[bool], None] = _ignore
+        self._level = False
         self.pic = PicPair(self._changed)                                   # two 8259A
         self.lapic = lapic.Lapic(self.timeline, self.pic, self._changed)    # local APIC
         self.ioapic = ioapic.IoApic(self.lapic.message)                     # I/O APIC
@@ -168,10 +169,11 @@ class VirtualPlatform:
     @property
     def pending(self) -> bool:
         """The level of INTR."""
-        return self.lapic.pending
+        return self._level
 
     def _changed(self) -> None:
-        self.on_interrupt_line(self.pending)
+        self._level = self.lapic.pending
+        self.on_interrupt_line(self._level)
 
     def acknowledge(self) -> int:
         """INTA by the guest's virtual CPU: the vector."""

@@ -39,6 +39,8 @@ class Pic:
     def pending(self) -> int | None:
         """The input that would interrupt now: unmasked, requested, above all in service."""
         ready = self.requests & ~self.imr
+        if not ready:
+            return None
         for irq in range(8):
             if self.isr & (1 << irq):
                 return None

@@ -20,6 +20,7 @@
 #define IOPL (3u << 12)
 
 #define GENERAL_PROTECTION 13
+#define VMEXIT 0x100 /* QEMU's EXCP_VMEXIT: above it, an exit code */
 #define HAS_ERROR_CODE ((1u << 8) | (1u << 10) | (1u << 11) | (1u << 12) | (1u << 13) | (1u << 14) | (1u << 17))
 #define UC_X86_REG_RIP 41
 
@@ -112,8 +113,20 @@ EXPORT void vmlab_exception(void *uc, uint32_t vector, void *data)
     int software = FIELD(uint32_t, s, s->is_int) && vector != 1;
     cut *here = 0;
 
-    if (s->stopped & FAILED || vector > 255 || hflags & HF_GUEST)
+    if (s->stopped & FAILED)
         goto python;
+    if (vector > 255 || hflags & HF_GUEST) {
+        svm *v = AT(svm *, s->svm);
+
+        here = vector >= VMEXIT && v && v->plain ? place_in_block(s, at) : 0;
+        if (!here)
+            goto python;
+        leave_at(s, here);
+        vmlab_plain_exit(uc, s, v, vector - VMEXIT);
+        AT(void (*)(void), v->on_exit)();
+        set_cpl(s);
+        return;
+    }
     if (software) {
         if (!software_interrupt(s, vector, at))
             goto python;

@@ -64,6 +64,7 @@ typedef struct {
     uint64_t virtual_cpu;    /* address of a `virtual_cpu`; 0: no shortcuts */
     uint64_t door;           /* linear address of a translator's gate; 0: none */
     uint64_t sites, site_count; /* address and length of an array of `site` */
+    uint64_t svm;            /* address of an `svm`; 0: nobody enters guest mode */
 } state;
 
 #define FAILED 1
@@ -107,6 +108,19 @@ typedef struct {
     uint64_t rip, size;  /* the guest's instruction */
     uint64_t hits;
 } site;
+
+/* Guest mode, see svm.c. */
+typedef struct {
+    uint64_t plain;          /* the CPU is in the guest, no event is under way and none waits: an exit is no more than the switch */
+    uint64_t ram;            /* address of machine memory */
+    uint64_t vmcb, host;     /* hpa */
+    uint64_t debug_registers; /* offset in CPUX86State */
+    uint64_t read_register;  /* uc_reg_read */
+    uint64_t on_exit;        /* void (*)(void): the host is back, the VMCB says why */
+    uint64_t code;           /* the exit code */
+} svm;
+
+void vmlab_plain_exit(void *uc, state *s, svm *v, uint64_t code);
 
 #endif
 
