@@ -157,3 +157,12 @@ def test_warm_up_of_a_guest_ends_with_the_ledgers_own_counts(capsys: pytest.Capt
     counts = run.strategy.snapshot().events
     assert curve[-1] == {"instructions": run.machine.time, "translated": counts["bt.translate.unit"], "chained": counts["bt.chain"]}
     assert all(a["translated"] <= b["translated"] for a, b in itertools.pairwise(curve))
+
+
+def test_code_of_64_bits_is_translated_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    """mov r8, [rip + 0x10]; cli; ret: the operand is made absolute, and nothing else changes."""
+    assert main(["translate", "--bits", "64", "--bytes", "4c 8b 05 10 00 00 00 fa c3", "--symbol", "code", "--json"]) == 0
+    unit = json.loads(capsys.readouterr().out)["units"][0]
+    assert [piece["kind"] for piece in unit["pieces"]] == ["relocated", "in-cache", "control flow"]
+    assert unit["pieces"][0]["code"][0]["text"] == "mov r8, qword ptr [0x100117]"
+    assert main(["translate", "nano", "--bits", "64"]) == 2

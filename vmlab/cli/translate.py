@@ -24,15 +24,14 @@ examples:
   vmlab translate nano --workload cli_sti --symbol uart_write --profile prescott-2005
   vmlab translate --asm "cli; mov eax, 1; sti; ret"          (needs the extra: pip install 'vmlab[asm]')
   vmlab translate --bytes "fa b8 01 00 00 00 fb c3" --steps
+  vmlab translate --bits 64 --asm "lea r9, [rip + 16]; cli; mov rax, cr8; sti; ret"
   vmlab translate minios --workload mixed --set memory=tracing --steady
 
-Units that ran most come first. Kinds: identical (copied), in-cache (works on the virtual CPU), callout (into the monitor),
-control flow, simulated (adapted: it kept faulting as a copy), forwarding (jumps to where it was adapted). Cycles are per execution of
-the unit, beside those of the same guest code on the bare machine.
+Units that ran most come first. Kinds: identical (copied), relocated (a copy whose operand, relative to RIP, is made absolute),
+in-cache (works on the virtual CPU), callout (into the monitor), control flow, simulated (adapted: it kept faulting as a copy),
+forwarding (jumps to where it was adapted). Cycles are per execution of the unit, beside those of the same guest code on the bare machine.
 """
 
-#: Where code from --asm or --bytes lies, and who calls it.
-_ENTRY, _CODE, _STACK = 0x100000, 0x100100, 0x90000
 _COLOURS = {"identical": "37", "in-cache": "32", "callout": "31", "control flow": "36", "simulated": "35", "forwarding": "35", "relocated": "34"}
 _MARKS = {"identical": " ", "in-cache": "*", "callout": "!", "control flow": ">", "simulated": "~", "forwarding": "~", "relocated": "+"}
 
@@ -49,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     code = parser.add_mutually_exclusive_group()
     code.add_argument("--asm", metavar="TEXT", help="translate and run these instructions instead of a guest")
     code.add_argument("--bytes", metavar="HEX", help="the same, as machine code")
+    parser.add_argument("--bits", choices=("32", "64"), default="32", help="size of that code (default: 32)")
     parser.add_argument("--profile", metavar="NAME", default="prescott-2005", help="price on this profile (default: prescott-2005)")
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="units or steps shown at most (default: 20)")
     shown = parser.add_mutually_exclusive_group()
@@ -166,6 +166,7 @@ def _figure(value: float | str | None) -> str:
 
 def _prepared(arguments: argparse.Namespace) -> tuple[BinaryTranslation, GuestImage, int, Mapping[str, Snapshot]]:
     """The guest loaded under translation, its budget, and what will have been counted when it passes its markers."""
+    from vmlab.cli import own_code
     from vmlab.errors import ConfigError
     from vmlab.experiment import schema, single
     from vmlab.experiment.cell import DEFAULT_BUDGET, Run
@@ -180,13 +181,18 @@ def _prepared(arguments: argparse.Namespace) -> tuple[BinaryTranslation, GuestIm
             raise ConfigError(f"--set {text}: one value for one parameter")
         parameters[key] = values[0]
     if arguments.asm is not None or arguments.bytes is not None:
-        image = _image(_assembled(arguments.asm) if arguments.asm is not None else _hex(arguments.bytes))
+        bits = int(arguments.bits)
+        image = own_code.image(own_code.assembled(arguments.asm, bits) if arguments.asm is not None else own_code.from_hex(arguments.bytes), bits)
+        if bits == 64:
+            parameters.setdefault("memory", "lazy")     # long mode is paged
         for key in parameters:
             if key not in BinaryTranslation.parameters:
                 raise ConfigError(f"--set {key}: code of your own takes the technique's parameters only")
         strategy = BinaryTranslation(Machine(), parameters)
         strategy.load(image, "")
         return strategy, image, 100_000, {}
+    if arguments.bits != "32":
+        raise ConfigError("--bits is for code of your own: --asm or --bytes; a guest has its own size")
     for key, given in (("iterations", arguments.iterations or "20"), ("density", arguments.density)):
         if given is not None and not (key == "iterations" and arguments.iterations is None and arguments.workload is None):
             parameters[key] = schema.word_or_number(given)
@@ -194,46 +200,6 @@ def _prepared(arguments: argparse.Namespace) -> tuple[BinaryTranslation, GuestIm
     made = Run("binary-translation", cell.parameters)
     assert isinstance(made.strategy, BinaryTranslation)
     return made.strategy, made.image, DEFAULT_BUDGET, made.marks
-
-
-def _assembled(source: str) -> bytes:
-    from vmlab.errors import ConfigError
-
-    try:
-        import keystone  # type: ignore[import-untyped]
-    except ImportError:
-        raise ConfigError("--asm needs an assembler: pip install 'vmlab[asm]' (keystone-engine); or give machine code with --bytes") from None
-    try:
-        code, _ = keystone.Ks(keystone.KS_ARCH_X86, keystone.KS_MODE_32).asm(source, _CODE)
-    except keystone.KsError as error:
-        raise ConfigError(f"--asm: {error}") from None
-    if not code:
-        raise ConfigError("--asm: no instruction in it")
-    return bytes(code)
-
-
-def _hex(words: str) -> bytes:
-    from vmlab.errors import ConfigError
-
-    try:
-        raw = bytes.fromhex(words)
-    except ValueError as error:
-        raise ConfigError(f"--bytes: {error}") from None
-    if not raw:
-        raise ConfigError("--bytes: no byte in it")
-    return raw
-
-
-def _image(code: bytes) -> GuestImage:
-    """A guest that calls the code once, and ends."""
-    import hashlib
-
-    from vmlab.guests.image import GuestImage, Segment
-
-    caller = (b"\xbc" + _STACK.to_bytes(4, "little") + b"\xe8" + (_CODE - _ENTRY - 10).to_bytes(4, "little")
-              + bytes.fromhex("fa 31c0 66baf400 ef f4"))      # mov esp; call code; cli; xor eax, eax; mov dx, 0xf4; out dx, eax; hlt
-    segments = (Segment(_ENTRY, caller, len(caller)), Segment(_CODE, code, len(code)))
-    return GuestImage("your code", segments, _ENTRY, None, {"caller": _ENTRY, "code": _CODE}, hashlib.sha256(code).hexdigest())
 
 
 def _symbol(symbols: Mapping[str, int], address: int) -> str:
