@@ -1,4 +1,4 @@
-"""``vmlab run``: one workload under one technique, and its ledger."""
+"""``vmlab run``: one workload, or one image from a file, under one technique, and its ledger."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from vmlab.cli import live
 from vmlab.cli.output import print_json, table
 
 EXAMPLE = """\
@@ -13,8 +14,11 @@ examples:
   vmlab run cli_sti --technique trap-and-emulate --iterations 1000 --density 100
   vmlab run rdtsc --technique binary-translation --set emulation=callout --profile prescott-2005
   vmlab run compute --technique native --json
+  vmlab run kernelmemfs --technique hardware-assisted --set memory=nested --ram 240
+  vmlab run vmlinuz --initrd initrd.gz --append console=ttyS0 --ram 256 --technique native --expect '# ' --send 'ls\\n' --expect '# '
 
-The native run of the same work is made along with it, for slowdown and fidelity.
+The native run of the same work is made along with a workload's, for slowdown and fidelity. An image from a file runs alone; at a
+terminal its console is yours (Ctrl-] ends the run).
 'vmlab list workloads' and 'vmlab list techniques' name what can be run.
 """
 
@@ -26,7 +30,7 @@ _OF_THEIR_OWN = {"technique": "with --technique", "workload": "as the first argu
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.epilog = EXAMPLE
-    parser.add_argument("workload", nargs="?", help="what the guest does; a kernel from a file has none")
+    parser.add_argument("workload", nargs="?", metavar="WORKLOAD|IMAGE", help="what the guest does; or the file of a guest from elsewhere")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--technique", help="how it is virtualized ('native': not at all)")
     how.add_argument("--strategy", metavar="FILE.py:CLASS", help="a technique of your own, from a file")
@@ -38,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", dest="profiles", metavar="NAME|FILE", action="append",
                         help="price on this profile, or on that of a .yaml file (default: on all built-in ones); may be repeated")
     parser.add_argument("--json", action="store_true", help="print the cell as results.json holds it")
+    live.configure(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,10 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--set {text}: one value for one parameter; 'vmlab experiment' sweeps")
         parameters[key] = values[0]
     lab = Lab([arguments.strategy] if arguments.strategy else [])
-    cell = single.run(
-        arguments.technique or arguments.strategy, arguments.workload, guest=arguments.guest,
-        profiles=arguments.profiles, parameters=parameters, lab=lab,
-    )
+    technique = arguments.technique or arguments.strategy
+    parameters |= live.parameters(arguments)
+    if live.is_image(arguments.workload):
+        cell = live.run(technique, arguments.workload, parameters, lab, profiles=arguments.profiles, quiet=arguments.json)
+    else:
+        cell = single.run(technique, arguments.workload, guest=arguments.guest, profiles=arguments.profiles, parameters=parameters, lab=lab)
     if arguments.json:
         print_json(cell)
     elif cell["status"] == "ok":

@@ -15,6 +15,7 @@ from typing import Any
 
 from vmlab import guests, strategies
 from vmlab.errors import GuestError, UnsupportedByStrategy, VmlabError
+from vmlab.experiment import dialogue
 from vmlab.ledger import Snapshot
 from vmlab.machine import tlb
 from vmlab.machine.pc import Machine, Stop, StopReason
@@ -49,6 +50,8 @@ class Run:
             if marker in self.image.symbols:
                 self.strategy.watch(self.image.symbols[marker], self._marker(marker))
         self.strategy.load(self.image, line)
+        script = str(parameters.get("script", ""))
+        self.dialogue = dialogue.Dialogue(self.machine, dialogue.parse(script)) if script else None
 
     def _marker(self, name: str) -> Callable[[int], None]:
         def passed(address: int) -> None:
@@ -112,31 +115,38 @@ class Run:
         return found
 
 
-def run_cell(technique: str, parameters: Mapping[str, Value]) -> Cell:
+def run_cell(technique: str, parameters: Mapping[str, Value], attach: Callable[[Run], None] | None = None) -> Cell:
     """Run one cell; returns its unpriced record (see docs/experiments.md for the fields).
 
     A guest that ends badly gives status ``failed`` and a sentence; for a pair that the technique
     declares unfaithful that same end is the expected finding, and the status stays ``ok``. What the technique
     cannot carry, found at loading or on the way, gives status ``unsupported`` and the reason.
+
+    :param attach: called with the loaded guest before it runs (a console that is watched or typed at).
     """
     started = time.perf_counter()
     try:
-        return _run(technique, parameters, started)
+        return _run(technique, parameters, started, attach)
     except UnsupportedByStrategy as reason:
         kind = strategies.describe(technique)
         return {"technique": technique, "parameters": dict(parameters), "status": "unsupported", "error": str(reason),
                 "platform": kind.platform(parameters), "host_seconds": round(time.perf_counter() - started, 6)}
 
 
-def _run(technique: str, parameters: Mapping[str, Value], started: float) -> Cell:
+def _run(technique: str, parameters: Mapping[str, Value], started: float, attach: Callable[[Run], None] | None) -> Cell:
     run = Run(technique, parameters)
+    if attach is not None:
+        attach(run)
     declared = run.kind.unfaithful(run.workload, parameters)
     exit_code: int | None = None
     error: str | None = None
     try:
         stop = run.go()
         exit_code = stop.exit_code
-        if stop.reason is StopReason.HALTED:
+        waited = run.dialogue.waits_for if run.dialogue is not None else None
+        if waited is not None and stop.reason is not StopReason.REQUESTED:
+            error = f"{stop.reason.value} before it said {waited!r}; its last line: {_last_line(run.machine.console)}"
+        elif stop.reason is StopReason.HALTED:
             error = "the guest halted with nothing left to wake it"
         elif exit_code not in (0, None):
             error = f"the guest ended with exit code {exit_code}: {_last_line(run.machine.console)}"

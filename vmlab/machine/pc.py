@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 #: Virtual time stamp counter: ticks per nanosecond of virtual time. One is as good as another; one is simple.
 TSC_PER_NANOSECOND = 1
-#: A CPU that waits in HLT through so many due events, none of which wakes it, waits for ever.
 _VAIN_EVENTS = 100_000
 _FOR_EVER = 1 << 62
 
@@ -72,8 +71,10 @@ class Machine:
         # What was counted, what the world saw, who is in charge.
         self.events = Counts("machine")
         self.console = bytearray()
-        #: Told of each character that leaves the serial port, at once.
-        self.on_console: Callable[[int], None] = lambda character: None
+        #: Each is told of each character that leaves the serial port, at once.
+        self.console_listeners: list[Callable[[int], None]] = []
+        #: A CPU that waits in HLT through so many due events, none of which wakes it, waits for ever.
+        self.patience = _VAIN_EVENTS
         #: Device writes in order, without times: part of the guest-visible state.
         self.device_log: list[tuple[int, int, int]] = []
         #: What C does about events, where it does; None: all of them are Python's.
@@ -341,7 +342,8 @@ class Machine:
     def _transmitted(self, character: int) -> None:
         """A character left the serial port."""
         self.console.append(character)
-        self.on_console(character)
+        for listener in self.console_listeners:
+            listener(character)
 
     # ---- time
     @property
@@ -394,7 +396,7 @@ class Machine:
 
     def wait(self) -> bool:
         """The CPU waits for INTR: time skips from one due event to the next. False when INTR will never come."""
-        for _ in range(_VAIN_EVENTS):
+        for _ in range(self.patience):
             if self.intr.pending:
                 return True
             due = self.timeline.next_due

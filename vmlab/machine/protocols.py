@@ -16,6 +16,7 @@ class StopReason(enum.Enum):
     EXIT = "the guest ended its run"
     HALTED = "the CPU halted with nothing left to wake it"
     RESET = "the guest reset the machine"
+    SAID = "the guest said what was waited for"
     REQUESTED = "the monitor asked for it"
 
 

@@ -1,6 +1,6 @@
 """Accesses that the VMM carries out in place of the CPU: stores to traced page tables, registers of devices.
 
-A plain MOV is done at once; everything else by :class:`~vmlab.vmm.single_step.SingleStep`. Either way the guest
+A plain MOV, either way, is done at once; everything else by :class:`~vmlab.vmm.single_step.SingleStep`. Either way the guest
 instruction counts once, as one that the VMM emulated.
 """
 
@@ -17,7 +17,7 @@ from vmlab.machine.paging import PageFault
 from vmlab.machine.pc import Machine
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_tables import GuestMmu
-from vmlab.vmm.operands import REGISTERS, Registers, effective_address, read_operand
+from vmlab.vmm.operands import REGISTERS, Registers, effective_address, read_operand, write_operand
 from vmlab.vmm.single_step import SingleStep, SteppingCpu
 
 
@@ -51,6 +51,13 @@ class Stores:
             except PageFault as fault:
                 raise Fault(14, fault.error_code, fault.address) from fault
             cpu.rip = cpu.advance(instruction.size)
+        elif _is_plain_load(instruction):
+            target, source = instruction.cs.operands
+            try:
+                write_operand(cpu, instruction, target, read_operand(cpu, instruction, source))
+            except PageFault as fault:
+                raise Fault(14, fault.error_code, fault.address) from fault
+            cpu.rip = cpu.advance(instruction.size)
         else:
             step = self.single_step
             try:
@@ -59,6 +66,15 @@ class Stores:
                 if step.elements:
                     self._emulator.counts["emulate.string"] += step.elements
         self._emulator.count("other", user)
+
+
+def _is_plain_load(instruction: Instruction) -> bool:
+    """MOV of memory to a general register: how drivers read registers of devices."""
+    found = instruction.cs
+    if found.id != cs_x86.X86_INS_MOV or instruction.op is not None:
+        return False
+    target, source = found.operands
+    return bool(source.type == cs_x86.X86_OP_MEM and target.type == cs_x86.X86_OP_REG and target.reg in REGISTERS)
 
 
 def _is_plain_store(instruction: Instruction) -> bool:
