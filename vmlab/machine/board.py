@@ -44,6 +44,7 @@ def populate(machine: Machine) -> None:
         memory.attach(Counted(device, machine.events), first, size, machine.fail)
     memory.seal()
     machine.lapic.on_eoi = machine.ioapic.end_of_interrupt
+    machine.lapic.on_nmi = machine.interrupts.raise_nmi
     machine.pic.attach(ports)
     ports.attach(machine.pit, PIT_PORT, 4)
     ports.attach(SystemControl(machine.timeline, machine.pit.channels[2]), SYSTEM_PORT, 1)

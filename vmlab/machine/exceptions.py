@@ -158,6 +158,9 @@ class Interrupts:
     def __init__(self, machine: Machine, exceptions: Exceptions) -> None:
         self._machine, self._exceptions = machine, exceptions
         self.attention = self._requested = False
+        self._nmi = False
+        #: IRETs that had retired when an NMI was taken: until the next one another waits (SDM Vol. 3A §6.7.1). None: none is under way.
+        self._nmi_since: int | None = None
         #: A monitor that asked by :meth:`request` is called at block starts; True when it moved RIP.
         self.on_attention: Callable[[], bool] = lambda: False
 
@@ -166,9 +169,29 @@ class Interrupts:
         self._requested = on
         self.update()
 
+    def raise_nmi(self) -> None:
+        """A non-maskable interrupt; one that comes while another is waiting is the same one."""
+        self._nmi = True
+        self.update()
+
+    @property
+    def nmi_ready(self) -> bool:
+        """Whether the CPU takes a waiting NMI now."""
+        machine = self._machine
+        if self._nmi_since is not None and sum(machine.counter.irets) > self._nmi_since:
+            self._nmi_since = None
+        return self._nmi and self._nmi_since is None and not machine.cpu.shadow
+
+    def take_nmi(self) -> None:
+        """The CPU accepts the NMI: vector 2, whatever IF says."""
+        self._nmi, self._nmi_since = False, sum(self._machine.counter.irets)
+        self.update()
+        self._machine.events["interrupt.delivered"] += 1
+        self._exceptions.deliver(2, None, external=True)
+
     def update(self) -> None:
         """The pin may have changed."""
-        self.attention = self._requested or self._machine.intr.pending
+        self.attention = self._requested or self._nmi or self._machine.intr.pending
         self._machine.counter.attention = self.attention
 
     @property
@@ -187,7 +210,9 @@ class Interrupts:
         cpu.rip = pc - cpu.segment(hidden.CS).base
         in_string = counter.continues(pc + size)
         cpl = cpu.cpl
-        if machine.intr.pending and self.recognised:
+        if self._nmi and self.nmi_ready:
+            self.take_nmi()
+        elif machine.intr.pending and self.recognised:
             self.take()
         elif not (self._requested and self.on_attention()):
             return False

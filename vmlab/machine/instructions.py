@@ -198,7 +198,7 @@ class Instructions:
             cpu.set_gpr(RAX, tsc)
             cpu.set_gpr(RDX, tsc >> 32)
             if op == "rdtscp":
-                cpu.set_gpr(RCX, 0)
+                cpu.set_gpr(RCX, self._msrs.tsc_aux)
             self._complete(address, instruction)
 
     # ---- model-specific registers: above ring 0 Unicorn raises #GP by itself

@@ -397,7 +397,7 @@ class Machine:
     def wait(self) -> bool:
         """The CPU waits for INTR: time skips from one due event to the next. False when INTR will never come."""
         for _ in range(self.patience):
-            if self.intr.pending:
+            if self.intr.pending or self.interrupts.nmi_ready:
                 return True
             due = self.timeline.next_due
             if due is None:
@@ -413,8 +413,8 @@ class Machine:
     def _halted(self) -> None:
         """HLT was executed at CPL 0: wait for an interrupt, or for ever."""
         self.idle()
-        if self.interrupts.recognised and self.wait():
-            self.interrupts.take()
+        if self.interrupts.nmi_ready or (self.interrupts.recognised and self.wait()):
+            (self.interrupts.take_nmi if self.interrupts.nmi_ready else self.interrupts.take)()
             self.cpu.store()
         elif self._stop is None:
             self._stop = Stop(StopReason.HALTED)

@@ -57,7 +57,7 @@ _SEGMENTS_AT, _REGISTERS_AT = _LAYOUT["es.selector"][0], _LAYOUT["cr4"][0]
 EXIT_CR_READ, EXIT_CR_WRITE, EXIT_DR_READ, EXIT_EXCEPTION = 0x00, 0x10, 0x20, 0x40
 EXIT_INTR, EXIT_VINTR, EXIT_RDTSC, EXIT_CPUID, EXIT_HLT, EXIT_IOIO, EXIT_MSR = 0x60, 0x64, 0x6E, 0x72, 0x78, 0x7B, 0x7C
 EXIT_SHUTDOWN, EXIT_VMRUN, EXIT_VMMCALL, EXIT_RDTSCP, EXIT_NPF = 0x7F, 0x80, 0x81, 0x87, 0x400
-EXIT_INVLPG, EXIT_TASK_SWITCH = 0x79, 0x7D
+EXIT_IRET, EXIT_INVLPG, EXIT_TASK_SWITCH = 0x74, 0x79, 0x7D
 #: VMRUN, VMMCALL, VMLOAD, VMSAVE, STGI, CLGI, SKINIT and INVLPGA: what only a VMM may execute, with addresses of machine memory.
 EXITS_OF_SVM = (EXIT_VMRUN, EXIT_VMMCALL, 0x82, 0x83, 0x84, 0x85, 0x86, 0x7A)
 EXIT_INVALID = 0xFFFFFFFFFFFFFFFF
@@ -91,7 +91,7 @@ def event(kind: int, vector: int, error_code: int | None = None) -> int:
 
 _REASONS = {
     EXIT_INTR: "interrupt", EXIT_VINTR: "interrupt_window", EXIT_RDTSC: "rdtsc", EXIT_RDTSCP: "rdtsc", 0x6F: "rdpmc",
-    0x70: "pushf", 0x71: "popf", EXIT_CPUID: "cpuid", 0x74: "iret", 0x75: "software_interrupt", EXIT_HLT: "hlt", 0x79: "invlpg",
+    0x70: "pushf", 0x71: "popf", EXIT_CPUID: "cpuid", EXIT_IRET: "iret", 0x75: "software_interrupt", EXIT_HLT: "hlt", 0x79: "invlpg",
     EXIT_IOIO: "io", EXIT_MSR: "msr", EXIT_SHUTDOWN: "shutdown", EXIT_VMMCALL: "vmmcall", EXIT_NPF: "nested_page_fault",
     EXIT_EXCEPTION + 14: "page_fault", EXIT_TASK_SWITCH: "task_switch",
 }

@@ -75,10 +75,13 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             else Shadowed(self, ShadowPager(self.mmu, self.counts, scheme=scheme, space=None, is_device=self.platform_devices.is_device)))
         self.stores = Stores(machine, self.mmu, self.emulator, self.memory.forget)
         self._window_open = False
+        #: An NMI for the guest waits; the guest handles one and takes no other until its IRET.
+        self._nmi = self._nmi_blocked = False
+        self.platform_devices.on_nmi = self._raise_nmi
         self._exits: dict[int, Callable[[], None]] = {
             **dict.fromkeys(range(v.EXIT_CR_READ, v.EXIT_DR_READ), self.emulate_next),
             v.EXIT_CPUID: self.emulate_next, v.EXIT_MSR: self.emulate_next, v.EXIT_HLT: self._halt, v.EXIT_IOIO: self._port,
-            v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window, **dict.fromkeys(v.EXITS_OF_SVM, self._undefined),
+            v.EXIT_IRET: self._nmi_handled, v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window, **dict.fromkeys(v.EXITS_OF_SVM, self._undefined),
             v.EXIT_SHUTDOWN: self._shutdown, v.EXIT_TASK_SWITCH: self._task_switch, **self.memory.exits,
         }
 
@@ -204,7 +207,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         if not self.cpu.interrupts_enabled:     # nothing can wake it, whatever else goes on in the machine
             self.machine.idle()
             self.machine.stop(Stop(StopReason.HALTED))
-        elif self.platform_devices.pending:
+        elif self.platform_devices.pending or self._nmi:
             self.machine.idle()
         else:
             while self.svm.wait().reason is StopReason.REQUESTED and not self.platform_devices.pending:
@@ -282,6 +285,8 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         """Take physical interrupts, then inject a virtual one, or ask for the moment when the guest accepts it."""
         if self.machine.pic.pending:
             self.svm.take_interrupts()
+        if self._nmi and not self._nmi_blocked and not self.cpu.read("event_injection") and not self.cpu.read("interrupt_shadow"):
+            self._inject_nmi()
         if not self.platform_devices.pending:
             self._close_window()
         elif not self.cpu.interrupts_enabled or self.cpu.read("interrupt_shadow") or self.cpu.read("event_injection"):
@@ -306,6 +311,23 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             self.vmcb["intercepts"] &= ~v.intercept_bit(v.EXIT_VINTR)
             self.vmcb["interrupt_control"] &= ~(v.V_IRQ | v.V_IGNORE_TPR)
             self._window_open = False
+
+    def _raise_nmi(self) -> None:
+        """The guest's APIC sent an NMI; it is injected before the next entry. Only the guest's own accesses do that: it has exited."""
+        self._nmi = True
+
+    def _inject_nmi(self) -> None:
+        """The CPU does not tell the end of an injected NMI by itself: the guest's IRET is intercepted (APM Vol. 2 §15.20, §15.21.4)."""
+        self._nmi, self._nmi_blocked = False, True
+        self.counts["interrupt.injected"] += 1
+        self.counts["vmm.inject"] += 1
+        self.vmcb["intercepts"] |= v.intercept_bit(v.EXIT_IRET)
+        self.cpu.write("event_injection", v.event(v.EVENT_NMI, 2))
+
+    def _nmi_handled(self) -> None:
+        """The handler of an NMI is about to return. RIP is still at its IRET: an NMI that waits comes before it, on top of its frame."""
+        self._nmi_blocked = False
+        self.vmcb["intercepts"] &= ~v.intercept_bit(v.EXIT_IRET)
 
     def interrupt(self) -> None:
         """The host took a physical interrupt: forward it to the guest's controller."""

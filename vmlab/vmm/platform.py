@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from vmlab.errors import UnsupportedByStrategy
 from vmlab.ledger import Counts
 from vmlab.machine.board import CLOCK_IRQ, DISK_IRQ, IDE_IRQ, KEYBOARD_IRQ, PIT_IRQ, PIT_PORT, SYSTEM_PORT, UART_IRQ, line
 from vmlab.machine.devices import cmos, ioapic, lapic, testdev
@@ -74,6 +75,9 @@ class VirtualPlatform:
         self._own.attach(self.test_device, testdev.DATA_PORT, testdev.DATA_COUNT)
         self._own.attach(testdev.TestLines(self.ioapic.set_line), testdev.LINES_PORT, testdev.LINES)
         self.lapic.on_eoi = self.ioapic.end_of_interrupt
+        self.lapic.on_nmi = lambda: self.on_nmi()
+        #: A non-maskable interrupt for the guest. A VMM that cannot inject one says so.
+        self.on_nmi: Callable[[], None] = _no_nmi
         #: Devices in guest-physical memory: first address, bytes, device.
         self._in_memory: tuple[tuple[int, int, MemoryDevice], ...] = (
             (lapic.BASE, lapic.SIZE, self.lapic), (ioapic.BASE, ioapic.SIZE, self.ioapic),
@@ -195,6 +199,10 @@ class _Halted:
 
 def _ignore(_level: bool) -> None:
     """Nobody asked."""
+
+
+def _no_nmi() -> None:
+    raise UnsupportedByStrategy("the guest sends itself an NMI, which a deprivileging VMM does not inject here (use hardware-assisted)")
 
 
 def _nothing() -> None:

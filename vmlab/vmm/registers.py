@@ -16,6 +16,7 @@ from vmlab.machine.msr import (
     EFER_SCE,
     FS_BASE,
     GS_BASE,
+    KEPT,
     KERNEL_GS_BASE,
     LSTAR,
     PAT,
@@ -25,6 +26,7 @@ from vmlab.machine.msr import (
     SYSENTER_ESP,
     TSC,
     TSC_AUX,
+    check_kept,
 )
 from vmlab.machine.paging import CR4_FLUSHING, EFER_LMA, EFER_LME, EFER_NXE
 from vmlab.machine.pc import Machine
@@ -60,7 +62,7 @@ class RegisterEmulator:
         self.tsc_offset = 0
         self.debug = [0] * 8
         self.msrs = vcpu.msrs
-        self.msrs.update(dict.fromkeys(HARMLESS_MSRS, 0) | {PAT: _PAT_AT_RESET})
+        self.msrs.update(dict.fromkeys(HARMLESS_MSRS, 0) | {PAT: _PAT_AT_RESET} | {number: reset for number, (_, reset, _) in KEPT.items()})
         self.by_op: dict[str, Callable[[Instruction], None]] = {
             "mov_to_cr": self._mov_to_cr, "mov_from_cr": self._mov_from_cr, "mov_to_dr": self._mov_to_dr, "mov_from_dr": self._mov_from_dr,
             "smsw": self._smsw, "lmsw": self._lmsw, "clts": self._clts, "invlpg": self._invlpg, "rdmsr": self._rdmsr, "wrmsr": self._wrmsr,
@@ -159,6 +161,8 @@ class RegisterEmulator:
         elif number in (FS_BASE, GS_BASE):
             vcpu.set_segment_base(FS if number == FS_BASE else GS, value)
         elif number in self.msrs:
+            if number in KEPT:
+                check_kept(number, value)
             self.msrs[number] = value
         else:
             raise Fault(GP, 0)
