@@ -176,9 +176,10 @@ class Interrupts:
 
     @property
     def nmi_ready(self) -> bool:
-        """Whether the CPU takes a waiting NMI now."""
-        machine = self._machine
-        if self._nmi_since is not None and sum(machine.counter.irets) > self._nmi_since:
+        """Whether the CPU takes a waiting NMI now, at a block's start."""
+        machine, last = self._machine, self._machine.counter.current
+        retired = sum(machine.counter.irets) + bool(last is not None and last.iret)     # the block that just ended is not counted yet
+        if self._nmi_since is not None and retired > self._nmi_since:
             self._nmi_since = None
         return self._nmi and self._nmi_since is None and not machine.cpu.shadow
 

@@ -81,7 +81,8 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self._exits: dict[int, Callable[[], None]] = {
             **dict.fromkeys(range(v.EXIT_CR_READ, v.EXIT_DR_READ), self.emulate_next),
             v.EXIT_CPUID: self.emulate_next, v.EXIT_MSR: self.emulate_next, v.EXIT_HLT: self._halt, v.EXIT_IOIO: self._port,
-            v.EXIT_IRET: self._nmi_handled, v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window, **dict.fromkeys(v.EXITS_OF_SVM, self._undefined),
+            v.EXIT_IRET: self._nmi_handled, v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window,
+            **dict.fromkeys(v.EXITS_OF_SVM, self._undefined),
             v.EXIT_SHUTDOWN: self._shutdown, v.EXIT_TASK_SWITCH: self._task_switch, **self.memory.exits,
         }
 

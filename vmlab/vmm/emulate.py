@@ -36,7 +36,7 @@ class Emulator:
         self.machine, self.vcpu, self.platform, self.counts = machine, vcpu, platform, counts
         #: HLT with nothing pending: the VMM decides what waiting means.
         self.on_halt: Callable[[], None] = lambda: None
-        self.registers = RegisterEmulator(machine, vcpu, self._privileged)
+        self.registers = RegisterEmulator(machine, vcpu, platform.lapic, self._privileged)
         self._by_op: dict[str, Callable[[Instruction], None]] = {
             "cli": self._cli, "sti": self._sti, "hlt": self._hlt, "in": self._in, "out": self._out, "ins": self._ins, "outs": self._outs,
             "pushf": self._pushf, "popf": self._popf, "iret": self._iret, "cpuid": self._cpuid, "rdtsc": self._rdtsc, "rdtscp": self._rdtsc,

@@ -46,10 +46,12 @@ HARMLESS_MSRS = (SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, PAT, STAR, LSTAR, CSTA
 class RegisterEmulator:
     """The guest's registers as it wrote them, and what follows from a write.
 
+    :param apic: the guest's local APIC.
     :param privileged: raises #GP above virtual CPL 0.
     """
 
-    def __init__(self, machine: Machine, vcpu: VirtualCpu, privileged: Callable[[], None]) -> None:
+    def __init__(self, machine: Machine, vcpu: VirtualCpu, apic: lapic.Lapic, privileged: Callable[[], None]) -> None:
+        self.apic = apic
         self._machine, self._vcpu, self._privileged = machine, vcpu, privileged
         vcpu.write_cr = self.write_cr       # a task switch loads CR0 and CR3 too
         #: Whether this VMM can run 64-bit code of its guest's.
@@ -135,7 +137,7 @@ class RegisterEmulator:
         elif number == TSC:
             value = self.read_tsc()
         elif number == APIC_BASE:
-            value = lapic.BASE | _BSP | _APIC_ON
+            value = lapic.BASE | _BSP | (_APIC_ON if self.apic.on else 0)
         elif number in (FS_BASE, GS_BASE):
             value = self._vcpu.segment(FS if number == FS_BASE else GS).base
         elif number in self.msrs:
@@ -156,8 +158,9 @@ class RegisterEmulator:
             self.tsc_offset = (value - self._machine.read_tsc()) & _WORD
             self.on_tsc(self.tsc_offset)
         elif number == APIC_BASE:
-            if value != lapic.BASE | _BSP | _APIC_ON:
-                raise Fault(GP, 0)      # neither moves nor goes off under this VMM
+            if value & ~_APIC_ON != lapic.BASE | _BSP:
+                raise Fault(GP, 0)      # it does not move on this machine
+            self.apic.set_on(bool(value & _APIC_ON))
         elif number in (FS_BASE, GS_BASE):
             vcpu.set_segment_base(FS if number == FS_BASE else GS, value)
         elif number in self.msrs:
