@@ -98,7 +98,7 @@ def test_a_larger_size_gives_the_same_verdicts(
             return dataclasses.replace(claim, experiment=blocks)
 
         monkeypatch.setattr(claims, "load", load)
-        assert main(["claims", "--json", "--jobs", "2"]) in (0, 1)
+        assert main(["claims", "--json", "--jobs", "2"]) == 0, "every claim's experiment can run at this size"
         return {claim["id"]: claim["verdict"] for claim in json.loads(capsys.readouterr().out)["claims"]}
 
     assert sizes(4) == sizes(1)

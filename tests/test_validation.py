@@ -174,6 +174,20 @@ def test_the_row_worked_by_hand_is_right_to_the_figures_that_it_shows() -> None:
     assert f"Published: {row['published']:,} cycles." in page
 
 
+def test_every_miss_by_more_than_a_factor_of_two_is_explained() -> None:
+    missed = [row for row in committed()["rows"] if row["held_out"] and table.log_ratio(row["predicted"], row["published"]) > math.log10(2)]
+    assert missed and [row["id"] for row in missed if not row["note"]] == []
+
+
+def test_the_null_model_is_beaten() -> None:
+    found = committed()["statistics"]
+    assert found["beats_null_model"] == {"median": True, "worst": True}
+    assert found["held_out"]["rows"] >= 15 and all(found["by_technique"][name]["rows"] >= 5 for name in (
+        "binary-translation", "hardware-assisted", "paravirtualization"))
+    held = {row["id"] for row in committed()["rows"] if row["held_out"]}
+    assert {"aa-forkwait-bt-prescott", "aa-forkwait-vt-prescott", "aa-forkwait-bt-merom", "aa-forkwait-vt-merom"} <= held
+
+
 @pytest.mark.slow
 def test_the_committed_documents_are_the_generated_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs every row's cells: `python -m vmlab.validation` brings the documents up to date."""

@@ -166,6 +166,9 @@ def _priced(
                 figures.setdefault("so on", {}).setdefault(name, []).append(profile)
         margins[profile] = Margins(tuple(margin for _, several in found.values() for margin in several), enough, certainty)
         by_profile[profile] = judged(margins[profile], evidence.profile(profile))
+        if by_profile[profile] == "undecided" and profile in arguments["scope"]:
+            share = costs.agreement(margins[profile].of, evidence.profile(profile), enough)
+            said.append(f"{profile}: {share:.0%} of the cost samples agree, {certainty:.0%} are asked for")
     scope = list(arguments["scope"])
     said = said + [f"{name}: {_say(figures[name])}" for name in scope if name in figures]
     return Finding(in_scope(by_profile, scope), "; ".join(said), by_profile, figures, margins)

@@ -86,8 +86,10 @@ class Evidence:
         return found[-1]
 
     def cell(self, name: str) -> Cell:
-        """The cell that the claim's experiment calls ``name``; of several sizes the largest. Raises as :meth:`sizes` does."""
-        return self.sizes(name)[-1]
+        """The cell that the claim's experiment calls ``name``: of several sizes its own, else the largest. Raises as :meth:`sizes` does."""
+        found = self.sizes(name)
+        own = {key: value for key, value in self.blocks[name].items() if key in SIZES}
+        return next((cell for cell in reversed(found) if _is_of(cell, own)), found[-1])
 
     def sizes(self, name: str) -> list[Cell]:
         """All sizes of the cell that the claim's experiment calls ``name``, the largest last.
