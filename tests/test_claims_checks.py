@@ -75,6 +75,27 @@ def test_outcomes_are_the_same_or_differ() -> None:
     assert find({"name": "end", "outcome": "hard", "differs_from": "native"}).verdict == "holds"
 
 
+def test_a_cell_is_taken_at_its_own_size_else_at_the_largest() -> None:
+    sizes = [dict(cell("native", {"machine.alu": n})) for n in (10, 40, 90)]
+    for made, iterations in zip(sizes, (1, 4, 9), strict=True):
+        made["parameters"] = made["parameters"] | {"iterations": iterations}
+    blocks = {"begun": {"technique": "native", "iterations": 1}, "long": {"technique": "native", "iterations": 4},
+              "absent": {"technique": "native", "iterations": 7}, "any": {"technique": "native"}}
+    found = Evidence(sizes, (P4,), {P4: costs.load(P4)}, blocks=blocks)
+    assert [found.cell(name)["parameters"]["iterations"] for name in ("begun", "long", "absent", "any")] == [1, 4, 9, 9]
+    assert len(found.sizes("long")) == 3
+    slope = checks.cycles(found, {"cell": "long", "less": "begun"}, P4)
+    assert slope.value(costs.load(P4)) == pytest.approx(30 * costs.load(P4).figure("class.alu").value)  # type: ignore[union-attr]
+
+
+def test_a_verdict_that_the_costs_leave_open_says_how_far() -> None:
+    row = {"name": "even", "price": {"cell": "hard"}, "over": {"cell": "hard"}, "at_least": 1.0}
+    assert find(row, certainty=0.9).verdict == "holds"
+    value = checks.cycles(evidence(), {"cell": "hard"}, P4).value(costs.load(P4))
+    found = find({"name": "close", "price": {"cell": "hard"}, "at_least": value * 0.999}, certainty=0.9)
+    assert found.verdict == "undecided" and "of the cost samples agree, 90% are asked for" in found.reason
+
+
 def test_prices_are_judged_on_every_profile_and_the_scope_decides() -> None:
     row = {"name": "hard over soft", "price": {"cell": "hard"}, "over": {"cell": "soft"}, "at_least": 1}
     found = find(row)

@@ -67,7 +67,7 @@ HOLDS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "server-io-mixed": {
         "server-soft": {"bt.callout.system": 20}, "server-hard": times(10, TRACED),
-        "null_call-soft": {"bt.callout.system": 2}, "null_call-hard": CALL,
+        "null_call-soft": {"bt.callout.system": 6}, "null_call-hard": CALL,
     },
     "hw-beats-sw-today": {
         f"{w}-{side}": TRAP if side == "soft" else {"machine.store": 1}
