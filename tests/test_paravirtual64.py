@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machinelab import PATHS, asm
-from pvlab import DATA, ENTRY, EXIT64, STACK, Asking, call64, check_counts, guest
+from pvlab import DATA, ENTRY, EXIT64, STACK, Asking, call64, check_counts, guest, image
 from test_paravirtual_hostile import nearby, poison, untouched
 
-from vmlab.errors import GuestError, GuestFault, GuestRefused
-from vmlab.machine.pc import Stop
+from vmlab.errors import GuestError, GuestFault, GuestRefused, UnsupportedByStrategy
+from vmlab.machine.pc import Machine, Stop
 from vmlab.strategies.paravirtual import Paravirtualization
 from vmlab.vmm import xen
 from vmlab.vmm.xen_abi import WIDE, SharedInfo
@@ -482,3 +482,22 @@ def test_counts_agree_with_the_tables_whatever_is_asked(operations: list[tuple])
             ask.update((middle << 12, ask.ram.read64(ask.ram.read64(domain.root) & 0xFFFFFF000)), (root << 12, middle << 12 | P | RW))
     check_counts(ask.strategy)
     assert ask.ram.read(0x20000, 0xE000) == bytes(0xE000)   # the hypervisor's part was not the guest's to write
+
+
+@pytest.mark.parametrize(("bits", "ram", "fits"), [(32, 256, True), (64, 896, True), (64, 1100, False)])
+def test_a_guest_with_more_memory_has_a_longer_machine_to_physical_table(bits: int, ram: int, fits: bool) -> None:
+    """Its last frame is in the table, and the table covers nothing else of the hypervisor's."""
+    strategy = Paravirtualization(Machine(ram + 32 << 20, path="portable"), {"memory": "direct", "ram": min(ram, 896)})
+    if not fits:
+        with pytest.raises(UnsupportedByStrategy, match="has room for 1024 MiB"):
+            strategy.load(image(b"\xeb\xfe", bits=bits), "")
+        return
+    strategy.load(image(b"\xeb\xfe", bits=bits), "")
+    ask = Asking(strategy)
+    last = ask.domain.pages - 1
+    at = ask.abi.m2p + ask.abi.word * ask.domain.mfn(last)
+    assert int.from_bytes(strategy.machine.cpu.read_linear(at, ask.abi.word), "little") == last
+    assert ask.update((ask.domain.mfn(last) << 12 | xen.MMU_MACHPHYS_UPDATE, 5)) == 0
+    assert int.from_bytes(strategy.machine.cpu.read_linear(at, ask.abi.word), "little") == 5
+    assert not ask.domain.tables.descriptor(ask.abi.kernel_cs).base and not ask.domain.shared.pending and ask.domain.shared.masked
+    check_counts(strategy)

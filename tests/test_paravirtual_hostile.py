@@ -20,15 +20,16 @@ from vmlab.strategies.techniques import GUEST_MEMORY
 from vmlab.vmm import xen
 from vmlab.vmm.xen_domain import GUEST_FRAMES
 
+M2P = 4 << 20
 #: What the hypervisor itself changes (hpa), by width: accessed bits of its page tables, the M2P on request, TSS, IDT, shared_info.
-CHANGING = {32: ((0x3000, 0x5000), (0x10000, 0x20000), (0x30000, 0x33000)), 64: ((0x3000, 0x9000), (0x30000, 0x33000), (0x40000, 0x60000))}
+CHANGING = {32: ((0x3000, 0x5000), (0x30000, 0x33000), (M2P, M2P + 0x10000)), 64: ((0x3000, 0x9000), (0x30000, 0x33000), (M2P, M2P + 0x20000))}
 POOL = 0x200
 
 
 def poison(strategy: Paravirtualization) -> bytes:
     """Fill what nobody should write with a pattern; returns all that must stay as it is."""
     ram = strategy.machine.ram
-    for start, end in ((0x60000, GUEST_FRAMES), (GUEST_FRAMES + GUEST_MEMORY, ram.size)):
+    for start, end in ((0x40000, M2P), (M2P + 0x20000, GUEST_FRAMES), (GUEST_FRAMES + GUEST_MEMORY, ram.size)):
         ram.bytes[start:end] = b"\xa5\x5a" * ((end - start) // 2)
     return untouched(strategy)
 
@@ -45,7 +46,7 @@ def untouched(strategy: Paravirtualization) -> bytes:
 def nearby(strategy: Paravirtualization) -> bytes:
     """As :func:`untouched`, of the memory in reach of small mistakes: for many guests, one after another."""
     ram, end = strategy.machine.ram, GUEST_FRAMES + GUEST_MEMORY
-    changing = CHANGING[strategy.domain.abi.bits]
+    changing = CHANGING[strategy.domain.abi.bits][:-1]
     low = b"".join(bytes(ram.bytes[a:b]) for a, b in zip((0, *(b for _, b in changing)), (*(a for a, _ in changing), 1 << 20), strict=True))
     return low + bytes(ram.bytes[GUEST_FRAMES - (1 << 16):GUEST_FRAMES]) + bytes(ram.bytes[end:end + (1 << 16)])
 

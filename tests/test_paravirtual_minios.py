@@ -12,6 +12,7 @@ from pvlab import check_counts
 
 from vmlab import guests
 from vmlab.errors import GuestError
+from vmlab.experiment.cell import run_cell
 from vmlab.guests.minios.workloads import WORKLOADS
 from vmlab.ledger import Snapshot
 from vmlab.machine.pc import Machine
@@ -152,6 +153,18 @@ def test_in_64_bits_a_system_call_is_two_crossings_with_a_load_of_cr3_each(workl
     assert roi.events.get("trap.int", 0) == by_int
     assert roi.events["trap.syscall"] == 2 * 201 - by_int == roi.events["retired.syscall"]
     assert "reflect.14" not in roi.events and "hypercall.mmuext_op" not in roi.events
+
+
+def test_in_64_bits_each_change_of_page_tables_empties_the_tlb() -> None:
+    """By the TLB model, and every miss is a walk of four levels: a paravirtual guest has no large pages."""
+    events = run_cell("paravirtualization", {"guest": "minios64", "workload": "syscall", "iterations": 20, "memory": "direct", "tlb": "on"})["events"]
+    assert events["guest.side"] == 2 * 21
+    assert events["tlb.flush.full"] == events["guest.side"]
+    misses = events["tlb.miss.data"] + events["tlb.miss.instruction"]
+    assert misses > 2 * events["guest.side"]
+    assert events["walk.reference.guest"] == 4 * misses
+    native = run_cell("native", {"guest": "minios64", "workload": "syscall", "iterations": 20, "tlb": "on"})["events"]
+    assert "tlb.flush.full" not in native
 
 
 def test_in_64_bits_the_task_priority_is_a_variable_of_the_kernels() -> None:

@@ -169,6 +169,11 @@ def test_static_memory_offers_no_more_than_single_mappings() -> None:
     ask = Asking(guest(memory="static"))
     assert ask.update((0, 0)) == ask.extended((FLUSH, 0)) == xen.ENOSYS
     assert ask.map(0x5000, ask.domain.mfn(6) << 12 | P) == 0
+    for memory, features in (("static", 0), ("direct", 1 << 5)):    # features.h: XENFEAT_mmu_pt_update_preserve_ad
+        ask = Asking(guest(memory=memory))
+        ask.put(DATA, bytes(4) + b"\xff" * 4)
+        assert ask.call(17, xen.XENVER_GET_FEATURES, DATA) == 0
+        assert struct.unpack("<I", ask.hypervisor.memory.read(DATA + 4, 4)) == (features,)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8, 64])

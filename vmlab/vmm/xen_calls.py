@@ -129,7 +129,8 @@ class Calls:
         if command == xen.XENVER_GET_FEATURES:
             if self._memory.read32(buffer):
                 return xen.EINVAL
-            self._memory.write(buffer + 4, struct.pack("<I", 1 << xen.XENFEAT_MMU_PT_UPDATE_PRESERVE_AD))
+            features = 1 << xen.XENFEAT_MMU_PT_UPDATE_PRESERVE_AD if self._vmm.direct_paging else 0
+            self._memory.write(buffer + 4, struct.pack("<I", features))
             return 0
         return xen.ENOSYS
 

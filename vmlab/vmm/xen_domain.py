@@ -31,7 +31,8 @@ from vmlab.vmm.xen_tables import PAE, Format, HoleEntries
 GUEST_FRAMES = 16 << 20             # hpa of the guest's first frame
 
 # The hypervisor's pages (hpa).
-_M2P_L1, PRIVATE_L1, _M2P, _SHARED_INFO = 0x3000, 0x4000, 0x10000, 0x32000
+M2P_L1, PRIVATE_L1, _SHARED_INFO, _M2P = 0x3000, 0x4000, 0x32000, 4 << 20
+_M2P_ROOM = 2 << 20                 # what one page table shows
 CR0 = 0x80010011                    # PG, WP, ET, PE
 
 
@@ -51,8 +52,8 @@ class Domain:
     format: Format = PAE
     tables_of: type[DescriptorTables] = DescriptorTables
     private = PRIVATE                   # where the linear space shows the hypervisor's own pages
-    m2p = _M2P                          # hpa of the machine-to-physical table
-    hole: HoleEntries = ((M2P_START >> 21 & 511, _M2P_L1 | P), (PRIVATE >> 21 & 511, PRIVATE_L1 | P))
+    m2p_rights = 0
+    hole: HoleEntries = ((M2P_START >> 21 & 511, M2P_L1 | P), (PRIVATE >> 21 & 511, PRIVATE_L1 | P))
 
     def __init__(self, ram: Ram, memory: int, counts: Counts, flush_tlb: Callable[[], None]) -> None:
         self.ram, self.memory, self.flush_tlb = ram, memory, flush_tlb
@@ -82,7 +83,7 @@ class Domain:
                                     mfn_list=mfn_list, command_line=command_line, flags=flags))
         if notes.hypercall_page is not None:
             self.write(notes.hypercall_page, self.abi.hypercall_page())
-        self.ram.write(self.m2p, self._m2p())
+        self.ram.write(_M2P, self._m2p(image.name))
         self._show_m2p()
         self.tables.build()
         self._build_tables(tables, table_count)
@@ -102,23 +103,27 @@ class Domain:
             raise UnsupportedByStrategy(f"guest {image.name!r} requires {notes.features!r}, and no such feature is offered")
         return notes
 
-    def _m2p(self) -> bytes:
+    def _m2p(self, guest: str) -> bytes:
         """The machine-to-physical table."""
         frames = self.ram.size // PAGE
+        if self.abi.word * frames > _M2P_ROOM:
+            raise UnsupportedByStrategy(
+                f"guest {guest!r} with {self.memory >> 20} MiB: the machine-to-physical table has room for {_M2P_ROOM // self.abi.word >> 8} MiB "
+                "of machine memory")
         table = [self.abi.mask] * frames
         for pfn in range(self.pages):
             table[self.mfn(pfn)] = pfn
         return struct.pack(self.abi.words(frames), *table)
 
     def _show_m2p(self) -> None:
-        """The page table that shows it in the hole."""
-        self.ram.write(_M2P_L1, bytes(PAGE))
-        for page in range((4 * (self.ram.size // PAGE) + PAGE - 1) // PAGE):
-            self.ram.write64(_M2P_L1 + 8 * page, (_M2P + page * PAGE) | P)
+        """The page table that shows it in the hole; all of the guest may read it."""
+        self.ram.write(M2P_L1, bytes(PAGE))
+        for page in range((self.abi.word * (self.ram.size // PAGE) + PAGE - 1) // PAGE):
+            self.ram.write64(M2P_L1 + 8 * page, (_M2P + page * PAGE) | P | self.m2p_rights)
 
     def set_m2p(self, mfn: int, pfn: int) -> None:
         """One entry of the machine-to-physical table, which the guest can read and the hypervisor does not use."""
-        self.ram.write(self.m2p + self.abi.word * mfn, (pfn & self.abi.mask).to_bytes(self.abi.word, "little"))
+        self.ram.write(_M2P + self.abi.word * mfn, (pfn & self.abi.mask).to_bytes(self.abi.word, "little"))
 
     def _build_tables(self, base: int, count: int) -> None:
         """The upper tables, then L1 pages; the tables themselves are mapped read-only.

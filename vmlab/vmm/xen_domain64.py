@@ -17,11 +17,11 @@ from vmlab.machine.state import CS, DS, ES, FS, GS, RSI, RSP, SS
 from vmlab.vmm import xen
 from vmlab.vmm.xen_abi import WIDE
 from vmlab.vmm.xen_descriptors import PRIVATE_PAGES, WideDescriptorTables
-from vmlab.vmm.xen_domain import CR0, PRIVATE_L1, Domain, StartOfDay
+from vmlab.vmm.xen_domain import CR0, M2P_L1, PRIVATE_L1, Domain, StartOfDay
 from vmlab.vmm.xen_tables import FOUR_LEVEL
 
-# The hypervisor's pages (hpa). Tables of 8 bytes a frame are twice as long as those of 32 bits.
-_L3S, _L2S, _M2P_L1, _ENTRIES, _M2P = (0x5000, 0x6000), (0x7000, 0x8000), 0x3000, 0x33000, 0x40000
+# The hypervisor's pages (hpa).
+_L3S, _L2S, _ENTRIES = (0x5000, 0x6000), (0x7000, 0x8000), 0x33000
 _M2P_SLOT, _PRIVATE_SLOT = 256, 260     # of an L4
 PRIVATE = 0xFFFF820000000000            # where slot 260 begins (Xen: PERDOMAIN_VIRT_START)
 #: Where SYSCALL arrives: from 64-bit code, and from 32-bit code. Behind the pages that both widths have.
@@ -34,7 +34,7 @@ _NOWHERE = b"\xeb\xfe"                  # jmp $: what lies there is never run, t
 class WideDomain(Domain):
     """The memory of one paravirtual guest of 64 bits."""
 
-    abi, format, tables_of, private, m2p = WIDE, FOUR_LEVEL, WideDescriptorTables, PRIVATE, _M2P
+    abi, format, tables_of, private, m2p_rights = WIDE, FOUR_LEVEL, WideDescriptorTables, PRIVATE, US
     hole = ((_PRIVATE_SLOT, _L3S[1] | RW | P),)
 
     #: hpa of the root for the guest's users; 0: it has named none yet.
@@ -42,13 +42,12 @@ class WideDomain(Domain):
 
     def _show_m2p(self) -> None:
         """The hypervisor's tables: the machine-to-physical table for all of ring 3 to read, and its own pages for nobody there."""
-        ram, m2p_pages = self.ram, (WIDE.word * (self.ram.size // PAGE) + PAGE - 1) // PAGE
-        for table in (_M2P_L1, *_L3S, *_L2S):
+        super()._show_m2p()
+        ram = self.ram
+        for table in (*_L3S, *_L2S):
             ram.write(table, bytes(PAGE))
         ram.write64(_L3S[0], _L2S[0] | US | P)
-        ram.write64(_L2S[0], _M2P_L1 | US | P)
-        for page in range(m2p_pages):
-            ram.write64(_M2P_L1 + 8 * page, _M2P + page * PAGE | US | P)
+        ram.write64(_L2S[0], M2P_L1 | US | P)
         ram.write64(_L3S[1], _L2S[1] | RW | P)
         ram.write64(_L2S[1], PRIVATE_L1 | RW | P)
 

@@ -69,7 +69,7 @@ class Hypervisor(ABC):
         self.machine, self.domain, self.counts, self.refused = machine, domain, counts, refused
         self.cpu: Cpu = machine.cpu
         self.bus = bus
-        self.direct_calls = direct_calls
+        self.direct_paging, self.direct_calls = direct_paging, direct_calls
         program_physical_pic(machine, (PIT_IRQ, UART_IRQ, DISK_IRQ))
         self.abi = domain.abi
         self.memory = GuestMemory(machine.cpu, self.abi)
