@@ -36,11 +36,15 @@ def sites(image: GuestImage) -> Iterator[tuple[int, int, int]]:
         yield where, where + room, kind
 
 
+CASES = [("minios", workload) for workload in ("ptemod", "ptemod_p_np", "ptemod_np_p", "forkwait", "fork", "mmap", "build", "random")] + [
+    ("minios64", workload) for workload in ("ptemod_np_p", "fork", "mmap", "build")]
+
+
 @pytest.mark.parametrize("technique", WAYS)
-@pytest.mark.parametrize("workload", ["ptemod", "ptemod_p_np", "ptemod_np_p", "forkwait", "fork", "mmap", "pagefault", "build", "random"])
-def test_trace_faults_are_the_store_instructions_to_traced_pages(workload: str, technique: str) -> None:
-    values = {"guest": "minios", "workload": workload, "iterations": 5, "timer": 0, **SIZES.get(workload, {})}
-    image = guests.load("minios")
+@pytest.mark.parametrize(("guest", "workload"), CASES)
+def test_trace_faults_are_the_store_instructions_to_traced_pages(guest: str, workload: str, technique: str) -> None:
+    values = {"guest": guest, "workload": workload, "iterations": 5, "timer": 0, **SIZES.get(workload, {})}
+    image = guests.load(guest)
     strategy = strategies.load(technique)(Machine(disk=guests.disk(values)), WAYS[technique])
     if isinstance(strategy, HardwareAssisted):
         assert isinstance(strategy.memory, Shadowed)
