@@ -19,9 +19,16 @@ Table = list[list[str]]
 Override = Mapping[str, float]
 
 
+def fixed(value: float, places: int) -> str:
+    """As JavaScript's ``toFixed``: a tie goes up, where Python's goes to the even digit."""
+    return str(Decimal(value).quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP))
+
+
 def precise(value: float) -> str:
     """As JavaScript's ``toPrecision(2)``, for values that it writes without an exponent."""
-    return f"{value:#.2g}".rstrip(".")
+    exact = Decimal(value)
+    rounded = exact.quantize(Decimal(1).scaleb(exact.adjusted() - 1), ROUND_HALF_UP)
+    return f"{rounded.quantize(Decimal(1).scaleb(rounded.adjusted() - 1)):f}"
 
 
 def whole(value: float) -> str:
@@ -105,8 +112,8 @@ def _exits(view: View, profile: str) -> Table:
         cell = view.densest(view.headline, variant)
         per = operations(cell)
         for row in cell_rows(cell, profile, name(variant)):
-            rows.append([row.technique, row.words, f"{row.count:,}", f"{100 * row.share:.1f} %", precise(row.count / per) if per else "–",
-                         "–" if row.each is None else few(row.each), "–" if row.of_cycles is None else f"{100 * row.of_cycles:.1f} %"])
+            rows.append([row.technique, row.words, f"{row.count:,}", fixed(100 * row.share, 1) + " %", few(row.count / per) if per else "–",
+                         "–" if row.each is None else few(row.each), "–" if row.of_cycles is None else fixed(100 * row.of_cycles, 1) + " %"])
     return rows
 
 
@@ -127,7 +134,7 @@ def operations_table(results: Mapping[str, Any], profile: str, override: Mapping
     def number(value: float | None) -> str:
         if value is None:
             return "–"
-        return whole(value) if abs(value) >= 10 else str(Decimal(value).quantize(Decimal("0.1"), ROUND_HALF_UP))  # as JavaScript's toFixed
+        return whole(value) if abs(value) >= 10 else fixed(value, 1)
 
     rows = []
     for table in nanobench.tables(results):

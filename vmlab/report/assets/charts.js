@@ -66,15 +66,30 @@ function ratioGrid(root, axis, bands, bottom) {
   }
 }
 
-// A panel's title, on as many lines as it needs; gives where the panel goes on.
-function panelTitle(root, words, width) {
+// Words on lines that fit a width, `each` pixels a character.
+function wrapped(words, width, each) {
   const lines = [""];
   for (const word of words.split(" ")) {
-    if (lines[lines.length - 1] && 8.8 * (lines[lines.length - 1].length + word.length + 1) > width) lines.push("");
+    if (lines[lines.length - 1] && each * (lines[lines.length - 1].length + word.length + 1) > width) lines.push("");
     lines[lines.length - 1] += (lines[lines.length - 1] ? " " : "") + word;
   }
+  return lines;
+}
+
+// A panel's title, on as many lines as it needs; gives where the panel goes on.
+function panelTitle(root, words, width) {
+  const lines = wrapped(words, width, 8.8);
   lines.forEach((line, i) => root.append(svg("text", {x: 0, y: 14 + 17 * i, class: "panel"}, line)));
   return 26 + 17 * (lines.length - 1);
+}
+
+// What names above the rows need beyond one line each.
+const extraLines = (rows, width) => 16 * (Math.max(...rows.map((row) => wrapped(row.label, width, 7.1).length)) - 1);
+
+// A row's name above its mark, its last line at y.
+function nameAbove(root, label, y, width) {
+  const lines = wrapped(label, width, 7.1);
+  lines.forEach((line, i) => root.append(svg("text", {x: 0, y: y - 16 * (lines.length - 1 - i)}, line)));
 }
 
 function frame(width, label) {
@@ -95,7 +110,8 @@ function labelWidth(rows, width) {
 
 // Dots with whiskers, one row per label. rows: [{label, look, hollow, value, low, high} or without value]; `all` the rows of all the chart's panels.
 function dotPanel(title, rows, width, all) {
-  const left = labelWidth(all, width), values = all.flatMap((row) => row.value === undefined ? [] : [row.low, row.high]), step = left ? 30 : 46;
+  const left = labelWidth(all, width), values = all.flatMap((row) => row.value === undefined ? [] : [row.low, row.high]);
+  const step = left ? 30 : 46 + extraLines(all, width);
   const root = frame(width, title + ": " + rows.map((r) => r.label + " " + (r.value === undefined ? "not priced" : times(r.value))).join(", "));
   const top = panelTitle(root, title, width), bottom = top + step * rows.length;
   high(root, bottom + 24);
@@ -103,7 +119,7 @@ function dotPanel(title, rows, width, all) {
   ratioGrid(root, axis, left ? [[top, bottom]] : rows.flatMap((row, i) => row.value === undefined ? [] : [[top + step * (i + 1) - 23, top + step * (i + 1)]]), bottom);
   rows.forEach((row, i) => {
     const y = top + step * i + (left ? step / 2 : step - 13);
-    root.append(svg("text", left ? {x: 0, y: y + 4} : {x: 0, y: y - 14}, row.label));
+    if (left) root.append(svg("text", {x: 0, y: y + 4}, row.label)); else nameAbove(root, row.label, y - 14, width);
     if (row.value === undefined) {
       root.append(svg("text", {x: Math.min(axis.place(1) + 8, width - 110), y: y + 4, class: "tick"}, "not on this CPU"));
       return;
@@ -123,7 +139,7 @@ function dotPanel(title, rows, width, all) {
 
 // Stacked bars on a linear axis. rows: [{label, parts: [[cause, cycles]], total} or without parts]; `all` the rows of all the chart's panels, which stand in line.
 function stackPanel(rows, width, colours, unit, all) {
-  const left = labelWidth(all, width), step = left ? 32 : 46, top = 4, bottom = top + step * rows.length;
+  const left = labelWidth(all, width), step = left ? 32 : 46 + extraLines(all, width), top = 4, bottom = top + step * rows.length;
   const most = Math.max(...rows.map((row) => row.total || 0)) * 1.0001 || 1;
   const root = frame(width, rows.map((row) => `${row.label}: ${row.parts ? cyclesText(row.total) + " " + unit : "not on this CPU"}`).join(", "));
   high(root, bottom + 22);
@@ -137,7 +153,7 @@ function stackPanel(rows, width, colours, unit, all) {
   }
   rows.forEach((row, i) => {
     const height = left ? 21 : 18, y = top + step * i + (left ? (step - height) / 2 : step - height - 4);
-    root.append(svg("text", left ? {x: 0, y: y + height / 2 + 4} : {x: 0, y: y - 5}, row.label));
+    if (left) root.append(svg("text", {x: 0, y: y + height / 2 + 4}, row.label)); else nameAbove(root, row.label, y - 5, width);
     if (!row.parts) {
       root.append(svg("text", {x: left + 12, y: y + height / 2 + 4, class: "tick"}, "not on this CPU"));
       return;

@@ -77,7 +77,7 @@ const CHARTS = {
       if (parts.length) rows.push({...rowOf(variant), parts, total: parts.reduce((sum, [, often]) => sum + often, 0)});
       for (const [kind, count] of found) {
         const each = price ? roundTrip(kind, gateOf(cell)) : null;
-        table.push([variant.label, data.words[kind], count.toLocaleString("en-US"), (100 * count / all).toFixed(1) + " %", cell.operations ? (count / per).toPrecision(2) : "–",
+        table.push([variant.label, data.words[kind], count.toLocaleString("en-US"), (100 * count / all).toFixed(1) + " %", cell.operations ? cyclesText(count / per) : "–",
           each === null ? "–" : cyclesText(each), each === null ? "–" : (100 * each * count / price.total).toFixed(1) + " %"]);
       }
     }

@@ -141,7 +141,7 @@ function drawCosts() {
     show(now);
     slider.addEventListener("input", () => {
       const v = Math.exp(from + (to - from) * slider.value / 400);
-      move(Math.abs(place(value) - slider.value) < 1 ? value : Number(v.toPrecision(3))); // the published value is a notch
+      move(Math.abs(place(value) - slider.value) < 0.5 ? value : Number(v.toPrecision(3))); // the published value is a notch, narrower than a key press
     });
     box.addEventListener("change", () => move(Number(box.value)));
     return html("li", {class: "cost"}, html("label", {for: id}, data.costWords[key], html("small", {}, ` ${Math.round(100 * share)} % of a cell at most`)), slider, box, html("span", {}, " " + unitOf(key) + " "), note,
