@@ -34,6 +34,8 @@ SILENT: Mapping[str, tuple[str, Mapping[str, Value]]] = {"trap-silent": ("trap-a
 WAYS = [("minios", way) for way in (*NARROW, *BOTH)] + [("minios64", way) for way in BOTH]
 #: The 64-bit kernel at CPL 3, in a view of its own. Every workload under all schemes: tests/test_memory_schemes.py -m slow.
 WIDE = [("minios64", way) for way in (*TRANSLATED, *NARROW, *SILENT)]
+#: The 32-bit kernel translated. Every workload: as above.
+THIN = [("minios", way) for way in TRANSLATED]
 #: For kernels that break or forbid: also what is not faithful in everything.
 ALL_WAYS = [*WAYS, *(("minios", way) for way in (*TRANSLATED, *SILENT)), *WIDE]
 SMALL: Mapping[str, Mapping[str, Value]] = {
@@ -106,13 +108,13 @@ def test_twenty_random_programs_agree(guest: str, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("guest", "way"), [*WAYS, *WIDE])
+@pytest.mark.parametrize(("guest", "way"), [*WAYS, *WIDE, *THIN])
 def test_a_thousand_random_programs_agree(guest: str, way: str) -> None:
     sizes = (("seeds", 1000), ("seed", 1), ("iterations", 24))
     assert run(guest, way, "random", sizes).seen() == run(guest, "native", "random", sizes).seen()
 
 
-@pytest.mark.parametrize(("guest", "way"), [*WAYS, *WIDE])
+@pytest.mark.parametrize(("guest", "way"), [*WAYS, *WIDE, *THIN])
 @pytest.mark.parametrize("workload", ["server", "mixed"])
 def test_ticks_change_no_outcome(guest: str, way: str, workload: str) -> None:
     for timer, phase in ((20_000, 0), (20_000, 9_001)):

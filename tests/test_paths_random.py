@@ -13,7 +13,7 @@ from typing import Any
 import pvlab
 import pytest
 from machinelab import CODE, DATA, DEBUG_EXIT, asm, kernel
-from test_translation_random import FUNCTIONS, HANDLER, HANDLER_TEXTS, SLOTS, TABLE, arithmetic, flags, loops, memory, sensitive
+from test_translation_random import FUNCTIONS, HANDLER, HANDLER_TEXTS, KERNEL_SLOTS, TABLE, arithmetic, flags, loops, memory, sensitive
 
 from vmlab import strategies
 from vmlab.errors import GuestError
@@ -39,7 +39,7 @@ def held_back(r: random.Random, n: int) -> str:
 
 def full_virtualization(r: random.Random) -> GuestImage:
     """Slots, again and again, under the timer or not."""
-    kinds = r.choices([SLOTS, (sensitive, arithmetic, flags, memory, loops, held_back)], k=1)[0]
+    kinds = r.choices([KERNEL_SLOTS, (sensitive, arithmetic, flags, memory, loops, held_back)], k=1)[0]
     texts = [r.choice(kinds)(random.Random(r.getrandbits(32)), n) for n in range(r.randrange(1, 16))]
     functions = "".join(f"f{i}: nop; g{i}: mov edx, {i + 1}; add esi, edx; ret; " for i in range(FUNCTIONS))
     table = "".join(f"mov dword ptr [{TABLE + 4 * i:#x}], f{i}; " for i in range(FUNCTIONS))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from machinelab import CODE, DATA, DEBUG_EXIT, HANDLERS, asm, kernel
+from machinelab import CODE, DATA, DEBUG_EXIT, HANDLERS, STACK3, USER, USER_CODE, USER_DATA, asm, kernel
 
 from vmlab.guests import GuestImage
 from vmlab.machine.pc import Machine
@@ -143,7 +143,25 @@ def watched(r: random.Random, n: int) -> str:
     ))
 
 
-SLOTS: tuple[Maker, ...] = (arithmetic, flags, memory, strings, sensitive, sensitive, faults, branch, branch, loops, rewrites, watched)
+def users(r: random.Random, n: int) -> str:
+    """To user mode by IRET and back by INT, several times by the same instruction; flags live on both ways."""
+    image = r.getrandbits(32) & 0x240AD5 | 2
+    if r.random() < 0.3:
+        image |= r.choice((0x4000, 0x10000, 0x3000, 0x1000))     # NT, RF, another IOPL
+    return (f"mov dword ptr [{RETURN + 4:#x}], {r.randrange(1, 5)}; l{n}: {arithmetic(r, n)}; mov dword ptr [{RETURN:#x}], u{n}; mov ecx, esp;"
+            f"push {USER_DATA:#x}; push {STACK3:#x}; push {image:#x}; push {USER_CODE:#x}; push {USER + 16 * r.randrange(USERS):#x}; iretd;"
+            f"u{n}: mov esp, ecx; {reg_op(r)}; dec dword ptr [{RETURN + 4:#x}]; jnz l{n}")
+
+
+#: At each of these addresses a user that does a little, and comes back.
+USERS, RETURN = 4, DATA + 0x7F4
+USER_TEXTS = ("adc eax, ebx; int 0x81", "push edx; pop esi; int 0x81", "sbb edi, 3; inc eax; int 0x81", "div ecx; int 0x81")
+#: The kernel's segments again (the user's return took them), then on behind the IRET.
+BACK = "push 0x10; pop ds; push 0x10; pop es; push 0x10; pop fs; push 0x10; pop gs; jmp dword ptr [0x57f4]"
+
+#: What stays in the kernel; and all.
+KERNEL_SLOTS: tuple[Maker, ...] = (arithmetic, flags, memory, strings, sensitive, sensitive, faults, branch, branch, loops, rewrites, watched)
+SLOTS = (*KERNEL_SLOTS, users)
 #: Their code changes, and a block that keeps overwriting itself is miscounted on the bare machine (docs/machine.md), not in the cache.
 REWRITERS = (rewrites, watched)
 #: Each counts itself, so that a fault delivered twice or not at all shows; #DE and #UD skip two bytes.
@@ -161,7 +179,9 @@ def program(slots: list[tuple[int, int]]) -> GuestImage:
     table = "".join(f"mov dword ptr [{TABLE + 4 * i:#x}], f{i}; " for i in range(FUNCTIONS))
     source = (f"{table} mov edi, 0x12345678; mov esi, 0x9abcdef0; {'; '.join(texts)}; cli; pushfd; pop dword ptr [{DATA + 0x3F0:#x}];"
               f"xor eax, eax; {DEBUG_EXIT} hlt; {functions}")
-    return kernel(asm(source, CODE), HANDLER_TEXTS, data={DATA: bytes(range(256))})
+    back: dict[int, str | tuple[str, int]] = {**HANDLER_TEXTS, 0x81: (BACK, 3)}
+    user = {USER + 16 * i: asm(text, USER + 16 * i) for i, text in enumerate(USER_TEXTS)}
+    return kernel(asm(source, CODE), back, data={DATA: bytes(range(256)), **user})
 
 
 def run(technique: type[Strategy], image: GuestImage, **parameters: Any) -> Strategy:
