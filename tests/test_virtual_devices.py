@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from longlab import long_kernel
 from machinelab import DATA, DEBUG_EXIT, PATHS, kernel
 
 from vmlab.guests import GuestImage
 from vmlab.machine.devices import disk as d
 from vmlab.machine.devices import lapic as a
-from vmlab.machine.pc import Machine, StopReason
+from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.strategies.base import Strategy
 from vmlab.strategies.hardware import HardwareAssisted
 from vmlab.strategies.native import Native
@@ -155,3 +156,43 @@ def test_halting_with_nothing_to_come_ends_the_run(technique: str) -> None:
     kind, chosen = KINDS[technique]
     for source in ("cli; hlt", PIC + pit(2, 1000) + "cli; hlt", "sti; hlt", PIC + "mov al, 0xff; out 0x21, al;" + pit(0, 100) + "sti; hlt"):
         assert boot(kind, kernel(source), **chosen).run(100_000).reason is StopReason.HALTED
+
+
+# ---- CR8 of 64-bit guests is the local APIC's task priority, wherever a VMM keeps it
+_IPI = f"mov dword ptr [rsi + {a.ICR_LOW}], {{vector:#x}};"
+_LOWER = "xor r8d, r8d; mov cr8, r8;"
+_FINISH = "cli; xor eax, eax; mov edx, 0xf4; out dx, eax; hlt"
+#: R15 collects the handlers that ran; each handler ends its interrupt.
+PRIORITIES = {
+    "one register": f"mov r8d, 9; mov cr8, r8; mov r9d, [rsi + {a.TPR}];"
+                    f"mov dword ptr [rsi + {a.TPR}], 0x73; mov r11, cr8; mov r12d, [rsi + {a.PPR}];",
+    "held back": "mov r8d, 15; mov cr8, r8;" + _IPI.format(vector=0x40041) + "sti; nop; nop; mov r9, r15;" + _LOWER + "nop; nop; mov r11, r15;",
+    "lowered in steps": "mov r8d, 8; mov cr8, r8;" + _IPI.format(vector=0x40041) + _IPI.format(vector=0x40061) + _IPI.format(vector=0x40091)
+                        + "sti; nop; nop; mov r9, r15; mov r8d, 5; mov cr8, r8; nop; nop; mov r11, r15;" + _LOWER + "nop; nop; mov r12, r15;",
+    "lowered with interrupts off":
+        "mov r8d, 15; mov cr8, r8;" + _IPI.format(vector=0x40041) + _LOWER + "nop; mov r9, r15; sti; nop; nop; mov r11, r15;",
+    "raised before it comes":
+        _IPI.format(vector=0x40041) + "mov r8d, 4; mov cr8, r8; sti; nop; nop; mov r9, r15;" + _LOWER + "nop; nop; mov r11, r15;",
+    "a halt sleeps through it": f"mov dword ptr [rsi + {a.LVT_TIMER}], 0x41; mov dword ptr [rsi + {a.DIVIDE}], 0xb; mov r8d, 4; mov cr8, r8;"
+                                f"mov dword ptr [rsi + {a.INITIAL_COUNT}], 500; mov dword ptr [rsi + {a.LVT_LINT0}], 0x10000;"
+                                "mov ecx, 1000; spin: dec ecx; jnz spin; mov r9, r15; sti;" + _LOWER + "nop; nop; mov r11, r15;",
+}
+
+
+@pytest.mark.parametrize("memory", ["tracing", "lazy", "nested"])
+@pytest.mark.parametrize("path", PATHS)
+def test_cr8_and_the_task_priority_are_one_register_under_hardware_assistance(path: str, memory: str) -> None:
+    """V_TPR is the CPU's, TPR the VMM's: an interrupt waits for CR8, and comes when it falls, with no exit for the write."""
+    for name, source in PRIORITIES.items():
+        handlers = {vector: f"shl r15, 8; or r15, {vector}; mov dword ptr [rsi + {a.EOI}], 0; iretq" for vector in (0x41, 0x61)}
+        handlers[0x91] = f"shl r15, 8; mov r14d, 0x91; or r15, r14; mov dword ptr [rsi + {a.EOI}], 0; iretq"
+        image = long_kernel(f"mov esi, {a.BASE:#x}; xor r15, r15;" + source + _FINISH, handlers)
+        ends = []
+        for kind, parameters in ((Native, {}), (HardwareAssisted, {"memory": memory})):
+            guest = kind(Machine(64 << 20, path), parameters)
+            guest.load(image, "")
+            assert guest.run(1_000_000) == Stop(StopReason.EXIT, 0), name
+            ends.append(guest.guest_state().gpr)
+        assert ends[0] == ends[1], name
+        assert ends[0][15] or name == "one register"
+        assert "exit.cr_write" not in guest.snapshot().events or memory != "nested"

@@ -30,6 +30,7 @@ from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_mode import GuestModeCpu
 from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
 from vmlab.vmm.host import physical_bus
+from vmlab.vmm.interrupt_window import InterruptWindow, TaskPriority
 from vmlab.vmm.operands import fetch
 from vmlab.vmm.platform import VirtualPlatform
 from vmlab.vmm.registers import HARMLESS_MSRS
@@ -74,14 +75,16 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             Nested(self, str(self.chosen["nested_page"]), self.platform_devices.is_device) if self._nested
             else Shadowed(self, ShadowPager(self.mmu, self.counts, scheme=scheme, space=None, is_device=self.platform_devices.is_device)))
         self.stores = Stores(machine, self.mmu, self.emulator, self.memory.forget)
-        self._window_open = False
+        self._window = InterruptWindow(self.vmcb, self.counts)
+        self._priority = TaskPriority(self.cpu, self.platform_devices.lapic)
+        self.platform_devices.before_access, self.platform_devices.after_store = self._priority.take, self._priority.show
         #: An NMI for the guest waits; the guest handles one and takes no other until its IRET.
         self._nmi = self._nmi_blocked = False
         self.platform_devices.on_nmi = self._raise_nmi
         self._exits: dict[int, Callable[[], None]] = {
             **dict.fromkeys(range(v.EXIT_CR_READ, v.EXIT_DR_READ), self.emulate_next),
             v.EXIT_CPUID: self.emulate_next, v.EXIT_MSR: self.emulate_next, v.EXIT_HLT: self._halt, v.EXIT_IOIO: self._port,
-            v.EXIT_IRET: self._nmi_handled, v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._close_window,
+            v.EXIT_IRET: self._nmi_handled, v.EXIT_INTR: self._nothing, v.EXIT_VINTR: self._window.close,
             **dict.fromkeys(v.EXITS_OF_SVM, self._undefined),
             v.EXIT_SHUTDOWN: self._shutdown, v.EXIT_TASK_SWITCH: self._task_switch, **self.memory.exits,
         }
@@ -205,6 +208,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
     def _halt(self) -> None:
         """HLT: wait for an interrupt that the guest accepts; the run is over when none can come."""
         self.emulate_next()
+        self._priority.take()
         if not self.cpu.interrupts_enabled:     # nothing can wake it, whatever else goes on in the machine
             self.machine.idle()
             self.machine.stop(Stop(StopReason.HALTED))
@@ -288,30 +292,21 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             self.svm.take_interrupts()
         if self._nmi and not self._nmi_blocked and not self.cpu.read("event_injection") and not self.cpu.read("interrupt_shadow"):
             self._inject_nmi()
+        if self.platform_devices.lapic.irr:
+            self._priority.take()
         if not self.platform_devices.pending:
-            self._close_window()
+            held_back = self._priority.held_back
+            if held_back is None:
+                self._window.close()
+            else:
+                self._window.open(held_back)
         elif not self.cpu.interrupts_enabled or self.cpu.read("interrupt_shadow") or self.cpu.read("event_injection"):
-            self._open_window()
+            self._window.open()
         else:
-            self._close_window()
+            self._window.close()
             self.counts["interrupt.injected"] += 1
             self.counts["vmm.inject"] += 1
             self.cpu.write("event_injection", v.event(v.EVENT_INTERRUPT, self.platform_devices.acknowledge()))
-
-    def _open_window(self) -> None:
-        """A virtual interrupt that is intercepted: the CPU exits as soon as the guest would take it."""
-        if not self._window_open:
-            self.counts["interrupt.window"] += 1
-            self.vmcb["intercepts"] |= v.intercept_bit(v.EXIT_VINTR)
-            self.vmcb["interrupt_control"] |= v.V_IRQ | v.V_IGNORE_TPR
-            self._window_open = True
-
-    def _close_window(self) -> None:
-        """The window opened, or nothing waits for it any more; what is pending is injected before the next entry."""
-        if self._window_open:
-            self.vmcb["intercepts"] &= ~v.intercept_bit(v.EXIT_VINTR)
-            self.vmcb["interrupt_control"] &= ~(v.V_IRQ | v.V_IGNORE_TPR)
-            self._window_open = False
 
     def _raise_nmi(self) -> None:
         """The guest's APIC sent an NMI; it is injected before the next entry. Only the guest's own accesses do that: it has exited."""

@@ -78,6 +78,9 @@ class VirtualPlatform:
         self.lapic.on_nmi = lambda: self.on_nmi()
         #: A non-maskable interrupt for the guest. A VMM that cannot inject one says so.
         self.on_nmi: Callable[[], None] = _no_nmi
+        #: Around accesses to registers in memory, for a VMM that keeps a part of the local APIC elsewhere.
+        self.before_access: Callable[[], None] = _nothing
+        self.after_store: Callable[[], None] = _nothing
         #: Devices in guest-physical memory: first address, bytes, device.
         self._in_memory: tuple[tuple[int, int, MemoryDevice], ...] = (
             (lapic.BASE, lapic.SIZE, self.lapic), (ioapic.BASE, ioapic.SIZE, self.ioapic),
@@ -110,6 +113,7 @@ class VirtualPlatform:
         for first, extent, device in self._in_memory:
             if first <= gpa < first + extent:
                 self._counts["vmm.device"] += 1
+                self.before_access()
                 return device.read(gpa - first, size)
         return (1 << (8 * size)) - 1
 
@@ -117,7 +121,9 @@ class VirtualPlatform:
         for first, extent, device in self._in_memory:
             if first <= gpa < first + extent:
                 self._counts["vmm.device"] += 1
+                self.before_access()
                 device.write(gpa - first, size, value)
+                self.after_store()
 
     def _later(self, delay: int, callback: Callable[[], None]) -> None:
         self.timeline.at(self.timeline.now + delay, callback)
@@ -206,4 +212,4 @@ def _no_nmi() -> None:
 
 
 def _nothing() -> None:
-    """A buffer that the disk only reads."""
+    """Nobody has anything to do here."""
