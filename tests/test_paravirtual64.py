@@ -445,6 +445,21 @@ def test_any_frame_for_iret_goes_to_ring_3_or_ends_the_guest(words: list[int]) -
     assert nearby(strategy) == before
 
 
+@given(st.binary(max_size=64))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_code_of_a_user_ends_as_a_guest_does(random: bytes) -> None:
+    """Whatever a user runs, it stays a user: the hypervisor, and its own kernel's pages, are as they were."""
+    strategy = two_sides("nop", "mov eax, 3;" + EXIT64, traps=tuple((vector, 0) for vector in (0, 3, 6, 13, 14)))
+    domain, ram = strategy.domain, strategy.machine.ram
+    domain.write((POOL + 6) << 12, random + b"\xeb\xfe")
+    before = nearby(strategy)
+    with contextlib.suppress(GuestError):
+        assert strategy.run(3000).exit_code == 3
+    assert nearby(strategy) == before
+    assert ram.read(domain.machine(_HANDLERS), 16) == code("mov eax, 3;" + EXIT64, _HANDLERS)[:16]
+    check_counts(strategy)
+
+
 _FRAMES = st.integers(POOL, POOL + 7)
 _ENTRIES = st.tuples(_FRAMES, st.sampled_from((0, P, P | RW, P | RW | US, P | 0x20, 0x83, P | 1 << 45)))
 _OPERATIONS = st.one_of(
