@@ -32,6 +32,20 @@ def test_techniques_causes_and_kinds_of_claims_are_explained() -> None:
         assert glossary.find(name).text, name
 
 
+#: The field's words, which the lab's texts use.
+FIELD = ("VMM", "vCPU", "VM exit", "VM entry", "exit reason", "world switch", "VMCB", "VMCS", "intercept", "event injection", "gva", "gpa", "hpa", "pfn", "mfn",
+         "p2m", "sensitive", "privileged", "deprivileging", "ring compression", "ring aliasing", "shadow page table", "memory tracing", "trace fault",
+         "hidden fault", "true fault", "nested paging", "2-D walk", "translation unit", "translation cache", "ident", "callout", "in-cache emulation",
+         "chaining", "direct execution", "adaptive translation", "hypercall", "hypercall page", "multicall", "start_info", "shared_info",
+         "event channel", "upcall", "lazy MMU", "virtual cycles", "slowdown", "overhead", "cycles per exit", "direct-execution ratio",
+         "hidden-fault rate", "region of interest", "nanobenchmark", "microbenchmark", "macrobenchmark", "fidelity", "safety", "efficiency")
+
+
+@pytest.mark.parametrize("word", FIELD)
+def test_the_fields_words_are_explained(word: str) -> None:
+    assert glossary.find(word).text
+
+
 @pytest.mark.parametrize("entry", glossary.entries().values(), ids=lambda entry: entry.term)
 def test_a_text_is_two_sentences_at_most(entry: glossary.Entry) -> None:
     assert entry.text.endswith(".") and len(re.findall(r"[.;] +[A-Z]", entry.text)) <= 1
