@@ -33,8 +33,9 @@ def test_techniques_causes_and_kinds_of_claims_are_explained() -> None:
 
 
 #: The field's words, which the lab's texts use.
-FIELD = ("VMM", "vCPU", "VM exit", "VM entry", "exit reason", "world switch", "VMCB", "VMCS", "intercept", "event injection", "gva", "gpa", "hpa", "pfn", "mfn",
-         "p2m", "sensitive", "privileged", "deprivileging", "ring compression", "ring aliasing", "shadow page table", "memory tracing", "trace fault",
+FIELD = ("VMM", "vCPU", "VM exit", "VM entry", "exit reason", "world switch", "VMCB", "VMCS", "intercept", "event injection", "gva", "gpa", "hpa",
+         "pfn", "mfn", "p2m", "sensitive", "privileged", "deprivileging", "ring compression", "ring aliasing",
+         "shadow page table", "memory tracing", "trace fault",
          "hidden fault", "true fault", "nested paging", "2-D walk", "translation unit", "translation cache", "ident", "callout", "in-cache emulation",
          "chaining", "direct execution", "adaptive translation", "hypercall", "hypercall page", "multicall", "start_info", "shared_info",
          "event channel", "upcall", "lazy MMU", "virtual cycles", "slowdown", "overhead", "cycles per exit", "direct-execution ratio",
