@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,41 @@ def test_sliders_work_by_keyboard_and_the_link_carries_the_setting(browser: Brow
         again.press("Tab")
         seen.append(again.run("document.activeElement.id || document.activeElement.textContent.slice(0, 20)"))
     assert seen[0] == "To the finding" and seen.index("cpu") < seen.index("work") < seen.index("reset") < seen.index("permalink")
+
+
+def test_in_print_charts_are_drawn_for_the_sheet_and_folds_open(browser: Browser, url: str) -> None:
+    page = browser.open(url, width=1600, ready=READY)
+    closed = page.run("document.querySelectorAll('details.print:not([open])').length")
+    assert closed >= 3
+    page.run("window.dispatchEvent(new Event('beforeprint'))")
+    page.resize(720, 1000)  # a sheet's width; before printing the page measures itself on the screen
+    page.call("Emulation.setEmulatedMedia", media="print")
+    assert page.run("document.querySelectorAll('details.print:not([open])').length") == 0
+    shrunk = page.run("[...document.querySelectorAll('.panel-box svg')].map((s) => s.getBoundingClientRect().width / s.getAttribute('width'))")
+    assert len(shrunk) > 8 and min(shrunk) > 0.93, "type of 13 pixels stays near 13"
+    assert page.run("[...document.querySelectorAll('#controls .fields, .skip, figure details')].every((e) => getComputedStyle(e).display === 'none')")
+    pdf = base64.b64decode(page.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)["data"])
+    assert pdf.startswith(b"%PDF") and page.complaints() == []
+    page.run("window.dispatchEvent(new Event('afterprint'))")
+    assert page.run("document.querySelectorAll('details.print:not([open])').length") == closed
+
+
+def test_a_screen_reader_finds_names_roles_and_states(browser: Browser, url: str) -> None:
+    page = browser.open(url, ready=READY)
+    page.run("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
+    page.call("Accessibility.enable")
+    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        if not node.get("ignored"):
+            found.setdefault(node["role"]["value"], []).append(str(node.get("name", {}).get("value", "")))
+    assert {"banner", "main", "heading", "table", "figure", "status"} <= {*found}
+    for role in ("combobox", "slider", "spinbutton", "button", "link", "image", "region"):
+        assert found[role] and all(found[role]), (role, found[role])
+    assert all(": " in name for name in found["image"] if name), "a chart says its figures"
+    assert page.run("document.documentElement.lang") == "en"
+    levels = page.run("[...document.querySelectorAll('h1,h2,h3')].map((h) => Number(h.tagName[1]))")
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in pairwise(levels))
 
 
 def test_the_cpu_changes_the_whole_page(browser: Browser, url: str) -> None:

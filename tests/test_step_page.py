@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import re
@@ -163,6 +164,32 @@ def test_pages_are_whole_at_every_width(browser: Browser, urls: dict[str, str], 
 @pytest.mark.parametrize("name", [QUICK[0], *(pytest.param(name, marks=pytest.mark.slow) for name in QUICK[1:])])
 def test_every_step_is_reached_by_arrow_key(browser: Browser, urls: dict[str, str], recorded: dict[str, Any], name: str) -> None:
     every_step_by_keyboard(browser.open(urls[name], ready=READY), recorded[name])
+
+
+@needs_chromium
+def test_in_print_the_table_of_all_steps_opens(browser: Browser, urls: dict[str, str], recorded: dict[str, Any]) -> None:
+    page = browser.open(urls["popf"], width=1050, ready=READY)
+    page.run("window.dispatchEvent(new Event('beforeprint'))")
+    page.call("Emulation.setEmulatedMedia", media="print")
+    assert page.run("document.querySelector('#all').open && document.querySelector('#all table').getBoundingClientRect().width") <= 1050
+    assert page.run("[...document.querySelectorAll('#bar .buttons, .hint, #stage nav')].every((e) => getComputedStyle(e).display === 'none')")
+    assert page.run("document.querySelectorAll('#all tbody tr').length") == len(recorded["popf"]["groups"])
+    assert base64.b64decode(page.call("Page.printToPDF", preferCSSPageSize=True)["data"]).startswith(b"%PDF")
+
+
+@needs_chromium
+def test_a_screen_reader_is_told_step_and_lane(browser: Browser, urls: dict[str, str]) -> None:
+    page = browser.open(urls["cli"] + "#step=5", ready=READY)
+    page.call("Accessibility.enable")
+    nodes = [node for node in page.call("Accessibility.getFullAXTree")["nodes"] if not node.get("ignored")]
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        found.setdefault(node["role"]["value"], []).append(str(node.get("name", {}).get("value", "")))
+    assert {"main", "navigation", "region", "status", "heading"} <= {*found}
+    for role in ("button", "slider", "combobox", "link"):
+        assert found[role] and all(found[role]), (role, found[role])
+    assert len([name for name in found["listitem"] if name in ("native", "trap-and-emulate", "hardware-assisted")]) == 3
+    assert page.run("document.querySelectorAll('#code [aria-current=step]').length") == 1
 
 
 @needs_chromium

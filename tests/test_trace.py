@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +149,66 @@ def test_words_say_what_was_counted() -> None:
     assert did(trap)[0] == "#GP into the VMM" and "CLI emulated by the VMM" in did(trap)
 
 
-def test_chrome_export_has_its_format() -> None:
-    trace = record("binary-translation", SMALL)
-    document = chrome(trace, cycles(trace, "prescott-2005") or [])
-    events = document["traceEvents"]
-    slices = [e for e in events if e["ph"] == "X"]
-    assert {e["tid"] for e in slices} >= {2, 3, 4} and all(e["dur"] >= 0 and e["name"] for e in slices)
-    assert [e["ts"] for e in slices] == sorted(e["ts"] for e in slices)
-    json.dumps(document)
+def check_trace_events(document: dict[str, Any]) -> None:
+    """The rules of the Trace Event Format (Google, "Trace Event Format", JSON Object Format): what a phase needs, and units that nest."""
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert {*document} <= {"traceEvents", "displayTimeUnit", "otherData"} and document["displayTimeUnit"] in ("ms", "ns")
+    named: set[tuple[int, int]] = set()
+    rows: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for event in document["traceEvents"]:
+        assert isinstance(event["name"], str) and event["name"] and isinstance(event["pid"], int)
+        if event["ph"] == "M":  # metadata: no time; its name says which argument it has
+            assert event["name"] in ("process_name", "thread_name") and {*event["args"]} == {"name"}
+            if event["name"] == "thread_name":
+                named.add((event["pid"], event["tid"]))
+            continue
+        assert isinstance(event["ts"], (int, float)) and event["ts"] >= 0
+        if event["ph"] == "X":  # complete: a duration, on a thread
+            assert event["dur"] >= 0 and isinstance(event["cat"], str)
+            rows.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+        else:  # counter: every argument a series of numbers
+            assert event["ph"] == "C" and event["args"] and all(isinstance(value, (int, float)) for value in event["args"].values())
+    assert {*rows} <= named, "every row has a name"
+    for spans in rows.values():  # slices of one thread follow one another or nest, else a viewer drops them
+        for (_, end), (start, _) in pairwise(spans):
+            assert start >= end - 1e-6 * max(1.0, end)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_chrome_export_keeps_the_rules_of_its_format(technique: str) -> None:
+    trace = record(technique, SMALL)
+    lengths = cycles(trace, "prescott-2005") or []
+    document = chrome(trace, lengths)
+    check_trace_events(document)
+    slices = [e for e in document["traceEvents"] if e["ph"] == "X" and e["tid"] != 4]
+    assert [(e["name"], e["dur"]) for e in slices] == [(step.code, length) for step, length in zip(trace.steps, lengths, strict=True)]
+    beside = [e["name"] for e in document["traceEvents"] if e["ph"] == "X" and e["tid"] == 4]
+    assert beside == [kind_of(step) for step in trace.steps if kind_of(step) != "instruction"]
+    flags = [e["args"] for e in document["traceEvents"] if e["ph"] == "C"]
+    assert flags == [{"real": int(s.before.real_if), "virtual": int(s.before.virtual_if)} for s in trace.steps]
+
+
+def test_the_rules_refuse_what_breaks_them() -> None:
+    document = chrome(record("native", SMALL, limit=4), [1.0] * 4)
+    for break_it in ({"dur": -1}, {"ts": -1.0}, {"name": ""}, {"ph": "Z"}, {"tid": 9}, {"dur": 50.0}):
+        broken = json.loads(json.dumps(document))
+        next(e for e in broken["traceEvents"] if e["ph"] == "X").update(break_it)
+        with pytest.raises(AssertionError):
+            check_trace_events(broken)
+
+
+def test_filters_choose_steps_and_change_none(capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["trace", "cli_sti", "--technique", "binary-translation", "--set", "density=500", "--set", "iterations=3", "--json", "--limit", "100000"]
+
+    def lines(*more: str) -> list[dict[str, Any]]:
+        assert main([*base, *more]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    every = lines()
+    for kinds in ("callout", "callout,translation", "instruction", "trap"):
+        assert lines("--kind", kinds) == [line for line in every if line["kind"] in kinds.split(",")], kinds
+    assert lines("--from", "10", "--to", "20") == [line for line in every if 10 <= line["number"] < 20]
+    assert lines("--kind", "instruction", "--limit", "3") == [line for line in every if line["kind"] == "instruction"][:3]
 
 
 def test_the_command_prints_filters_and_exports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

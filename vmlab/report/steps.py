@@ -95,6 +95,10 @@ def _glossary() -> str:
     return f"<dl>{''.join(dict.fromkeys(made))}</dl>"
 
 
+#: Of more steps than this a printed table may break within a row, or it would be half empty.
+_LONG = 60
+
+
 def _table(recorded: Mapping[str, Any]) -> str:
     """Every step and lane: for print, for screen readers, and without scripts."""
     lanes = recorded["lanes"]
@@ -102,9 +106,10 @@ def _table(recorded: Mapping[str, Any]) -> str:
     rows = []
     for number, group in enumerate(recorded["groups"]):
         fields = "".join(f"<td>{_cell(lane, number)}</td>" for lane in lanes)
-        where = f" <small>{escape(group['symbol'])}</small>" if group["symbol"] else ""
+        where = f" <small>{escape(group['symbol'])}</small>" if group["count"] > 1 and group["symbol"] else ""
         rows.append(f'<tr><th scope="row">{number + 1}. <code>{escape(group["code"])}</code>{where}</th>{fields}</tr>')
-    return f'<table><thead><tr><th scope="col">guest instruction</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    long = ' class="long"' if len(rows) > _LONG else ""
+    return f'<table{long}><thead><tr><th scope="col">guest instruction</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
 def quiet(line: Mapping[str, Any]) -> str:

@@ -239,8 +239,14 @@ function start() {
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; later(); } });
   document.addEventListener("toggle", (event) => { if (event.target.open && event.target.querySelector("figure")) draw(); }, true);
   let closed = [];
-  addEventListener("beforeprint", () => { closed = [...document.querySelectorAll("details.print:not([open])")]; closed.forEach((fold) => { fold.open = true; }); draw(); });
-  addEventListener("afterprint", () => closed.forEach((fold) => { fold.open = false; }));
+  addEventListener("beforeprint", () => {
+    if (document.body.classList.contains("printing")) return;
+    closed = [...document.querySelectorAll("details.print:not([open])")];
+    closed.forEach((fold) => { fold.open = true; });
+    document.body.classList.add("printing");
+    draw();
+  });
+  addEventListener("afterprint", () => { closed.forEach((fold) => { fold.open = false; }); document.body.classList.remove("printing"); draw(); });
   explainTerms();
   everything();
   if (/^#(term|chart)-/.test(location.hash)) openFor(location.hash);
