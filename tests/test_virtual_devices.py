@@ -196,3 +196,22 @@ def test_cr8_and_the_task_priority_are_one_register_under_hardware_assistance(pa
         assert ends[0] == ends[1], name
         assert ends[0][15] or name == "one register"
         assert "exit.cr_write" not in guest.snapshot().events or memory != "nested"
+
+
+@pytest.mark.parametrize("technique", ["trap-and-emulate", "binary-translation", "hardware-assisted"])
+@every_path
+def test_an_interrupt_that_waits_for_sti_comes_behind_the_next_instruction(technique: str, path: str) -> None:
+    """The shadow of STI is one instruction long, whatever that is; no more of its block runs (SDM Vol. 2, STI)."""
+    handler = f"mov [{DATA}], ecx; mov [{DATA + 4}], edx; mov eax, [esp]; mov [{DATA + 8}], eax; mov dword ptr [{a.BASE + a.EOI:#x}], 0; iretd"
+    for behind in ("mov ecx, 1; mov edx, 1; nop;", "push 2; pop ecx; mov edx, 1;", "cpuid; mov ecx, 5;",
+                   "cli; mov ecx, 6; sti; mov edx, 7; nop;", "int 0x31; nop;"):
+        image = kernel(f"mov dword ptr [{a.BASE + a.ICR_LOW:#x}], 0x40040; mov ecx, 9; mov edx, 9; xor eax, eax;"
+                       f"sti; {behind} cli; xor eax, eax;" + END, {0x40: handler, 0x31: "mov ecx, 3; iretd"})
+        seen = []
+        for kind, parameters in ((Native, {}), KINDS[technique]):
+            guest = kind(Machine(64 << 20, path), parameters)
+            guest.load(image, "")
+            assert guest.run(100_000).reason is StopReason.EXIT
+            seen.append((guest.read_guest(DATA, 12), guest.machine.time))
+        assert seen[0] == seen[1], behind
+        assert seen[0][0][8:] != bytes(4)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from vmlab.machine.decode import Instruction
 from vmlab.machine.pc import Machine
+from vmlab.machine.state import HF_SHADOW
 from vmlab.parameters import Value
 from vmlab.strategies.techniques import TrapAndEmulateTechnique
 from vmlab.vmm.long_mode import LongModeCpu
@@ -35,6 +36,7 @@ class TrapAndEmulate(TrapAndEmulateTechnique, LongModeMonitor):
         trap = (parameters or {}).get("sensitive", "silent") == "trap"
         self.true_selectors = trap
         super().__init__(machine, parameters)
+        self._holding_back = False
         if trap:
             machine.trapping = SENSITIVE
         # A technique of somebody's own may do more at a CLI than this one does.
@@ -52,6 +54,24 @@ class TrapAndEmulate(TrapAndEmulateTechnique, LongModeMonitor):
             self.vcpu.empty_gdt(kernel)
             self.machine.counter.user_from = 4 if kernel else 3
         super().follow_tables()
+
+    def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
+        if self._holding_back:      # the instruction in the shadow trapped
+            self._holding_back = False
+            self.machine.cpu.clear_shadow()
+        super().exception(vector, error_code, software=software)
+
+    def inject_pending(self) -> bool:
+        """As ever; an interrupt that the shadow of STI holds back waits for one instruction, not for the end of its block.
+
+        The CPU has such a shadow too, and comes to a block's end behind the instruction in it.
+        """
+        injected = super().inject_pending()
+        vcpu = self.vcpu
+        if not injected and vcpu.shadow_at is not None and vcpu.shadow_at == vcpu.rip and self.platform_devices.pending:
+            self._holding_back = True
+            self.machine.cpu.hflags |= HF_SHADOW
+        return injected
 
     def emulate(self, instruction: Instruction) -> None:
         super().emulate(instruction)
