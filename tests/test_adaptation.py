@@ -69,12 +69,13 @@ def test_an_access_is_copied_again_when_nobody_watches_what_it_reaches() -> None
     assert guest.translator.guilty == set()
 
 
+@pytest.mark.parametrize("guest", ["minios", "minios64"])
 @pytest.mark.parametrize("form", ["simulate", "callout", "off"])
-def test_page_tables_that_are_written_agree_in_every_form(form: str) -> None:
+def test_page_tables_that_are_written_agree_in_every_form(form: str, guest: str) -> None:
     """Entries made present stay in the cache; those that a shadow entry follows from call out. The bare machine's outcome."""
     outcomes = []
     for technique, more in (("native", {}), ("binary-translation", {"memory": "tracing", "adaptation": form})):
-        cell = Run(technique, {"guest": "minios", "workload": "mmap", "iterations": 6, **more})
+        cell = Run(technique, {"guest": guest, "workload": "mmap", "iterations": 6, **more})
         outcomes.append((cell.outcome(cell.go().exit_code), cell.strategy.snapshot()))
     (expected, native), (found, here) = outcomes
     assert found == expected

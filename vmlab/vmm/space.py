@@ -42,8 +42,8 @@ class StaticSpace:
         self.base = hole_address(HOLE, bits)
 
     def show(self, linear: int, frame: int) -> None:
-        """Show the page at hpa ``frame`` at ``linear`` (in the hole) too, writable."""
-        self.ram.write64(HOLE_TABLES + 8 * ((linear & HOLE_SIZE - 1) // PAGE), frame | P | RW)
+        """Show the page at hpa ``frame`` at ``linear`` (in the hole) too, writable, also to CPL 3 where the directory entries let it in."""
+        self.ram.write64(HOLE_TABLES + 8 * ((linear & HOLE_SIZE - 1) // PAGE), frame | P | RW | US)
 
     def hide(self, linear: int) -> None:
         """Take the page at ``linear`` away from the CPU."""

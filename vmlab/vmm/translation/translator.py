@@ -330,7 +330,7 @@ class Translator:
             em.piece(ins, Kind.CONTROL)
             return True
         elif at in self.guilty:
-            in_cache = self.options.adaptation == "simulate" and self.forms.bits == 32 and simulable(ins)
+            in_cache = self.options.adaptation == "simulate" and simulable(ins, self.forms.bits)
             site = simulate(em, at, ins) if in_cache else em.callout("adapted", at, ins)
             em.piece(ins, Kind.SIMULATE)
             site.after = em.here

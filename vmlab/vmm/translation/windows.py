@@ -25,13 +25,11 @@ from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import PageFault
 from vmlab.vmm.shadow import ShadowPager
 from vmlab.vmm.translation.cache import Cache
+from vmlab.vmm.translation.forms import fits
 from vmlab.vmm.translation.layout import CHARTS, NO_WINDOW, WINDOW_COUNT, WINDOWS
 from vmlab.vmm.translation.pages import CodePages
 from vmlab.vmm.translation.priority import APIC_FRAME, Priority
 from vmlab.vmm.translation.units import Site
-
-#: A store is four bytes at most: it concerns the VMM from three bytes before what does.
-_REACH = 3
 
 
 def _sets_priority(site: Site, address: int) -> bool:
@@ -57,11 +55,21 @@ class Windows:
         self._space, self._priority = cache.space, priority
         self._by_page: dict[int, Window] = {}
         self._free = list(range(WINDOW_COUNT - 1, 0, -1))       # the first chart forbids everything
-        self._space.ram.write(self._space.map_hole(CHARTS, WINDOW_COUNT * PAGE), b"\1" * PAGE)
+        self._space.ram.write(self._space.map_hole(CHARTS, WINDOW_COUNT * PAGE, user=True), b"\1" * PAGE)
         pager.on_derived = code.on_units = self._concerns
 
     def __bool__(self) -> bool:
         return bool(self._by_page)
+
+    @property
+    def _wide(self) -> bool:
+        """Whether the code that stores through windows is of 64 bits."""
+        return self._cache.forms.bits == 64
+
+    @property
+    def _reach(self) -> int:
+        """A store is four bytes at most, or eight: it concerns the VMM from so many bytes before what does."""
+        return self._cache.forms.word - 1
 
     def watched(self, address: int) -> bool:
         """Whether a store to this linear address of the guest would fault, because the VMM watches what is there."""
@@ -76,8 +84,10 @@ class Windows:
         """``site`` called out for a store to ``address`` in a watched page: let its next one there stay in the cache, if it may."""
         page = address & ~(PAGE - 1)
         frame = self._writable(page)
-        if frame is None or not self._watches(frame) or (frame == APIC_FRAME and not _sets_priority(site, address)):
+        if frame is None or not self._watches(frame) or (self._wide and not fits(-page)):
             return
+        if frame == APIC_FRAME and (self._wide or not _sets_priority(site, address)):
+            return      # 64-bit code has CR8, and there is one way to the task priority at a time
         window = self._by_page.get(page)
         if window is None:
             window = self._open(page, frame)
@@ -155,9 +165,9 @@ class Windows:
         if window.frame == APIC_FRAME:
             self._space.ram.write(self._space.hole_frame(CHARTS + window.number * PAGE), b"\1" * PAGE)
             return      # the guest's next run allows what may be
-        chart = bytearray(PAGE - _REACH) + b"\1" * _REACH       # a store that runs into the next page
+        chart = bytearray(PAGE - self._reach) + b"\1" * self._reach       # a store that runs into the next page
         for first, end in (*self._pager.derived(window.frame), *self._code.code_in(window.frame)):
-            first = max(first - _REACH, 0)
+            first = max(first - self._reach, 0)
             chart[first:end] = b"\1" * (end - first)
         self._space.ram.write(self._space.hole_frame(CHARTS + window.number * PAGE), bytes(chart[:PAGE]))
 
@@ -165,5 +175,5 @@ class Windows:
         """From now on something follows from these bytes of a frame."""
         for window in self._by_page.values():
             if window.frame == frame:
-                begin = max(first - _REACH, 0)
+                begin = max(first - self._reach, 0)
                 self._space.ram.write(self._space.hole_frame(CHARTS + window.number * PAGE + begin), b"\1" * (end - begin))
