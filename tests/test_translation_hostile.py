@@ -188,3 +188,18 @@ def test_an_operating_system_in_the_smallest_cache_evicts_and_agrees(workload: s
         assert found == expected
         assert run.strategy.counts["bt.evict"] > 0
 
+
+
+@pytest.mark.parametrize("adaptation", ["simulate", "callout", "off"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_store_that_unmaps_the_page_it_stores_to(memory: str, adaptation: str) -> None:
+    """The window's table maps itself; its own entry goes by a store through itself, until that store was adapted, and after."""
+    where = layout("pae")
+    page, slot = where.base + 0x5000, where.slot(5)
+    own = page + (slot & 0xFFF)
+    source = (f"mov ecx, 20; l: mov dword ptr [{slot:#x}], {slot & ~0xFFF | ALL:#x}; mov eax, [{own:#x}]; mov dword ptr [{own:#x}], 0;"
+              f"invlpg [{page:#x}]; mov esi, offset_back; mov ebx, [{own:#x}]; back: add edi, eax; loop l; mov [{DATA:#x}], edi; {END}")
+    before = source.partition("back:")[0].replace("offset_back", "0x11111111")
+    source = source.replace("offset_back", hex(length(where, before)))
+    guest = agree(paging_kernel(where, source), memory, adaptation=adaptation)
+    assert len(faults(guest)) == 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vmlab.report.style import FAINT, INK, RULE, look
+from vmlab.report.style import INK, RULE, look
 from vmlab.report.view import Cell, View, cycles, times
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def draw_ablation(view: View) -> Any:
     curves = {workload: curve for workload in workloads for curve in [_warm_up(view, workload)] if len(curve) > 1}
     caption = (f"Time relative to the same translator with everything on, nominal costs of {view.generations[0].words}. Users' code runs directly in "
                "every cell: that has no switch, for translated users would have the kernel's rights."
-               + (" Below: units translated so far, and exits chained, by the guest's instructions, from its first on." if curves else ""))
+               + (" Below: units translated (solid) and exits chained (dashed) by then, from the guest's first instruction on." if curves else ""))
     heights = [0.31 * len(rows) + 0.25] * lines + ([1.5] if curves else [])
     sheet = Sheet(ablation_title(view), caption, heights, columns, left=2.1, gap=0.78, side=0.7, foot=0.55)
     limits = (0.8, max(2.0, 1.3 * max(max(parts.values()) for parts in found.values())))
@@ -114,7 +114,7 @@ def _dots(axes: Axes, workload: str, parts: Mapping[str, float], rows: list[str]
 
     axes.set_xscale("log")
     axes.set_xlim(*limits)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if limits[1] < 30 else (1.0,)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if limits[1] < 100 else (1.0,)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: "all on" if value == 1 else f"{value:g}×"))
     axes.grid(axis="x")
@@ -135,19 +135,16 @@ def _dots(axes: Axes, workload: str, parts: Mapping[str, float], rows: list[str]
 
 
 def _curve(axes: Axes, workload: str, rows: list[Mapping[str, int]], *, labelled: bool) -> None:
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     style = look(TECHNIQUE)
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e6 else f"{value / 1e6:g} M"))
     at = [row["instructions"] for row in rows]
-    for key, line, words in (("translated", "-", "translated"), ("chained", "--", "chained")):
-        values = [row[key] for row in rows]
-        axes.plot(at, values, color=style.colour, linestyle=line, linewidth=1.6)
-        above = values[-1] >= max(rows[-1]["translated"], rows[-1]["chained"])
-        axes.annotate(words, (at[-1], values[-1]), xytext=(-4, 5 if above else -5), textcoords="offset points", fontsize=9.5, color=FAINT,
-                      ha="right", va="bottom" if above else "top")
-    axes.set_ylim(0, 1.3 * max(max(row["translated"], row["chained"]) for row in rows))
+    for key, line in (("translated", "-"), ("chained", "--")):
+        axes.plot(at, [row[key] for row in rows], color=style.colour, linestyle=line, linewidth=1.6)
+    axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     axes.set_title(f"{workload}: warm-up", loc="left", fontsize=11)
     axes.set_xlabel("guest instructions")

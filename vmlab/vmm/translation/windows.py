@@ -72,8 +72,11 @@ class Windows:
         return self._cache.forms.word - 1
 
     def watched(self, address: int) -> bool:
-        """Whether a store to this linear address of the guest would fault, because the VMM watches what is there."""
-        gpa = self._mmu.peek(address)
+        """Whether a store to this linear address of the guest, just made, went to what the VMM watches."""
+        try:
+            gpa = self._mmu.peek(address)
+        except PageFault:
+            return True     # the store took its own page's mapping away: it went to a page table
         return self._pager.is_device(gpa) or self._watches(gpa >> 12)
 
     def _watches(self, frame: int) -> bool:
