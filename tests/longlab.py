@@ -42,7 +42,7 @@ def long_kernel(source: str, handlers: Mapping[int, str], *, high: bool = False,
     Handlers are interrupt gates, their code where ``source`` is; INT 0x30 is for users too, and vector 8 has a stack of its own (IST 1).
     """
     base = HIGH if high else 0
-    boot = (f"mov eax, 0x620; mov cr4, eax; mov ecx, 0xc0000080; mov eax, 0x901; xor edx, edx; wrmsr; mov eax, {PAGES:#x}; mov cr3, eax;"
+    boot = (f"mov eax, 0x10620; mov cr4, eax; mov ecx, 0xc0000080; mov eax, 0x901; xor edx, edx; wrmsr; mov eax, {PAGES:#x}; mov cr3, eax;"
             f"mov eax, 0x80010011; mov cr0, eax; lgdt [{_POINTERS:#x}]; .byte 0xea; .long {_START:#x}; .word {CODE0}")
     msrs = ((0xC0000081, (USER32 << 16 | CODE0) << 32), (0xC0000082, base + SYSCALL_ENTRY), (0xC0000084, 0x600))
     start = (f"mov eax, {DATA0}; mov ss, eax; mov eax, {USER_DATA}; mov ds, eax; mov es, eax; xor eax, eax; mov fs, eax; mov gs, eax;"

@@ -108,7 +108,10 @@ def sensitive(r: random.Random, n: int) -> str:
         "mov eax, 5; mov cr8, rax", "mov r14d, 9; mov cr8, r14",
         f"mov {a}, cr8", "swapgs", "mov eax, 0x1234; xor edx, edx; mov ecx, 0xc0000102; wrmsr; swapgs; mov ecx, 0xc0000101; rdmsr",
         "mov ecx, 0xc0000080; rdmsr", "xor eax, eax; mov ss, eax", f"mov eax, {DATA0}; mov ss, eax", f"mov ecx, {DATA0}; lar eax, ecx",
-        f"push {CODE0}; lea rax, [rip + i{n}]; push rax; retfq; ud2; i{n}:", "mov eax, 0x624; mov cr4, rax; mov eax, 0x620; mov cr4, rax",
+        f"push {CODE0}; lea rax, [rip + i{n}]; push rax; retfq; ud2; i{n}:", "mov eax, 0x10624; mov cr4, rax; mov eax, 0x10620; mov cr4, rax",
+        # WRFSBASE RAX, a load through FS; RDGSBASE, WRGSBASE
+        "mov rax, r10; .byte 0xf3, 0x48, 0x0f, 0xae, 0xd0; mov ecx, 8; mov rbx, qword ptr fs:[rcx]; add dword ptr fs:[rcx + 24], eax",
+        "mov rdx, r10; .byte 0xf3, 0x48, 0x0f, 0xae, 0xda; .byte 0xf3, 0x48, 0x0f, 0xae, 0xc9; swapgs; .byte 0xf3, 0x48, 0x0f, 0xae, 0xc8; swapgs",
     ))
 
 

@@ -36,7 +36,7 @@ _FLAT_DATA = Segment(0x10, 0, 0xFFFFFFFF, 0x00CF9300 | KERNEL_RING << 13)
 _FLAT_STACK = Segment(0x10 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9300 | KERNEL_RING << 13)
 _CR0 = 0x80010011                   # PG, WP, ET, PE
 _CR0_UNITS = 0x2E                   # MP, EM, TS, NE
-_CR4_UNITS = 0x600                  # OSFXSR, OSXMMEXCPT
+_CR4_UNITS = 0x10600                # OSFXSR, OSXMMEXCPT; FSGSBASE, whose instructions are nobody's secret
 
 
 class DeprivilegingMonitor(Strategy):
