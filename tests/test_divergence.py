@@ -23,7 +23,7 @@ END = "xor eax, eax;" + DEBUG_EXIT
 def boots(monkeypatch: pytest.MonkeyPatch) -> Boots:
     """Makes the guest called "test" a small kernel."""
     def use(image: GuestImage) -> None:
-        monkeypatch.setattr(guests, "load", lambda name: image)
+        monkeypatch.setattr(guests, "load", lambda name, *_: image)
         monkeypatch.setattr(guests, "workloads", lambda name: {})
     return use
 

@@ -2,7 +2,7 @@
 
 In 64-bit mode segments have no limits, and rings 1 and 2 are supervisor to paging as the VMM is (SDM Vol. 3A §4.6, §5.3.1), so
 nothing but CPL 3 and page tables can hold a guest's kernel. Then the page tables cannot tell the guest's kernel from its
-users, and each address space has two views (:class:`~vmlab.vmm.shadow.View`). Which of the two is running is virtual state:
+users, and each address space has two views (:class:`~vmlab.vmm.shadow_page.View`). Which of the two is running is virtual state:
 :class:`LongModeCpu` keeps it. In legacy mode, where every guest begins, this is an ordinary
 :class:`~vmlab.vmm.vcpu.VirtualCpu`.
 """

@@ -19,7 +19,7 @@ from vmlab.strategies.base import GuestState
 from vmlab.vmm.emulate_long import LongEmulator
 from vmlab.vmm.long_mode import LongModeCpu
 from vmlab.vmm.monitor import DeprivilegingMonitor
-from vmlab.vmm.shadow import View
+from vmlab.vmm.shadow_page import View
 from vmlab.vmm.space import HOLE, hole_address
 
 #: The page of the doors, and where in it SYSCALL leads, from 64- and from 32-bit code.

@@ -25,7 +25,6 @@ ASPLOS 2006, §2.4).
 from __future__ import annotations
 
 import enum
-import struct
 from collections.abc import Callable
 
 from vmlab.errors import UnsupportedByStrategy
@@ -33,16 +32,15 @@ from vmlab.ledger import Counts
 from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import CR4_PAE, CR4_PSE, EFER_LMA, EFER_NXE, NX, PS, RW, US, A, P, Walk
 from vmlab.machine.paging import D as DIRTY
+from vmlab.vmm.fixed_tables import HoleTables, direct_map
 from vmlab.vmm.guest_tables import GuestMmu
+from vmlab.vmm.shadow_page import ALL, FRAME, LAST, TABLE, Key, ShadowPage, View
 from vmlab.vmm.space import LARGE, POOL, StaticSpace
+from vmlab.vmm.tracing import Tracing
 
-_FRAME = 0x000FFFFFFFFFF000
 _CLEAN = 1 << 9                     # available to software: read-only only because the guest's D bit was clear
-_ALL = RW | US
 _MAX_ROOTS = 64                     # address spaces cached at most
 _RESERVE = 8                        # frames that one fault may need
-_TABLE = struct.Struct("<512Q")
-_LAST = 511                         # the last entry of a table
 
 
 class Outcome(enum.Enum):
@@ -54,31 +52,7 @@ class Outcome(enum.Enum):
     GUARDED = "a store to a frame that the VMM guards: carry it out"
 
 
-class View(enum.Enum):
-    """Whose shadow it is."""
-
-    ONE = "the rights of supervisor and user are the CPU's own to tell apart"
-    KERNEL = "the guest's kernel, at CPL 3: every page of the guest's is a user page"
-    USER = "the guest's users: no page of the guest's kernel is there"
-
-
-class ShadowPage:
-    """One page of shadow table. ``key`` says what it stands for; ``parents`` maps entry addresses to the pages they are in."""
-
-    __slots__ = ("access", "children", "direct", "frame", "gfn", "hole", "key", "level", "parents", "quadrant", "view")
-
-    def __init__(self, key: Key, frame: int) -> None:
-        self.key, self.frame = key, frame
-        self.gfn, self.level, self.quadrant, self.access, self.direct, self.hole, self.view = key
-        self.parents: dict[int, ShadowPage] = {}
-        self.children: dict[int, ShadowPage] = {}
-
-
-#: Guest frame, level, quadrant (32-bit tables have 1024 entries), gathered rights of the levels above, direct, leads to the hole, view.
-Key = tuple[int, int, int, int, bool, bool, View]
-
-
-class ShadowPager:
+class ShadowPager(Tracing):
     """The shadow tables of one guest; see the module's text.
 
     :param scheme: "static" (unpaged guests only), "tracing", "lazy" or "none".
@@ -110,9 +84,8 @@ class ShadowPager:
         self._roots: dict[tuple[int, View], ShadowPage] = {}    # by CR3, least recently used first
         #: Whose shadow the CPU is to run on.
         self.view = View.ONE
-        self._hole_directory = self._make_hole_directory()
-        self._long_holes: dict[View, tuple[int, int]] = {}      # tables of levels 3 and 2 with nothing but the hole
-        self._direct = self._make_direct()
+        self._holes = HoleTables(self._ram, space, self._allocate)
+        self._direct = direct_map(self._memory, self._nowhere, is_device, self._holes, self._allocate)
         self._root = self._direct
         self._mode = self._current_mode()
         self._linked = False            # a table was missing on the way of the fault under way
@@ -142,46 +115,6 @@ class ShadowPager:
         frame = self._free.pop()
         self._ram.write(frame, bytes(PAGE))
         return frame
-
-    def _make_hole_directory(self) -> int:
-        """A page directory with nothing but the VMM's hole, for roots whose last GiB the guest does not use."""
-        if self._space is None:
-            return 0
-        frame = self._allocate()
-        self._copy_hole(frame)
-        return frame
-
-    def _copy_hole(self, directory: int, view: View = View.ONE) -> None:
-        assert self._space is not None
-        for index, entry in self._space.directory_entries(user=view is View.KERNEL):
-            self._ram.write64(directory + 8 * index, entry)
-
-    def _long_hole(self, view: View) -> tuple[int, int]:
-        """In long mode the last entries of levels 4 and 3 lead to the hole: tables for where the guest itself has none."""
-        found = self._long_holes.get(view)
-        if found is None:
-            found = self._long_holes[view] = self._allocate(), self._allocate()
-            self._ram.write64(found[0] + 8 * _LAST, found[1] | P | _ALL | A)
-            self._copy_hole(found[1], view)
-        return found
-
-    def _make_direct(self) -> ShadowPage:
-        """Linear = guest-physical: 2 MiB pages to the guest's frames, and beyond its RAM to where nothing answers."""
-        root = ShadowPage((0, 3, 0, _ALL, True, False, View.ONE), self._allocate())
-        for slot in range(4):
-            directory = self._allocate()
-            entries = []
-            for index in range(512):
-                gpa = slot << 30 | index * LARGE
-                if self.is_device(gpa):     # and with it what else is in these 2 MiB: the VMM answers
-                    entries.append(0)
-                    continue
-                entries.append((self._memory.base + gpa if self._memory.inside(gpa) else self._nowhere) | PS | _ALL | P | A | DIRTY)
-            _TABLE.pack_into(self._ram.bytes, directory, *entries)
-            if slot == 3 and self._space is not None:
-                self._copy_hole(directory)
-            self._ram.write64(root.frame + 8 * slot, directory | P)
-        return root
 
     # ---- the guest's registers changed
     def _current_mode(self) -> tuple[bool, bool, int, int]:
@@ -229,7 +162,7 @@ class ShadowPager:
             self._root = self._direct
             return
         kind = mmu.tables.format
-        cr3 = mmu.cr3 & (0xFFFFFFE0 if kind == "pae" else _FRAME)
+        cr3 = mmu.cr3 & (0xFFFFFFE0 if kind == "pae" else FRAME)
         root = self._roots.pop((cr3, self.view), None)
         if root is None:
             if len(self._roots) >= (_MAX_ROOTS if self.view is View.ONE else 2 * _MAX_ROOTS):
@@ -237,10 +170,10 @@ class ShadowPager:
             if len(self._free) < _RESERVE:
                 self._make_room(None)
             if kind == "64":
-                root = self._page((cr3 >> 12, 4, 0, _ALL, False, self._space is not None, self.view))
+                root = self._page((cr3 >> 12, 4, 0, ALL, False, self._space is not None, self.view))
             else:
-                root = ShadowPage((0, 3, 0, _ALL, False, False, View.ONE), self._allocate())
-                self._put_hole_directory(root, 3)
+                root = ShadowPage((0, 3, 0, ALL, False, False, View.ONE), self._allocate())
+                self._holes.put(root, 3, long_mode=self.long_mode)
         elif kind == "pae":
             for slot, child in list(root.children.items()):
                 if not mmu.pdptes[slot] & P or mmu.pdptes[slot] >> 12 & 0xFFFFFFFFFF != child.gfn:
@@ -255,14 +188,6 @@ class ShadowPager:
             self._counts["shadow.view"] += 1
             self._choose_root()
             self.stale = True
-
-    def _put_hole_directory(self, page: ShadowPage, slot: int) -> None:
-        """Where the guest has no table of its own on the way to the hole there is one of the VMM's."""
-        if page.hole and page.level > 2:
-            if slot == _LAST:
-                self._ram.write64(page.frame + 8 * slot, self._long_hole(page.view)[4 - page.level] | P | _ALL | A)
-        elif self._hole_directory and page.level == 3 and slot == 3 and not self.long_mode:
-            self._ram.write64(page.frame + 8 * slot, self._hole_directory | P)
 
     def invlpg(self, address: int) -> None:
         """INVLPG: under ``lazy`` the page's translation is dropped; a traced shadow is in step anyway."""
@@ -336,7 +261,7 @@ class ShadowPager:
         if view is View.USER and not user:
             return 0
         if self._memory.inside(gpa):
-            entry = (self._memory.base + gpa) & _FRAME | P | A | DIRTY
+            entry = (self._memory.base + gpa) & FRAME | P | A | DIRTY
             traced = gpa >> 12 in self._by_gfn or gpa >> 12 in self.guarded
         else:
             entry, traced = self._nowhere | P | A | DIRTY, False
@@ -355,7 +280,7 @@ class ShadowPager:
         page = self._root
         narrow = not self._mode[2] & CR4_PAE
         by_level = {step.level: step for step in walk.steps}
-        access = _ALL
+        access = ALL
         while page.level > 1:
             level = page.level - 1
             above = by_level.get(page.level)
@@ -391,7 +316,7 @@ class ShadowPager:
         at = page.frame + 8 * index
         page.children[index] = child
         child.parents[at] = page
-        self._ram.write64(at, child.frame | P if page.level == 3 and not self.long_mode else child.frame | P | _ALL | A)
+        self._ram.write64(at, child.frame | P if page.level == 3 and not self.long_mode else child.frame | P | ALL | A)
         self._counts["vmm.shadow_update"] += 1
         if page.gfn in self.explained and not page.direct:
             self.on_derived(page.gfn, *self._guest_bytes(page, index))
@@ -407,9 +332,9 @@ class ShadowPager:
         page = self._pages[key] = ShadowPage(key, self._allocate())
         self._counts["shadow.page.made"] += 1
         if page.hole and page.level == 2:
-            self._copy_hole(page.frame, page.view)
+            self._holes.copy(page.frame, page.view)
         elif page.hole:
-            self._put_hole_directory(page, _LAST)
+            self._holes.put(page, LAST, long_mode=self.long_mode)
         if self.tracing and not page.direct:
             pages = self._by_gfn.setdefault(page.gfn, [])
             pages.append(page)
@@ -445,14 +370,14 @@ class ShadowPager:
     def _set_direct(self, gfn: int, *, writable: bool) -> None:
         """The frame's entry in the direct map, whose large page is split when it is first needed."""
         ram = self._ram
-        at = (ram.read64(self._direct.frame + 8 * (gfn >> 18)) & _FRAME) + 8 * (gfn >> 9 & 511)
+        at = (ram.read64(self._direct.frame + 8 * (gfn >> 18)) & FRAME) + 8 * (gfn >> 9 & 511)
         entry = ram.read64(at)
         if entry & PS:
             table, rest = self._allocate(), entry & ~PS
-            _TABLE.pack_into(ram.bytes, table, *(rest + PAGE * i for i in range(512)))
-            entry = table | _ALL | P | A
+            TABLE.pack_into(ram.bytes, table, *(rest + PAGE * i for i in range(512)))
+            entry = table | ALL | P | A
             ram.write64(at, entry)
-        at = (entry & _FRAME) + 8 * (gfn & 511)
+        at = (entry & FRAME) + 8 * (gfn & 511)
         old = ram.read64(at)
         ram.write64(at, old | RW if writable else old & ~RW)
         self._counts["vmm.shadow_update"] += 1
@@ -469,28 +394,28 @@ class ShadowPager:
         if entry and page.gfn in self.explained and not page.direct:
             self.on_derived(page.gfn, *self._guest_bytes(page, index))
         # Any change but more rights to the same frame must reach the CPU's TLB.
-        if old & P and (not entry & P or (old ^ entry) & _FRAME or old & ~entry & (RW | US) or entry & ~old & NX):
+        if old & P and (not entry & P or (old ^ entry) & FRAME or old & ~entry & (RW | US) or entry & ~old & NX):
             self.stale = True
         if self._tracks_leaves:
             self._note_leaf(at, old, entry)
 
     def _note_leaf(self, at: int, old: int, entry: int) -> None:
         base, size = self._memory.base, self._memory.size
-        if old & P and base <= old & _FRAME < base + size:
-            gfn = ((old & _FRAME) - base) >> 12
+        if old & P and base <= old & FRAME < base + size:
+            gfn = ((old & FRAME) - base) >> 12
             leaves = self._leaves[gfn]
             leaves.discard(at)
             if not leaves:
                 del self._leaves[gfn]
-        if entry & P and base <= entry & _FRAME < base + size:
-            self._leaves.setdefault(((entry & _FRAME) - base) >> 12, set()).add(at)
+        if entry & P and base <= entry & FRAME < base + size:
+            self._leaves.setdefault(((entry & FRAME) - base) >> 12, set()).add(at)
 
     def _unlink(self, page: ShadowPage, index: int) -> None:
         """Take a lower table out of ``page``; one that nothing refers to any more is freed."""
         child = page.children.pop(index)
         at = page.frame + 8 * index
         self._ram.write64(at, 0)
-        self._put_hole_directory(page, index)
+        self._holes.put(page, index, long_mode=self.long_mode)
         self._counts["vmm.shadow_update"] += 1
         self.stale = True
         del child.parents[at]
@@ -500,7 +425,7 @@ class ShadowPager:
     def _free_page(self, page: ShadowPage) -> None:
         if page.level == 1:
             if self._tracks_leaves:
-                for index, entry in enumerate(_TABLE.unpack_from(self._ram.bytes, page.frame)):
+                for index, entry in enumerate(TABLE.unpack_from(self._ram.bytes, page.frame)):
                     if entry:
                         self._note_leaf(page.frame + 8 * index, entry, 0)
         else:
@@ -529,97 +454,3 @@ class ShadowPager:
             if len(self._free) >= _RESERVE:
                 return True
         return False
-
-    # ---- tracing
-    def traces(self, gfn: int) -> bool:
-        """Whether stores to this frame fault because it holds one of the guest's tables."""
-        return gfn in self._by_gfn
-
-    def derived(self, gfn: int) -> list[tuple[int, int]]:
-        """The bytes (first, end) of the guest's table in this frame that shadow entries were made from."""
-        found = []
-        for page in self._by_gfn.get(gfn, ()):
-            indices = list(page.children) if page.level > 1 else [
-                index for index, entry in enumerate(_TABLE.unpack_from(self._ram.bytes, page.frame)) if entry]
-            found += [self._guest_bytes(page, index) for index in indices]
-        return found
-
-    def _guest_bytes(self, page: ShadowPage, index: int) -> tuple[int, int]:
-        """The bytes of the guest's entry that this shadow entry stands for: 32-bit tables have 1024, halved or quartered here."""
-        if self._mode[2] & CR4_PAE:
-            return 8 * index, 8 * index + 8
-        entry = page.quadrant * 512 + index if page.level == 1 else page.quadrant * 256 + index // 2
-        return 4 * entry, 4 * entry + 4
-
-    def _is_traced(self, gfn: int) -> bool:
-        """Whether the current address space uses a table in this frame; one that only others used is given up."""
-        pages = self._by_gfn[gfn]
-        if any(self._in_use(page) for page in pages):
-            return True
-        self._counts["shadow.untrace"] += 1
-        for page in list(pages):
-            self._give_up(page)
-        return False
-
-    def _in_use(self, page: ShadowPage) -> bool:
-        return self._is_current(page) or any(self._in_use(parent) for parent in page.parents.values())
-
-    def _give_up(self, page: ShadowPage) -> None:
-        if page.key not in self._pages:
-            return
-        for at, parent in list(page.parents.items()):
-            self._unlink(parent, (at - parent.frame) // 8)
-        for key, root in list(self._roots.items()):
-            if root is page:
-                self._forget_root(key)
-
-    def wrote(self, gpa: int, size: int) -> None:
-        """The VMM or a device stored into guest memory: bring entries derived from it into step."""
-        for gfn in range(gpa >> 12, (gpa + size - 1 >> 12) + 1):
-            if gfn in self._by_gfn and self._is_traced(gfn):
-                first, last = max(gpa, gfn << 12) & 0xFFF, min(gpa + size, gfn + 1 << 12) - 1 & 0xFFF
-                for page in list(self._by_gfn.get(gfn, ())):
-                    if page.key in self._pages:
-                        self._refresh(page, first, last)
-
-    def _refresh(self, page: ShadowPage, first: int, last: int) -> None:
-        """Guest entries at these byte offsets of the table changed."""
-        wide = bool(self._mode[2] & CR4_PAE)
-        for guest_index in range(first // (8 if wide else 4), last // (8 if wide else 4) + 1):
-            if wide:
-                indices: tuple[int, ...] = (guest_index,)
-                entry = self._memory.read64((page.gfn << 12) + 8 * guest_index)
-            else:
-                entry = self._memory.read32((page.gfn << 12) + 4 * guest_index)
-                span = 512 if page.level == 1 else 256
-                if guest_index // span != page.quadrant:
-                    continue
-                within = guest_index % span
-                indices = (within,) if page.level == 1 else (2 * within, 2 * within + 1)
-            for index in indices:
-                if page.level == 1:
-                    self._refresh_leaf(page, index, entry)
-                elif index in page.children and not self._still(page, page.children[index], entry):
-                    self._unlink(page, index)
-
-    def _still(self, page: ShadowPage, child: ShadowPage, entry: int) -> bool:
-        """Whether the lower table is what the guest's entry says now."""
-        if child.direct or not entry & P or not entry & A or entry & PS:
-            return False
-        access = page.access & (entry | NX) | entry & NX
-        return child.gfn == (entry & _FRAME) >> 12 and child.access == access & (_ALL | NX)
-
-    def _refresh_leaf(self, page: ShadowPage, index: int, entry: int) -> None:
-        old = self._ram.read64(page.frame + 8 * index)
-        if not old:
-            return
-        frame = entry & _FRAME
-        usable = entry & P and entry & A and self._memory.inside(frame) and not self.is_device(frame) and self._mode[1]
-        if entry & NX and not self._mode[3] & EFER_NXE:
-            usable = False      # a reserved bit: the guest's fault
-        new = 0
-        if usable:
-            access = page.access & (entry | NX) | entry & NX
-            new = self._leaf(frame, page.view, writable=bool(access & RW), user=bool(access & US), no_execute=bool(access & NX),
-                             dirty=bool(entry & DIRTY))
-        self._set_leaf(page, index, new)
