@@ -12,7 +12,12 @@ from typing import Any
 
 import pvlab
 import pytest
+import test_shadow_random as shadow_random
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from machinelab import CODE, DATA, DEBUG_EXIT, asm, kernel
+from paginglab import SCHEMES, boot
+from test_shadow_random import Access, Directory, Edit
 from test_translation_random import FUNCTIONS, HANDLER, HANDLER_TEXTS, KERNEL_SLOTS, TABLE, arithmetic, flags, loops, memory, sensitive
 
 from vmlab import strategies
@@ -98,3 +103,49 @@ def test_random_guests_are_counted_the_same_on_both_paths(seed: int) -> None:
 def test_a_thousand_random_guests(block: int) -> None:
     for seed in range(50 * block, 50 * block + 50):
         check(1000 + seed)
+
+
+# ---- shadow page tables: hidden faults that C carries out
+_EDITS = st.builds(Edit, shadow_random._PAGE, st.integers(0, 3), shadow_random._FLAGS, st.just(False), st.just(False))
+_ACCESSES = st.builds(Access, shadow_random._PAGE, shadow_random._OFFSET, st.sampled_from(["read", "write", "movs", "stos", "lock"]), st.booleans())
+#: Little that empties the shadow, so that what C has learnt lasts.
+_CALM = st.lists(st.one_of(_EDITS, *[_ACCESSES] * 4, st.builds(Directory, shadow_random._FLAGS, st.just(False))), min_size=20, max_size=40)
+
+
+@pytest.mark.parametrize("mode", ["32", "pae"])
+@settings(max_examples=30, **shadow_random._SETTINGS)
+@given(operations=st.one_of(_CALM, _CALM, shadow_random._OPERATIONS))
+def test_random_page_tables_are_shadowed_the_same_on_both_paths(mode: str, operations: list[object]) -> None:
+    if fast.why_not():
+        pytest.skip(f"no C library here: {fast.why_not()}")
+    mapped = [Edit(page, page, 7, False, False) for page in range(4)]
+    image = shadow_random.assemble(mode, [*mapped, *operations])
+    kind, parameters = SCHEMES["trap-and-emulate/lazy"]
+    ends = []
+    for path in ("portable", "fast"):
+        guest = boot(kind, image, parameters, path)
+        stop = guest.run(60_000)
+        ends.append((stop, guest.machine.time, guest.snapshot(), guest.guest_state(), shadow_random.memory(mode, guest), guest.refused))
+    assert ends[0] == ends[1]
+
+
+def test_c_fills_a_lazy_shadow() -> None:
+    """One that fills nothing would pass the test above."""
+    if fast.why_not():
+        pytest.skip(f"no C library here: {fast.why_not()}")
+    code = asm("mov eax, 0x200000; mov cr3, eax; mov eax, 0x80000011; mov cr0, eax; mov esi, 3; l: mov eax, 0x200000; mov cr3, eax;"
+               "mov ebx, 0x400000; mov ecx, 64; p: mov eax, [ebx]; mov [ebx], eax; add ebx, 0x1000; loop p;"
+               "dec esi; jnz l; xor eax, eax;" + DEBUG_EXIT, CODE)
+    tables = {0x200000: (0x201007).to_bytes(4, "little") + (0x202007).to_bytes(4, "little"),
+              0x201000: b"".join((page << 12 | 7).to_bytes(4, "little") for page in range(1024)),
+              0x202000: b"".join(((0x400 + page) << 12 | 7).to_bytes(4, "little") for page in range(1024))}
+    guest = boot(SCHEMES["trap-and-emulate/lazy"][0], kernel(code, {}, data=tables), {"memory": "lazy", "sensitive": "trap"}, "fast")
+    native = guest.machine.native_events
+    if native is None:
+        pytest.skip("C cannot see the CPU's state here")
+    guest.run(100_000)
+    assert native.faults is not None
+    in_c = native.faults.waiting
+    events = guest.snapshot().events
+    assert events["shadow.fault.hidden"] >= 3 * 64 and events["shadow.fault.dirty"] == 64
+    assert in_c >= 3 * 62 + 64

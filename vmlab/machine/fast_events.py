@@ -20,6 +20,7 @@ from vmlab.ledger import EXCEPTIONS, Counts
 from vmlab.machine.counter import Block
 from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK, INTR_CALLBACK, library
+from vmlab.machine.fast_faults import HiddenFaults
 
 if TYPE_CHECKING:
     from vmlab.machine.fast import FastCounter, Library
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 # Words of ``state`` in native/machine.h behind those of the counter.
 (CUTS, ENV, ERROR_CODE, IS_INT, OLD_EXCEPTION, STOPPED, ON_EXCEPTION, ON_TRAP, WHAT, TOKEN, GATES, ON_INSTRUCTION, ON_GATE, WRITE_REGISTER,
- LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT, SVM) = range(15, 36)
-WORDS = 36
+ LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT, SVM, FAULTS) = range(15, 37)
+WORDS = 37
 
 _NONE, _NO_GATE = 0xFFFFFFFF, 0xFF
 _CUT = struct.Struct("=6I4Q")
@@ -90,6 +91,7 @@ class FastEvents:
         self._gates = self._no_gates = (ctypes.c_uint8 * 256)(*[_NO_GATE] * 256)
         self._known_gates: dict[int, tuple[dict[int, int], frozenset[int], ctypes.Array[ctypes.c_uint8]]] = {}
         self.shortcuts: Shortcuts | None = None
+        self.faults: HiddenFaults | None = None
         self._sites = memoryview(bytearray())
         self._doors: dict[int, Callable[[], None]] = {}
         layout = machine.cpu.layout
@@ -202,6 +204,8 @@ class FastEvents:
             self._drain_block(self._tables[n], by_number[n])
         if number is None:
             self._drain_sites()
+            if self.faults is not None:
+                self.faults.drain()
 
     def _drain_block(self, table: memoryview, block: Block | None) -> None:
         assert block is not None
@@ -235,6 +239,13 @@ class FastEvents:
     def connect_svm(self, host: int, on_exit: Callable[[], None]) -> WorldSwitch:
         """Let C carry out #VMEXIT. ``host``: hpa of the host save area; ``on_exit`` is called when the host is back."""
         return WorldSwitch(self._machine, self._state, self._counter.address, self._functions.world_switch, host, on_exit)
+
+    # ---- shadow page tables
+    def offer_faults(self, counts: Counts, base: int, size: int) -> HiddenFaults:
+        """A pager whose hidden faults C may carry out. ``base``, ``size``: the guest's memory, hpa and bytes."""
+        self.faults = HiddenFaults(self._machine, counts, base, size)
+        self._state[FAULTS] = self.faults.address
+        return self.faults
 
     # ---- shortcuts
     def offer(self, counts: Counts, virtual_cpu: int, *, door: int = 0,

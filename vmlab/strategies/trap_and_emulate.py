@@ -41,7 +41,10 @@ class TrapAndEmulate(TrapAndEmulateTechnique, LongModeMonitor):
             machine.trapping = SENSITIVE
         # A technique of somebody's own may do more at a CLI than this one does.
         native = machine.native_events if type(self) is TrapAndEmulate else None
-        self._shortcuts = native.offer(self.counts, self.vcpu.words_at) if native is not None else None
+        self._shortcuts = None
+        if native is not None:
+            self._shortcuts = native.offer(self.counts, self.vcpu.words_at)
+            self.pager.let_c_fill(native.offer_faults(self.counts, self.mmu.memory.base, self.mmu.memory.size))
 
     def make_vcpu(self) -> LongModeCpu:
         vcpu = LongModeCpu(self.machine.cpu, self.space, self.mmu, true_selectors=self.true_selectors)

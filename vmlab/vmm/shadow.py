@@ -29,6 +29,7 @@ from collections.abc import Callable
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.ledger import Counts
+from vmlab.machine.fast_faults import HiddenFaults
 from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import CR4_PAE, CR4_PSE, EFER_LMA, EFER_NXE, NX, PS, RW, US, A, P, Walk
 from vmlab.machine.paging import D as DIRTY
@@ -89,6 +90,8 @@ class ShadowPager(Tracing):
         self._root = self._direct
         self._mode = self._current_mode()
         self._linked = False            # a table was missing on the way of the fault under way
+        #: Where C fills leaves (``lazy`` only); :meth:`let_c_fill`.
+        self._filled_by_c: HiddenFaults | None = None
         #: Set when a translation that the CPU may have cached was taken away.
         self.stale = False
         memory_told = self._memory.on_write
@@ -123,6 +126,7 @@ class ShadowPager(Tracing):
 
     def reload(self, flush: bool) -> None:
         """CR0, CR3, CR4 or EFER was written: choose the root. ``flush``: the TLB is void, and with it a lazy shadow."""
+        self._void()
         mode = self._current_mode()
         if mode[0] and self.scheme == "static":
             raise UnsupportedByStrategy("memory=static carries unpaged guests only; this guest turned paging on")
@@ -145,6 +149,7 @@ class ShadowPager(Tracing):
 
     def drop_all(self) -> None:
         """Forget every shadow page; what the guest uses comes back by hidden faults."""
+        self._void()
         self._counts["shadow.page.dropped"] += len(self._pages)
         self._free.extend(page.frame for page in reversed(self._pages.values()))
         self._free.extend(root.frame for root in self._roots.values() if root.level == 3)
@@ -250,7 +255,27 @@ class ShadowPager(Tracing):
         if entry == old and not self._linked:
             raise AssertionError(f"the shadow entry of {address:#x} already is {entry:#x}, and the CPU faults on it")
         self._set_leaf(page, index, entry)
+        if self._filled_by_c is not None:
+            self._teach(self._filled_by_c, address, walk, page)
         return Outcome.HIDDEN
+
+    def let_c_fill(self, faults: HiddenFaults) -> None:
+        """From now on the usual hidden faults of a lazy shadow need not come here. Only before the guest runs."""
+        if self.scheme == "lazy" and not self._tracks_leaves:
+            self._filled_by_c = faults
+
+    def _teach(self, faults: HiddenFaults, address: int, walk: Walk, page: ShadowPage) -> None:
+        """The fault at ``address`` was handled: others in the same shadow page are alike, as long as the entries above are what they are."""
+        *above, last = walk.steps
+        if (walk.shift == 12 and above and len(above) <= 2 and not page.direct and not walk.no_execute and not self.long_mode
+                and page.view is View.ONE and not self.guarded and all(self._memory.inside(step.at) for step in walk.steps)):
+            first = last.at - last.size * (address >> 12 & 511)
+            faults.learn(address, [(step.at, step.entry) for step in above], last.size, first, page.frame)
+
+    def _void(self) -> None:
+        """More than a leaf is about to change."""
+        if self._filled_by_c is not None:
+            self._filled_by_c.void()
 
     @staticmethod
     def _index(page: ShadowPage, address: int) -> int:
@@ -312,6 +337,7 @@ class ShadowPager(Tracing):
                 return child
             self._unlink(page, index)
         self._linked = True
+        self._void()
         child = self._page(key)
         at = page.frame + 8 * index
         page.children[index] = child
@@ -354,18 +380,20 @@ class ShadowPager(Tracing):
     # ---- frames guarded for the VMM
     def guard(self, gfn: int) -> None:
         """From now on a store to this frame is :attr:`Outcome.GUARDED`, through whatever mapping. Call :meth:`track` first."""
+        self._void()
         self.guarded.add(gfn)
         self._write_protect(gfn)
         self._set_direct(gfn, writable=False)
 
     def unguard(self, gfn: int) -> None:
         """The frame may be written again; shadow entries follow by hidden faults."""
+        self._void()
         self.guarded.discard(gfn)
         self._set_direct(gfn, writable=True)
 
     def track(self) -> None:
         """Note where each frame is mapped, as :meth:`guard` needs it. Only before the guest runs."""
-        self._tracks_leaves = True
+        self._tracks_leaves, self._filled_by_c = True, None
 
     def _set_direct(self, gfn: int, *, writable: bool) -> None:
         """The frame's entry in the direct map, whose large page is split when it is first needed."""
@@ -412,6 +440,7 @@ class ShadowPager(Tracing):
 
     def _unlink(self, page: ShadowPage, index: int) -> None:
         """Take a lower table out of ``page``; one that nothing refers to any more is freed."""
+        self._void()
         child = page.children.pop(index)
         at = page.frame + 8 * index
         self._ram.write64(at, 0)
@@ -423,6 +452,7 @@ class ShadowPager(Tracing):
             self._free_page(child)
 
     def _free_page(self, page: ShadowPage) -> None:
+        self._void()
         if page.level == 1:
             if self._tracks_leaves:
                 for index, entry in enumerate(TABLE.unpack_from(self._ram.bytes, page.frame)):

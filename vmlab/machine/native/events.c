@@ -20,6 +20,7 @@
 #define IOPL (3u << 12)
 
 #define GENERAL_PROTECTION 13
+#define PAGE_FAULT 14
 #define VMEXIT 0x100 /* QEMU's EXCP_VMEXIT: above it, an exit code */
 #define HAS_ERROR_CODE ((1u << 8) | (1u << 10) | (1u << 11) | (1u << 12) | (1u << 13) | (1u << 14) | (1u << 17))
 #define UC_X86_REG_RIP 41
@@ -149,6 +150,11 @@ EXPORT void vmlab_exception(void *uc, uint32_t vector, void *data)
                 FIELD(uint64_t, s, EIP) = next;
                 return;
             }
+        }
+        if (vector == PAGE_FAULT && s->faults && !(hflags & HF_LMA) && vmlab_hidden_fault(s, error_code)) {
+            leave_at(s, here);
+            FIELD(int32_t, s, s->old_exception) = -1;
+            return;
         }
         s->left_at = at - AT(const cuts *, AT(const uint64_t *, s->cuts)[s->current])->pc;
         token = here->token;

@@ -65,6 +65,7 @@ typedef struct {
     uint64_t door;           /* linear address of a translator's gate; 0: none */
     uint64_t sites, site_count; /* address and length of an array of `site` */
     uint64_t svm;            /* address of an `svm`; 0: nobody enters guest mode */
+    uint64_t faults;         /* address of a `faults`; 0: no shadow whose hidden faults are C's */
 } state;
 
 #define FAILED 1
@@ -121,6 +122,25 @@ typedef struct {
 } svm;
 
 void vmlab_plain_exit(void *uc, state *s, svm *v, uint64_t code);
+
+/* Hidden page faults, see faults.c. */
+#define WINDOWS 256
+typedef struct {
+    uint64_t used, first;    /* linear address */
+    uint64_t size;           /* of a guest's entry: 4 or 8 */
+    uint64_t uppers, upper_at[2], upper[2]; /* the guest's upper entries: where, and what they were */
+    uint64_t table;          /* address of the guest entry of the first page */
+    uint64_t access;         /* the rights that the upper entries give, RW and US */
+    uint64_t leaves;         /* address of the shadow page */
+} window;
+
+typedef struct {
+    uint64_t memory_base, memory_size; /* the guest's memory: hpa, bytes */
+    uint64_t hidden, dirty;  /* faults carried out here */
+    window windows[WINDOWS];
+} faults;
+
+int vmlab_hidden_fault(const state *s, uint32_t error_code);
 
 #endif
 
