@@ -60,7 +60,7 @@ class Gatherer:
         for cell in wanted.values():
             found = self._kept.find(content[cell.id])
             if found is not None:
-                records[cell.id] = found
+                records[cell.id] = found[1]
         reused, todo = len(records), [cell for cell in wanted.values() if cell.id not in records]
         observer = starting(len(todo), reused)
         if todo:

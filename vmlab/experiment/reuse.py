@@ -24,8 +24,8 @@ class Kept:
         self._results, self._own = results, own
         self._index: dict[str, Path] | None = None
 
-    def find(self, content: str) -> Record | None:
-        """The finished cell of this content hash; None where there is none, or none that can be read.
+    def find(self, content: str) -> tuple[Path, Record] | None:
+        """Where the finished cell of this content hash is, and the cell; None where there is none, or none that can be read.
 
         A cell that failed by its guest's doing fails again the same way; one that its worker took along may not.
         """
@@ -36,7 +36,7 @@ class Kept:
             record = store.read_json(path)
         except ExperimentError:
             return None     # it will be run, and written anew
-        return record if finished(record) else None
+        return (path, record) if finished(record) else None
 
     def _paths(self) -> dict[str, Path]:
         if self._index is None:

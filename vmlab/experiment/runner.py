@@ -70,8 +70,8 @@ class Run:
         self.config_hash = experiment.hash()
         #: Finished cells: id → status and machine path. Their records are in the directory.
         self.done: dict[str, tuple[str, str | None]] = {}
-        #: Those of them that an earlier run finished, by id.
-        self.taken: list[str] = []
+        #: Those of them that an earlier run finished: id → its file there.
+        self.taken: dict[str, Path] = {}
         self.directory = self._directory()
         self.contents = {cell.id: store.content_hash(cell, self.images[str(cell.parameters["guest"])], self.versions) for cell in experiment.cells}
         self.reused = self._resume()
@@ -105,13 +105,13 @@ class Run:
         return len(self.done)
 
     def _take_from_earlier_runs(self) -> None:
-        """Copy what is there already into this run, which then is whole by itself."""
+        """Note what is there already. Completed, it is written into this run too, which then is whole by itself."""
         kept = Kept(self.options.results)
         for cell in self.todo:
             found = kept.find(self.content(cell))
-            if found is not None and found.get("status") in ("ok", "unsupported"):
-                self._keep(cell, found)
-                self.taken.append(cell.id)
+            if found is not None and found[1].get("status") in ("ok", "unsupported"):
+                self.taken[cell.id] = found[0]
+                self._note(cell.id, found[1])
 
     def _note(self, cell_id: str, record: Record) -> None:
         self.done[cell_id] = str(record.get("status")), record.get("machine_path")
@@ -169,8 +169,9 @@ class Run:
         return Pool(self.lab.cell_function, min(self.options.jobs, cells))
 
     def _record(self, cell_id: str) -> Record | None:
-        content = self.contents.get(cell_id) if cell_id in self.done else None
-        return None if content is None else store.read_json(self.directory.path_of(content))
+        if cell_id not in self.done or cell_id not in self.contents:
+            return None
+        return store.read_json(self.taken.get(cell_id) or self.directory.path_of(self.contents[cell_id]))
 
     def _complete(self) -> Sequence[dict[str, Any]]:
         """Every cell priced and compared, in its file; in memory only as many as it can hold."""
@@ -233,7 +234,8 @@ class Run:
         return self.experiment.resolved()
 
     def _config(self) -> str:
-        text = yaml.safe_dump(self._resolved(), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)      # a sweep's thousand cells take seconds in Python
+        text = yaml.dump(self._resolved(), Dumper=dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
         return f"# {self.experiment.name}, resolved: 'vmlab experiment config.yaml' runs exactly these cells.\n{text}"
 
     def _manifest(self, state: str) -> None:

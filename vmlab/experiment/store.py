@@ -55,23 +55,19 @@ def write_json(path: Path, value: Any, *, lasting: bool = True) -> None:
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write ``results.json``: as :func:`write_json`, one cell at a time."""
+    """Write ``results.json``, one cell at a time and each on one line: Python writes JSON ten times faster without indentation."""
     def pieces() -> Iterator[str]:
         for number, (key, value) in enumerate(results.items()):
             yield f"{',' if number else '{'}\n {json.dumps(key)}: "
             if key == "cells":
                 for n, cell in enumerate(value):
-                    yield f"{',' if n else '['}\n{_indented(cell)}"
+                    yield f"{',' if n else '['}\n  {json.dumps(cell)}"
                 yield "\n ]" if len(value) else "[]"
             else:
                 yield json.dumps(value, indent=1).replace("\n", "\n ")
         yield "\n}\n"
 
     write(path, pieces())
-
-
-def _indented(value: Any) -> str:
-    return "  " + json.dumps(value, indent=1).replace("\n", "\n  ")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -166,7 +162,7 @@ class RunDirectory:
 
     def write_cell(self, content: str, record: Mapping[str, Any]) -> None:
         """Keep a cell."""
-        write_json(self.path / "cells" / f"{content}.json", record, lasting=False)
+        write(self.path_of(content), json.dumps(record) + "\n", lasting=False)
 
 
 def read_results(run: Path) -> dict[str, Any]:
