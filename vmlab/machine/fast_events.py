@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc_const
@@ -238,7 +238,7 @@ class FastEvents:
     # ---- guest mode
     def connect_svm(self, host: int, on_exit: Callable[[], None]) -> WorldSwitch:
         """Let C carry out #VMEXIT. ``host``: hpa of the host save area; ``on_exit`` is called when the host is back."""
-        return WorldSwitch(self._machine, self._state, self._counter.address, self._functions.world_switch, host, on_exit)
+        return WorldSwitch(self._machine, self._state, self._tokens, self._counter.address, self._functions.world_switch, host, on_exit)
 
     # ---- shadow page tables
     def offer_faults(self, counts: Counts, base: int, size: int) -> HiddenFaults:
@@ -282,8 +282,9 @@ class FastEvents:
 class WorldSwitch:
     """#VMEXIT in C (``native/svm.c``)."""
 
-    def __init__(self, machine: Machine, state: memoryview, address: int, function: int, host: int, on_exit: Callable[[], None]) -> None:
-        self._machine = machine
+    def __init__(self, machine: Machine, state: memoryview, tokens: Sequence[Instruction], address: int, function: int, host: int,
+                 on_exit: Callable[[], None]) -> None:
+        self._machine, self._state, self._tokens = machine, state, tokens
         memory = (ctypes.c_uint64 * 8)()
         self._words, self._state_at = memoryview(memory).cast("B").cast("Q"), ctypes.c_void_p(address)
         self._at = ctypes.c_void_p(ctypes.addressof(memory))
@@ -314,6 +315,11 @@ class WorldSwitch:
     def exit_code(self) -> int:
         """Of the exit that C carried out."""
         return self._words[7]
+
+    @property
+    def instruction(self) -> Instruction:
+        """The instruction at which that was."""
+        return self._tokens[self._state[TOKEN]]
 
     def switch(self) -> None:
         """Guest to the VMCB, host back: what Svm._switch does."""

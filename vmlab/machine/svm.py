@@ -81,6 +81,8 @@ class Svm:
         self._kicked = False
         self._attention = False
         self._code = 0              # of the last exit
+        #: The instruction that exited, where the machine knows it: the bytes are those that a fetch would give.
+        self.exiting: Instruction | None = None
         self._sound = b""           # what passed VMRUN's checks last time
         #: A VMM that handles an exit at once, in the middle of the run: True to enter the guest again (RIP is at VMRUN then). It is asked
         #: for the exit codes in ``at_once``; at all others, and where it says False, the run ends.
@@ -229,17 +231,20 @@ class Svm:
         vmcb["interrupt_control"] = control | v.V_IRQ if self._virtual_interrupt else control & ~v.V_IRQ
         self._record_exit(vmcb, code, info_1, info_2, during)
         self._virtual_interrupt = self._kicked = False
-        self._code = code
+        self._code, self.exiting = code, None
         self._left()
         if told:
             self.machine.stop(Stop(StopReason.REQUESTED))
 
     def _plain_exit(self) -> None:
         """C carried out the switch of an exit that the CPU found itself, and filled in the VMCB."""
-        assert self._native is not None
-        code = self._code = self._native.exit_code
-        self.machine.events[_EVENTS.get(code) or f"exit.{v.exit_reason(code)}"] += 1
-        self._left()
+        native, machine = self._native, self.machine
+        assert native is not None
+        code = self._code = native.exit_code
+        machine.events[_EVENTS.get(code) or f"exit.{v.exit_reason(code)}"] += 1
+        self.exiting = native.instruction
+        self.in_guest = False       # no event was under way, and the TLB is not modelled: nothing else to take back
+        machine.tsc_offset = 0
         self.exited()
 
     def _left(self) -> None:

@@ -155,9 +155,9 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
 
     def _exit_at_once(self) -> bool:
         """The same for one exit in the middle of the run, where that can be: True to enter the guest again."""
-        machine = self.machine
-        self.cpu.at_exit()
-        self._exit(self.cpu.read("exit_code"))
+        machine, cpu = self.machine, self.cpu
+        cpu.at_exit()
+        self._exit(cpu.read("exit_code"))
         if machine.ending is None and not machine.pic.pending and not machine.stale_code:
             self._before_entry()
             return True
@@ -187,6 +187,11 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         """AMD-V does not say which instruction exited, nor how long it is: the VMM fetches it."""
         self.counts["vmm.decode"] += 1
         cpu, bits = self.cpu, self.cpu.bits
+        known = self.svm.exiting
+        if known is not None and bits != 64 and not cpu.mmu.paging:     # else the fetch walks the guest's tables, which shows
+            cpu.read("cs.base")
+            cpu.read("rip")
+            return known
         return decode(fetch(cpu, cpu.rip if bits == 64 else (cpu.read("cs.base") + cpu.rip) & 0xFFFFFFFF), bits)
 
     def _port(self) -> None:

@@ -96,7 +96,7 @@ class GuestModeCpu:
 
     def advance(self, size: int) -> int:
         """RIP behind an instruction of ``size`` bytes."""
-        return (self.rip + size) & (0xFFFFFFFFFFFFFFFF if self.bits == 64 else 0xFFFFFFFF)
+        return (self.read("rip") + size) & (0xFFFFFFFFFFFFFFFF if self.bits == 64 else 0xFFFFFFFF)
 
     @property
     def cpl(self) -> int:

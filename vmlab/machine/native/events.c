@@ -122,6 +122,7 @@ EXPORT void vmlab_exception(void *uc, uint32_t vector, void *data)
         here = vector >= VMEXIT && v && v->plain ? place_in_block(s, at) : 0;
         if (!here)
             goto python;
+        s->token = here->token;
         leave_at(s, here);
         vmlab_plain_exit(uc, s, v, vector - VMEXIT);
         AT(void (*)(void), v->on_exit)();
