@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import made_up_run
 import pytest
 from fake_lab import FakeLab
 
@@ -323,6 +324,23 @@ def test_every_help_has_an_example(verb: list[str]) -> None:
     ["list"], ["list", "techniques", "--json"], ["validate", "cli_heavy"], ["experiment", "cli_heavy", "--dry-run"],
 ])
 def test_commands_without_a_guest_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom vmlab.cli.main import main\n"
+        f"status = main({arguments!r})\n"
+        "heavy = sorted({'unicorn', 'numpy', 'matplotlib', 'capstone'} & set(sys.modules))\n"
+        "assert not heavy, heavy\nassert status == 0, status\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["explain", "hidden fault"], ["cite", "RUN"], ["exits", "RUN"], ["compare", "RUN", "RUN"],
+    *([verb, "--help"] for verb in cli.VERBS),
+])
+def test_commands_that_only_look_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(made_up_run.results()), encoding="utf-8")
+    arguments = [str(tmp_path) if word == "RUN" else word for word in arguments]
     code = (
         "import sys\nfrom vmlab.cli.main import main\n"
         f"status = main({arguments!r})\n"
