@@ -11,6 +11,7 @@ import naive
 from rows import Row, row
 
 from vmlab import strategies
+from vmlab.experiment.cell import Run
 from vmlab.guests.image import GuestImage
 from vmlab.machine.pc import Machine
 from vmlab.parameters import Value
@@ -54,6 +55,16 @@ def _naive_pages(count: int) -> float:
     return naive.hidden_faults(code, tables, rounds * (guests.WINDOW_PAGES + 1) + 2)
 
 
+def _interrupts(count: int) -> tuple[float, int]:
+    code, _, data = guests.interrupted(count)
+    return lab("native", guests.image(code, data), "interrupt.delivered")
+
+
+def _naive_interrupts(count: int) -> float:
+    _, code, data = guests.interrupted(count)
+    return naive.interrupts(code, data, count)
+
+
 EVENTS = (
     Event("#GP traps (CLI, trap-and-emulate)", 15, 20_000,
           lambda n: lab("trap-and-emulate", guests.image(guests.clis(n)), "trap.gp"), lambda n: naive.traps(guests.clis(n), n)),
@@ -69,6 +80,9 @@ EVENTS = (
     Event("hidden faults (lazy shadow paging)", 5, 5_120, _pages, _naive_pages),
     Event("port reads (IN, bare machine)", None, 20_000,
           lambda n: lab("native", guests.image(guests.port_reads(n)), "io.device"), lambda n: naive.port_reads(guests.port_reads(n), n)),
+    Event("interrupts (timer, each 1000 blocks, bare machine)", None, 1_000, _interrupts, _naive_interrupts),
+    Event("#GP traps that Python handles (MOV from CR0)", None, 20_000,
+          lambda n: lab("trap-and-emulate", guests.image(guests.moves(n)), "trap.gp"), lambda n: naive.traps(guests.moves(n), n)),
 )
 
 
@@ -126,3 +140,26 @@ def loops(rounds: int, scale: float, wanted: Callable[[str], bool]) -> Iterator[
             yield from measure(f"{name}, {technique}", technique, {}, None, loop, length, 20_000, many // 2)
     for technique in ("trap-and-emulate", "hardware-assisted", "binary-translation"):
         yield from measure(f"a CLI each 1000 instructions, {technique}", technique, {}, None, guests.COMPUTING, 10, 100, many * 20)
+
+
+def boots(rounds: int, _scale: float, wanted: Callable[[str], bool]) -> Iterator[Row]:
+    """The lab's operating system from its first instruction to its last, with one fork and wait, against itself on the bare machine."""
+    def seconds(technique: str, **chosen: Value) -> float:
+        run = Run(technique, {"guest": "minios", "workload": "forkwait", "iterations": 1, **chosen})
+        start = time.process_time()
+        stop = run.go()
+        if stop.exit_code != 0:
+            raise SystemExit(f"minios under {technique} ended with {stop}")
+        return time.process_time() - start
+
+    for technique, chosen in (("trap-and-emulate", {"memory": "tracing", "sensitive": "trap"}), ("binary-translation", {"memory": "tracing"}),
+                              ("paravirtualization", {"memory": "direct"}), ("hardware-assisted", {"memory": "tracing"}),
+                              ("hardware-assisted", {"memory": "nested"})):
+        name = f"minios from boot to end, {technique}, {chosen['memory']}"
+        if wanted(name):
+            ratios = []
+            for _ in range(max(rounds // 2, 1)):
+                before = seconds("native")
+                mine = seconds(technique, **chosen)
+                ratios.append(2 * mine / (before + seconds("native")))
+            yield row(name, ratios, None, "lower", "× native in the lab")

@@ -48,6 +48,11 @@ def clis(count: int) -> bytes:
     return _loop("fa", count) + END
 
 
+def moves(count: int) -> bytes:
+    """MOV from CR0."""
+    return _loop("0f20c0", count) + END
+
+
 def gated(count: int) -> tuple[bytes, int, int]:
     """Translated code for the naive way: where CLI stood, a note of the place and a jump to the gate. Code, gate, the way back."""
     # mov dword ptr [0x5000], 1 ; jmp gate
@@ -72,6 +77,36 @@ def cpuids(count: int) -> bytes:
 def port_reads(count: int) -> bytes:
     """IN from the interrupt controller's mask."""
     return _loop("e421", count) + END
+
+
+#: Where the tables of guests with interrupts lie, and their handler's vector and address.
+IDT, GDT, VECTOR, HANDLER = 0x4000, 0x4800, 0x20, 0x110000
+#: Blocks of two instructions between two interrupts of the timer.
+BLOCKS_APART = 1000
+
+
+def interrupted(count: int) -> tuple[bytes, bytes, dict[int, bytes]]:
+    """A loop of two-instruction blocks with an interrupt every 1000 blocks or so: by the 8254 for the lab, and with nothing set up
+    for the naive way, which has no devices. Both end when ``count`` interrupts have come: EBX counts them.
+    """
+    # 1: mov ecx, 0x10000 ; 2: dec ecx ; jnz 2b ; cmp ebx, count ; jb 1b
+    loop = "b900000100 49 75fd 81fb" + struct.pack("<I", count).hex() + "72f0"
+    period = 2 * BLOCKS_APART * 1_193_182 // 1_000_000_000 or 2         # a guest instruction takes a nanosecond
+    tables = "0f0115" + struct.pack("<I", GDT + 0x18).hex() + "0f011d" + struct.pack("<I", IDT + 0x108).hex()    # lgdt, lidt
+    tables += "ea" + struct.pack("<IH", ENTRY + 21, 8).hex()            # and into the code segment
+    timer = ("b011 e620 b020 e621 b004 e621 b001 e621 b0fe e621"        # 8259A: vectors from 0x20, the timer alone
+             f"b034 e643 b0{period & 0xFF:02x} e640 b0{period >> 8:02x} e640")     # 8254: channel 0, mode 2
+    start = "bc" + struct.pack("<I", STACK).hex() + "31db"
+    segments = "b810000000 8ed0 8ed8 8ec0"
+    lab = bytes.fromhex(tables + segments + start + timer + "fb" + loop + "fa") + END
+    plain = bytes.fromhex(tables + segments + start + "fb" + loop + "fa") + END
+    handler = bytes.fromhex("43 50 b020 e620 58 cf")                    # inc ebx ; push eax ; end of interrupt ; pop eax ; iret
+    data = {
+        GDT: struct.pack("<3Q", 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF) + struct.pack("<HI", 0x17, GDT),
+        IDT + 8 * VECTOR: struct.pack("<HHHH", HANDLER & 0xFFFF, 8, 0x8E00, HANDLER >> 16) + struct.pack("<HI", 0x107, IDT),
+        HANDLER: handler,
+    }
+    return lab, plain, data
 
 
 def paging(rounds: int) -> tuple[bytes, dict[int, bytes]]:

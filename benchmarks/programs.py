@@ -52,7 +52,7 @@ def experiments(rounds: int, scale: float, wanted: Callable[[str], bool]) -> Ite
         seconds = []
         for _ in range(max(rounds // 3, 1)):
             with tempfile.TemporaryDirectory() as scratch:
-                seconds.append(_seconds(["-m", "vmlab", "experiment", "cli_heavy", "--jobs", "2"], Path(scratch)))
+                seconds.append(_seconds(["-m", "vmlab", "experiment", "cli_heavy", "--jobs", "2", "--no-reuse"], Path(scratch)))
         yield row("cli_heavy on 2 cores, seconds", seconds, 15, "lower")
     names = ("lab overhead of a small cell, ms", "the same sweep again, against the first", "two workers against one")
     if any(map(wanted, names)):

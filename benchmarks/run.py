@@ -22,7 +22,7 @@ from rows import Row, table
 
 #: Each gives its rows: (rounds, scale, which names are wanted).
 GROUPS: tuple[Callable[[int, float, Callable[[str], bool]], Iterator[Row]], ...] = (
-    events.events, events.loops, programs.commands, programs.experiments)
+    events.events, events.loops, events.boots, programs.commands, programs.experiments)
 
 
 def main() -> int:
