@@ -5,8 +5,9 @@ from __future__ import annotations
 import struct
 
 import pytest
-from machinelab import CODE, DATA, DEBUG_EXIT, GDT, IDT, STACK3, TSS, USER, USER_CODE, USER_DATA, asm, kernel
+from machinelab import CODE, DATA, DEBUG_EXIT, GDT, IDT, PATHS, STACK3, TSS, USER, USER_CODE, USER_DATA, asm, kernel
 
+from vmlab.experiment.cell import Run
 from vmlab.machine.pc import Machine
 from vmlab.strategies.native import Native
 from vmlab.strategies.translation import BinaryTranslation
@@ -98,3 +99,16 @@ def test_an_interrupt_that_waits_comes_before_the_users_first_instruction() -> N
     guest = both(before, handlers={0x24: handler})
     assert struct.unpack("<I", guest.read_guest(DATA, 4))[0] == USER
     assert guest.counts["interrupt.injected"] == 20
+
+
+@pytest.mark.parametrize(("technique", "parameters"), [("binary-translation", {}), ("trap-and-emulate", {"sensitive": "silent"})])
+def test_a_users_first_fetch_may_fault_behind_an_iret_of_the_cpus_own(technique: str, parameters: dict[str, str]) -> None:
+    """And the next access too: two page faults, no double fault, on every path; the same ledger."""
+    seen = []
+    for path in PATHS:
+        run = Run(technique, {"guest": "minios", "workload": "fork", "iterations": 1, "pages": 4, "memory": "tracing", **parameters}, path=path)
+        run.go()
+        seen.append(run.strategy.snapshot())
+    assert not seen[0].events.get("trap.df")
+    assert seen[0].events["iret.outer"] > 5
+    assert all(one == seen[0] for one in seen)

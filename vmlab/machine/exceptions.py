@@ -61,6 +61,7 @@ class Exceptions:
                 self._software_interrupt(vector, counter.instruction_before(cpu.rip + cpu.segment(hidden.CS).base))
             else:
                 self.faulting = self._leave()
+                cpu.forget_exception()      # again: behind an IRET, leaving its block read the state anew
                 self.take(vector, error_code)
             cpu.store()
             counter.set_cpl(cpu.cpl)
@@ -74,8 +75,8 @@ class Exceptions:
                 return False
             cpu = machine.cpu
             cpu.load()
-            cpu.forget_exception()
             self.faulting = machine.counter.leave(cpu.rip + cpu.segment(hidden.CS).base)
+            cpu.forget_exception()
             self.take(6, None)
             cpu.store()
             machine.counter.set_cpl(cpu.cpl)
