@@ -171,7 +171,10 @@ class Blocks:
             counter.close(block)
         for address in [a for a in self._hooked if start <= a < end]:
             engine.unhook(self._hooked.pop(address)[0])
-        engine.remove_blocks(start, end)
+        if self._machine.cpu.can_fetch(start) and self._machine.cpu.can_fetch(end - 1):
+            engine.remove_blocks(start, end)
+        else:       # asked for code that is not mapped now, Unicorn raises a page fault of its own, and in guest mode shuts down
+            self._machine.drop_translations()
 
     # ---- an exact address
     def on_instruction(self, _uc: int, address: int, _size: int, _data: int) -> None:

@@ -45,6 +45,7 @@ from vmlab.machine.state import (
 
 CF, PF, AF, ZF, SF, TF, IF, DF, OF = 1, 4, 16, 64, 128, 1 << 8, 1 << 9, 1 << 10, 1 << 11
 IOPL, NT, RF, VM, AC = 3 << 12, 1 << 14, 1 << 16, 1 << 17, 1 << 18
+_SMEP = 1 << 20                     # CR4
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
 
 SYSENTER_CS = 0x174
@@ -331,6 +332,20 @@ class Cpu:
         for pa, n in self.pieces(address, len(data), write=True, user=user):
             self.ram.write(pa, data[done:done + n])
             done += n
+
+    def can_fetch(self, address: int) -> bool:
+        """Whether the CPU as it stands could run code at a linear address; leaves no trace in the tables."""
+        tables = self.tables
+        if not tables.cr0 & paging.CR0_PG:
+            return True
+        nested = paging.NestedMemory(self.ram, self.nested_root) if self.nested_root and self.hflags & HF_GUEST else None
+        try:
+            found = paging.walk(nested or self.ram, tables, address, 0, mark=False)
+            if nested is not None:
+                nested.hpa(found.frame | address & ((1 << found.shift) - 1), write=False)
+        except (paging.PageFault, paging.NestedFault):
+            return False
+        return not found.no_execute and (found.user if self.cpl == 3 else not (found.user and tables.cr4 & _SMEP))
 
     def pieces(self, address: int, size: int, *, write: bool, user: bool) -> list[tuple[int, int]]:
         limit = 0xFFFFFFFFFFFFFFFF if self.long_mode else 0xFFFFFFFF

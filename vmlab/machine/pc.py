@@ -166,7 +166,7 @@ class Machine:
     def _disk(self, image: bytes) -> Disk:
         if len(image) % SECTOR:
             raise ConfigError(f"a disk image has whole sectors of {SECTOR} bytes; this one has {len(image)} bytes")
-        return Disk(self.timeline, line(self, DISK_IRQ), Dma(self.ram, self.code_frames, self._code_was_written), image)
+        return Disk(self.timeline, line(self, DISK_IRQ), Dma(self.ram, self.code_frames, self.drop_translations), image)
 
     # ---- what C has to know of, on the fast path
     @property
@@ -419,8 +419,8 @@ class Machine:
         elif self._stop is None:
             self._stop = Stop(StopReason.HALTED)
 
-    def _code_was_written(self) -> None:
-        """By a device: the CPU must decode anew, and can, once it has stopped."""
+    def drop_translations(self) -> None:
+        """Code was written by a device, or is out of reach: the CPU must decode all anew, and can, once it has stopped."""
         self._stale_code = True
         self.engine.stop()
 

@@ -141,11 +141,23 @@ class ShadowPager(Tracing):
                 self._keep_hole_free(index)
 
     def _keep_hole_free(self, address: int) -> None:
-        """Refuse a guest whose own tables reach into the hole: the VMM's pages stand there."""
-        if self._space is None or not self.mmu.reaches(address):
+        """Refuse a guest whose own tables reach into the hole: the VMM's pages stand there.
+
+        Not where they lead to an empty bus, as xv6's do, which maps the last 32 MiB for its devices: nothing is there but what a guest
+        without such a mapping would see too.
+        """
+        if self._space is None or not self.mmu.reaches(address) or self._leads_nowhere(address):
             return
         raise UnsupportedByStrategy(f"the guest's page tables map {address:#x}, where this VMM keeps its own pages "
                                     f"({self._space.base:#x} and above); a guest of a deprivileging VMM must leave that range free")
+
+    def _leads_nowhere(self, address: int) -> bool:
+        """Whether the guest maps ``address`` to where neither RAM nor a device is."""
+        try:
+            gpa = self.mmu.peek(address)
+        except PageFault:
+            return False
+        return not self.mmu.memory.inside(gpa) and not self.is_device(gpa)
 
     def drop_all(self) -> None:
         """Forget every shadow page; what the guest uses comes back by hidden faults."""
@@ -229,6 +241,7 @@ class ShadowPager(Tracing):
         walk = mmu.check(address, write=write, user=user, fetch=fetch)
         if self._space is not None and self._space.in_hole(address):
             self._keep_hole_free(address)
+            return Outcome.DEVICE       # the empty bus: the VMM carries the access out
         gpa = walk.frame | address & ((1 << walk.shift) - 1)
         gfn = gpa >> 12
         if self.is_device(gpa):
