@@ -201,6 +201,21 @@ def test_a_guest_that_maps_the_vmms_hole_is_refused_in_words() -> None:
             guest.run(10_000)
 
 
+def test_a_mapping_of_the_empty_bus_in_the_hole_is_no_obstacle() -> None:
+    """A kernel may map the whole end of the address space for its devices; a store there vanishes, as on the bare machine."""
+    table = 0x46000
+    source = (f"mov dword ptr [{0x41000 + 8 * 511:#x}], {table | ALL:#x}; mov dword ptr [{0x41000 + 8 * 510:#x}], {table | ALL:#x};"
+              f"mov dword ptr [{table:#x}], 0xffc00003; mov dword ptr [{table + 8:#x}], {0x5000 | ALL:#x};"
+              "mov dword ptr [0x40018], 0x41001; mov eax, cr3; mov cr3, eax; mov dword ptr [0xffe00000], 1;" + END)
+    for scheme in ("tracing", "lazy"):
+        guest = boot(TrapAndEmulate, paging_kernel(layout("pae"), source), {"memory": scheme, "sensitive": "trap"})
+        assert guest.run(10_000).exit_code == 0
+    reach = source.replace("[0xffe00000], 1", "[0xffe01000], 1")     # the next page is mapped to RAM
+    guest = boot(TrapAndEmulate, paging_kernel(layout("pae"), reach), {"memory": "lazy", "sensitive": "trap"})
+    with pytest.raises(UnsupportedByStrategy, match="must leave that range free"):
+        guest.run(10_000)
+
+
 def test_paging_on_static_memory_is_refused_in_words() -> None:
     guest = boot(TrapAndEmulate, paging_kernel(layout("32"), END), {"memory": "static", "sensitive": "trap"})
     with pytest.raises(UnsupportedByStrategy, match="paging"):

@@ -18,6 +18,7 @@ from vmlab.errors import GuestError, UnsupportedByStrategy, VmlabError
 from vmlab.experiment import dialogue
 from vmlab.ledger import Snapshot
 from vmlab.machine import tlb
+from vmlab.machine.devices import vga
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.parameters import Value
 from vmlab.strategies.base import Strategy
@@ -152,6 +153,8 @@ def _run(technique: str, parameters: Mapping[str, Value], started: float, attach
             error = f"the guest ended with exit code {exit_code}: {_last_line(run.machine.console)}"
     except GuestError as ended:
         error = str(ended)
+    if error is not None:
+        error += _on_screen(run)
     phases = run.phases()
     region = phases["roi.cold"].plus(phases["roi.warm"])
     deterministic_state = run.kind.full_virtualization and not guests.asynchronous(parameters) and error is None
@@ -202,6 +205,13 @@ def efficiency(snapshot: Snapshot) -> dict[str, float]:
     if not everything:
         return {"retired": 0.0, "translated": 0.0, "emulated": 0.0}
     return {"retired": retired / everything, "translated": (ident + incache) / everything, "emulated": emulated / everything}
+
+
+def _on_screen(run: Run) -> str:
+    """What the guest's display shows at a bad end, for a kernel whose last words go there: as the end of a sentence."""
+    first = vga.TEXT + 2 * run.machine.vga.start
+    shown = [line for line in vga.text(run.strategy.read_guest(first, 2 * vga.COLUMNS * vga.ROWS)) if line.strip()]
+    return f"; its screen ends with {' / '.join(shown[-2:])!r}" if shown else ""
 
 
 def _last_line(console: bytes | bytearray) -> str:

@@ -31,7 +31,7 @@ from vmlab.errors import UnsupportedByStrategy
 from vmlab.ledger import Counts
 from vmlab.machine.fast_faults import HiddenFaults
 from vmlab.machine.memory import PAGE
-from vmlab.machine.paging import CR4_PAE, CR4_PSE, EFER_LMA, EFER_NXE, NX, PS, RW, US, A, P, Walk
+from vmlab.machine.paging import CR4_PAE, CR4_PSE, EFER_LMA, EFER_NXE, NX, PS, RW, US, A, P, PageFault, Walk
 from vmlab.machine.paging import D as DIRTY
 from vmlab.vmm.fixed_tables import HoleTables, direct_map
 from vmlab.vmm.guest_tables import GuestMmu
