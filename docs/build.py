@@ -26,7 +26,7 @@ MENU = {
     "Begin": ["tour.md", "gallery.md", "report.md", "tracing.md"],
     "How it works": ["techniques.md", "machine.md", "memory.md", "binary-translation.md", "paravirtualization.md", "hardware-assistance.md",
                      "type2.md", "minios.md", "probe.md"],
-    "Use": ["experiments.md", "claims.md", "cost-profiles.md", "validation.md", "performance.md"],
+    "Use": ["experiments.md", "claims.md", "cost-profiles.md", "validation.md", "performance.md", "foreign-guests.md"],
     "Extend": ["writing-a-strategy.md", "writing-a-guest.md"],
 }
 

@@ -277,7 +277,7 @@ class _Reader:
         for value in values:
             if key == "technique" and value not in self.techniques:
                 raise refuse(f"{value!r} is not a technique{nearest(str(value), self.techniques)}")
-            if key == "guest" and value not in self.lab.guests():
+            if key == "guest" and value not in self.lab.guests() and not str(value).startswith("$"):    # a host's own: found when it runs
                 try:
                     self.lab.image(str(value))
                 except (ConfigError, GuestImageError) as error:
