@@ -181,4 +181,4 @@ class Expander:
         return Cell(technique, dict(sorted(parameters.items())), dict(sorted(work.items())))
 
 
-BUDGET = Parameter("most guest instructions that a cell may take before it is stopped", 2**31 - 1, minimum=1)
+BUDGET = Parameter("most guest instructions that a cell may take before it is stopped", 2**31 - 1, minimum=1, maximum=1 << 62)
