@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmlab.machine.devices import absent, cmos, ide, ioapic, keyboard, pci, testdev, vga
@@ -505,6 +505,7 @@ def _devices() -> dict[str, Callable[[], object]]:
 
 
 @pytest.mark.parametrize("name", sorted(_devices()))
+@settings(deadline=None, max_examples=50)     # a state of 64 KiB takes its time on a busy host
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 7), st.sampled_from((1, 2, 4)), st.integers(0, 2**32 - 1)), max_size=30))
 def test_any_access_is_defined_and_the_state_is_whole(name: str, accesses: list[tuple[bool, int, int, int]]) -> None:
     """After any accesses, a second device with the first one's state shows the same state, and answers the same."""
