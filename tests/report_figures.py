@@ -10,7 +10,7 @@ from browser import Page
 
 from vmlab import costs
 from vmlab.costs.sampling import percentiles
-from vmlab.report import nanobench
+from vmlab.report import ablation, nanobench
 from vmlab.report.exits import cell_rows
 from vmlab.report.findings import name
 from vmlab.report.view import View, cycles, operations, ratio, times
@@ -56,6 +56,8 @@ def expected(results: Mapping[str, Any], profile: str) -> dict[str, Table]:
     made = {"slowdown": _slowdown(view, profile), "causes": _causes(view, profile), "exits": _exits(view, profile), "generations": _generations(view)}
     if len(view.densities(view.headline)) > 1:
         made["density"] = _density(view, profile)
+    if ablation.shown(view):
+        made["ablation"] = _ablation(view, profile)
     if nanobench.worth_drawing(results):
         made["nanobenchmarks"] = operations_table(results, profile)
     return made
@@ -117,6 +119,16 @@ def _exits(view: View, profile: str) -> Table:
     return rows
 
 
+def _ablation(view: View, profile: str) -> Table:
+    rows = []
+    for workload in ablation.shown(view):
+        whole, parts = ablation.pieces(view, workload)
+        for words, cell in parts.items():
+            price, base = cycles(cell, profile), cycles(whole, profile) if whole else None
+            rows.append([workload, words, times(price["total"] / base["total"]) if price and base else "–"])
+    return rows
+
+
 def operations_table(results: Mapping[str, Any], profile: str, override: Mapping[str, Override] | None = None) -> Table:
     """The nanobenchmarks on the papers' CPUs and on ``profile``; ``override``: costs held at values of the reader's, by profile."""
     moved = override or {}
@@ -141,7 +153,7 @@ def operations_table(results: Mapping[str, Any], profile: str, override: Mapping
         for figure in table.figures:
             ours, here = priced(figure, table.profile), priced(figure, profile)
             value, low, high = ours or (None, None, None)
-            against = "–" if not (value is not None and figure.published) else f"{float(f'{value / figure.published:.2g}'):,.12g}×"
+            against = "–" if not (value is not None and figure.published) else f"{Decimal(f'{value / figure.published:.2g}'):,f}×"
             words = figure.words + (f" ({figure.note})" if figure.note else "")
             rows.append([table.title, words, figure.system, number(value) + (" *" if ours and figure.calibrated else ""), number(low), number(high),
                          number(figure.published), against, number(here[0] if here else None)])
@@ -159,7 +171,7 @@ def compare(page: Page, results: Mapping[str, Any]) -> int:
         for chart, table in shown(page).items():
             assert chart in wanted or (chart == "density" and table == []), chart
             # Of equal counts either may stand first, and the papers' rows stand by operation.
-            ours, pythons = (sorted(rows) if chart in ("exits", "nanobenchmarks") else rows for rows in (table, wanted.get(chart, [])))
+            ours, pythons = (sorted(rows) if chart in ("exits", "nanobenchmarks", "ablation") else rows for rows in (table, wanted.get(chart, [])))
             for line, pythons_line in zip(ours, pythons, strict=True):
                 assert line == pythons_line, (chart, profile, line, pythons_line)
             compared += sum(map(len, table))

@@ -17,7 +17,7 @@ WITHOUT: Mapping[tuple[str, str], str] = {
     ("chaining", "off"): "no chaining", ("lookup", "callout"): "no look-up in the cache", ("emulation", "callout"): "no templates in the cache",
     ("adaptation", "off"): "no adaptation", ("adaptation", "callout"): "adapts to callouts only",
 }
-_EVERYTHING_OFF = "all of these off"
+EVERYTHING_OFF = "all of these off"
 
 
 def taken_apart(view: View, workload: str) -> dict[str, float]:
@@ -26,7 +26,7 @@ def taken_apart(view: View, workload: str) -> dict[str, float]:
     Empty where the run has no cell with everything on and another one with something off.
     """
     profile = view.generations[0].name if view.generations else ""
-    whole, parts = _cells(view, workload)
+    whole, parts = pieces(view, workload)
     price = cycles(whole, profile) if whole else None
     found: dict[str, float] = {}
     for words, cell in parts.items():
@@ -36,7 +36,7 @@ def taken_apart(view: View, workload: str) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _cells(view: View, workload: str) -> tuple[Cell | None, dict[str, Cell]]:
+def pieces(view: View, workload: str) -> tuple[Cell | None, dict[str, Cell]]:
     """The cell with everything on, and the others by what is missing."""
     from vmlab.strategies.techniques import BinaryTranslationTechnique
 
@@ -54,7 +54,7 @@ def _cells(view: View, workload: str) -> tuple[Cell | None, dict[str, Cell]]:
             value = str(chosen[off[0]])
             parts[WITHOUT.get((off[0], value), "units of one instruction" if (off[0], value) == ("unit", "1") else f"{off[0]}: {value}")] = cell
         else:
-            parts[_EVERYTHING_OFF] = cell
+            parts[EVERYTHING_OFF] = cell
     return whole, parts
 
 
@@ -67,8 +67,8 @@ def ablation_title(view: View) -> str:
     """What the dearest loss costs on the first workload, and what all cost together."""
     workload = shown(view)[0]
     found = taken_apart(view, workload)
-    single = [(words, value) for words, value in found.items() if words != _EVERYTHING_OFF]
-    together = f"; with all of it off, {times(found[_EVERYTHING_OFF])}" if _EVERYTHING_OFF in found else ""
+    single = [(words, value) for words, value in found.items() if words != EVERYTHING_OFF]
+    together = f"; with all of it off, {times(found[EVERYTHING_OFF])}" if EVERYTHING_OFF in found else ""
     return f"{workload}: " + " and ".join(f"{words} takes {times(value)} as long" for words, value in single[:2]) + together
 
 
@@ -79,7 +79,7 @@ def draw_ablation(view: View) -> Any:
     workloads = shown(view)
     found = {workload: taken_apart(view, workload) for workload in workloads}
     rows = list(dict.fromkeys(words for parts in found.values() for words in parts))
-    rows.sort(key=lambda words: (words != _EVERYTHING_OFF, -max(parts.get(words, 0.0) for parts in found.values())))
+    rows.sort(key=lambda words: (words != EVERYTHING_OFF, -max(parts.get(words, 0.0) for parts in found.values())))
     columns = fits(min(len(workloads), 2))
     lines = -(-len(workloads) // columns)
     curves = {workload: curve for workload in workloads for curve in [_warm_up(view, workload)] if len(curve) > 1}
@@ -105,7 +105,7 @@ def draw_ablation(view: View) -> Any:
 
 
 def _warm_up(view: View, workload: str) -> list[Mapping[str, int]]:
-    whole, _ = _cells(view, workload)
+    whole, _ = pieces(view, workload)
     return list((whole or {}).get("warm_up") or [])
 
 

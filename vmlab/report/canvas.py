@@ -60,10 +60,21 @@ RC: dict[str, Any] = {
     "pdf.fonttype": 42,
 }
 
+#: Width in inches of a character of the report's type, on average.
+_CHARACTER = 0.079
+
 
 def fits(columns: int, each: float = 3.2) -> int:
     """How many columns of ``each`` inches the sheet has room for, at most ``columns``."""
     return max(1, min(columns, int(_LAYOUT.get().logical / each)))
+
+
+def beside(names: Sequence[str]) -> tuple[list[str], float, int]:
+    """Names that stand left of an axis: on lines of their own where they are long, the room that they need in inches, and the most lines of one."""
+    most = int(min(0.45 * _LAYOUT.get().logical, 3.0) / _CHARACTER)
+    wrapped = [textwrap.wrap(name, most, break_on_hyphens=False) or [""] for name in names]
+    longest = max((len(line) for lines in wrapped for line in lines), default=0)
+    return ["\n".join(lines) for lines in wrapped], _CHARACTER * longest + 0.22, max(map(len, wrapped), default=1)
 
 
 class Sheet:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vmlab.report import findings, nanobench
 from vmlab.report.ablation import ablation_title, draw_ablation, shown
-from vmlab.report.canvas import Sheet, fits
+from vmlab.report.canvas import Sheet, beside, fits
 from vmlab.report.exits_chart import draw_exits, exits_title, per_operation
 from vmlab.report.findings import Variant, name, short
 from vmlab.report.nanobench import draw_nanobenchmarks
@@ -40,9 +40,10 @@ def slowdown(view: View) -> Figure:
     columns = fits(min(len(workloads), 2))
     lines = -(-len(workloads) // columns)
     caption = (f"Time relative to the bare machine on {generation.words}; left of the line is faster than native. {WHISKERS} "
-               "Each panel is a workload at its densest; a missing dot means that the run was not made or not priced there.")
-    heights = [0.31 * len(rows) + 0.25] * lines
-    sheet = Sheet(findings.slowdown_title(view), caption, heights, columns, left=2.35, gap=0.72, side=0.5)
+               "Each panel is a workload at its densest; a missing dot means that the run was not made.")
+    names, left, tall = beside([name(variant) for variant in rows])
+    heights = [(0.14 + 0.17 * tall) * len(rows) + 0.25] * lines
+    sheet = Sheet(findings.slowdown_title(view), caption, heights, columns, left=left, right=0.35, gap=0.72, side=0.5)
     limits = _limits([r for w in workloads for v in rows for r in [_at(view, w, v, generation)] if r])
     for i, axes in enumerate(axes for line in sheet.axes for axes in line):
         if i >= len(workloads):
@@ -51,7 +52,7 @@ def slowdown(view: View) -> Figure:
         workload = workloads[i]
         _ratio_axis(axes, "x", limits)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_yticks(range(len(rows)), [name(v) for v in rows] if i % columns == 0 else [""] * len(rows))
+        axes.set_yticks(range(len(rows)), names if i % columns == 0 else [""] * len(rows))
         axes.tick_params(axis="y", length=0)
         axes.set_title(view.what(workload), loc="left", fontsize=11)
         for y, variant in enumerate(rows):
@@ -64,6 +65,9 @@ def slowdown(view: View) -> Figure:
                 axes.annotate(times(value), (high if right else low, y), xytext=(7 if right else -7, 0), va="center",
                               textcoords="offset points", fontsize=9.5, ha="left" if right else "right",
                               bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85})
+            elif view.column(workload, variant):
+                axes.text(0.03, y, "not on this CPU", transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=FAINT,
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85})
     return sheet.figure
 
 
@@ -84,7 +88,9 @@ def causes(view: View) -> Figure:
     unit = "operation (one execution of the named instruction)" if counted else "run"
     caption = (f"Cycles per {unit} of {view.what(workload)}, nominal costs. Stacks are linear and can be "
                "compared within a row of panels; each row has its own scale, because a bar would vanish on another's.")
-    sheet = Sheet(findings.causes_title(view), caption, [0.36 * len(group) + 0.15 for group in groups], len(ends), left=2.35,
+    names, left, tall = beside([name(variant) for variant in totals])
+    label = dict(zip(totals, names, strict=True))
+    sheet = Sheet(findings.causes_title(view), caption, [(0.19 + 0.17 * tall) * len(group) + 0.15 for group in groups], len(ends), left=left,
                   legend_rows=-(-len(used) // fits(3, 2.4)), side=0.35, foot=0.5)
     from matplotlib.patches import Patch
 
@@ -97,7 +103,7 @@ def causes(view: View) -> Figure:
         for axes, generation in zip(line, ends, strict=True):
             axes.set_xlim(0, top * 1.22)
             axes.set_ylim(len(group) - 0.45, -0.55)
-            axes.set_yticks(range(len(group)), [name(v) for v in group] if axes is line[0] else [""] * len(group))
+            axes.set_yticks(range(len(group)), [label[v] for v in group] if axes is line[0] else [""] * len(group))
             axes.tick_params(axis="y", length=0)
             axes.locator_params(axis="x", nbins=4)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:g}")

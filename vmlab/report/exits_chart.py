@@ -51,7 +51,7 @@ def draw_exits(view: View) -> Any:
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    from vmlab.report.canvas import Sheet, fits
+    from vmlab.report.canvas import Sheet, beside, fits
 
     found = per_operation(view)
     weight: dict[str, float] = {}
@@ -67,10 +67,12 @@ def draw_exits(view: View) -> Any:
     legend = [Patch(color=colour, label=_words(kind)) for kind, colour in colours.items()]
     if any(kind not in colours for rates in found.values() for kind in rates):
         legend.append(Patch(color=OTHER_CAUSE, label="other reasons"))
-    sheet = Sheet(exits_title(view), caption, [0.42 * len(group) + 0.1 for group in groups], left=2.35, right=0.25,
+    names, left, tall = beside([name(variant) for variant in found])
+    label = dict(zip(found, names, strict=True))
+    sheet = Sheet(exits_title(view), caption, [(0.25 + 0.17 * tall) * len(group) + 0.1 for group in groups], left=left, right=0.25,
                   gap=0.45, legend_rows=-(-len(legend) // fits(2)))
     for (axes,), group in zip(sheet.axes, groups, strict=True):
-        axes.set_yticks(range(len(group)), [name(variant) for variant in group])
+        axes.set_yticks(range(len(group)), [label[variant] for variant in group])
         axes.set_ylim(len(group) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")

@@ -14,7 +14,7 @@ from typing import Any
 
 from vmlab import costs
 from vmlab.ledger import CLASSES, EVENTS, EXIT_REASONS, SYSTEM_INSTRUCTIONS
-from vmlab.report import findings, glossary, live, nanobench, sections
+from vmlab.report import ablation, findings, glossary, live, nanobench, sections
 from vmlab.report.document import document
 from vmlab.report.exits_chart import COLOURS as REASON_COLOURS
 from vmlab.report.exits_chart import exits_title, per_operation
@@ -36,6 +36,8 @@ CAPTIONS = {
                    "italics, stand apart. Left of the line is faster than native.",
     "exits": "VM exits, traps, hypercalls and callouts of the chosen workload, counted exactly: no price has a part in the bars. What one takes on "
              "the chosen CPU generation (hardware and the monitor's entry code, without the work of emulating) is in the table.",
+    "ablation": "Time relative to the same translator with everything on, nominal costs of the chosen CPU generation. Below, where the run recorded "
+                "it: units translated so far, and exits chained, by the guest's instructions from its first on.",
     "nanobenchmarks": "Cycles of one operation: the loop less the same loop around nothing, by iterations. Filled: ours on the paper's CPU, whiskers "
                       "the 5th and 95th percentile of sampled costs; hollow: published; upright line: ours on the chosen CPU generation. On the "
                       "right ours over the published figure; a star marks figures that set one of the costs: they agree with themselves.",
@@ -123,7 +125,7 @@ def data(results: Mapping[str, Any]) -> dict[str, Any]:
     keys = sorted({*model["shared"], *(key for profile in model["profiles"].values() for key in profile["figures"])})
     return model | {
         "kinds": kinds, "order": names, "cells": live.cells(results, number), "claims": claims,
-        "operations": [_operations(table, number) for table in operations],
+        "operations": [_operations(table, number) for table in operations], "ablation": _ablation(view),
         "words": {kind: EVENTS[kind].words for kind in kinds}, "costWords": {key: cost_words(key) for key in keys},
         "looks": {name: {"colour": look.colour, "marker": look.marker, "short": look.short} for name, look in LOOKS.items()},
         "colours": dict(CAUSES), "reasonColours": REASON_COLOURS, "workloads": _workloads(view),
@@ -145,6 +147,18 @@ def _workloads(view: View) -> list[dict[str, Any]]:
                              "cells": [number[id(cell)] for cell in view.column(workload, variant)]})
         made.append({"name": workload, "label": view.what(workload), "densities": view.densities(workload), "variants": variants})
     return made
+
+
+def _ablation(view: View) -> dict[str, Any]:
+    """By workload the cell of the translator with everything on, those without a mechanism each, and the warm-up of the first."""
+    number = {id(cell): i for i, cell in enumerate(view.all)}
+    works = []
+    for workload in ablation.shown(view):
+        whole, parts = ablation.pieces(view, workload)
+        if whole is not None:
+            works.append({"name": workload, "whole": number[id(whole)], "parts": [[words, number[id(cell)]] for words, cell in parts.items()],
+                          "warmUp": [[row["instructions"], row["translated"], row["chained"]] for row in whole.get("warm_up") or []]})
+    return {"technique": ablation.TECHNIQUE, "everything": ablation.EVERYTHING_OFF, "works": works}
 
 
 def _operations(table: nanobench.Table, number: Mapping[str, int]) -> dict[str, Any]:
@@ -181,7 +195,8 @@ def cost_words(key: str) -> str:
 
 def _summary(chart: Drawn) -> str:
     return escape({"causes": "Cycles by cause", "density": "Slowdown against density", "generations": "Slowdown over CPU generations",
-                   "slowdown": "Slowdown by technique", "exits": "Exits by reason", "nanobenchmarks": "Operations beside published figures",
+                   "slowdown": "Slowdown by technique", "exits": "Exits by reason", "ablation": "What each mechanism buys",
+                   "nanobenchmarks": "Operations beside published figures",
                    }.get(chart.name, chart.name.replace("_", " ").capitalize()))
 
 

@@ -58,11 +58,11 @@ function logAxis(values, from, to) {
 }
 
 // `bands`: from where to where the lines go down; between them stand the rows' names, where these are not beside.
-function ratioGrid(root, axis, bands, bottom) {
+function ratioGrid(root, axis, bands, bottom, unity = "native") {
   for (const tick of axis.ticks) {
     const x = axis.place(tick), one = tick === 1;
     for (const [from, to] of bands) root.append(svg("line", {x1: x, x2: x, y1: from, y2: to, stroke: one ? "#1a1a1a" : "#d0d0d0", "stroke-width": one ? 1.4 : 0.8}));
-    root.append(svg("text", {x, y: bottom + 15, "text-anchor": "middle", class: "tick"}, one ? "native" : tick + "×"));
+    root.append(svg("text", {x, y: bottom + 15, "text-anchor": "middle", class: "tick"}, one ? unity : tick + "×"));
   }
 }
 
@@ -109,14 +109,14 @@ function labelWidth(rows, width) {
 }
 
 // Dots with whiskers, one row per label. rows: [{label, look, hollow, value, low, high} or without value]; `all` the rows of all the chart's panels.
-function dotPanel(title, rows, width, all) {
+function dotPanel(title, rows, width, all, unity) {
   const left = labelWidth(all, width), values = all.flatMap((row) => row.value === undefined ? [] : [row.low, row.high]);
   const step = left ? 30 : 46 + extraLines(all, width);
   const root = frame(width, title + ": " + rows.map((r) => r.label + " " + (r.value === undefined ? "not priced" : times(r.value))).join(", "));
   const top = panelTitle(root, title, width), bottom = top + step * rows.length;
   high(root, bottom + 24);
   const axis = logAxis(values, left + 14, width - 18);
-  ratioGrid(root, axis, left ? [[top, bottom]] : rows.flatMap((row, i) => row.value === undefined ? [] : [[top + step * (i + 1) - 23, top + step * (i + 1)]]), bottom);
+  ratioGrid(root, axis, left ? [[top, bottom]] : rows.flatMap((row, i) => row.value === undefined ? [] : [[top + step * (i + 1) - 23, top + step * (i + 1)]]), bottom, unity);
   rows.forEach((row, i) => {
     const y = top + step * i + (left ? step / 2 : step - 13);
     if (left) root.append(svg("text", {x: 0, y: y + 4}, row.label)); else nameAbove(root, row.label, y - 14, width);
@@ -143,7 +143,7 @@ function stackPanel(rows, width, colours, unit, all) {
   const most = Math.max(...rows.map((row) => row.total || 0)) * 1.0001 || 1;
   const root = frame(width, rows.map((row) => `${row.label}: ${row.parts ? cyclesText(row.total) + " " + unit : "not on this CPU"}`).join(", "));
   high(root, bottom + 22);
-  const room = width - left - 74, place = (value) => left + 8 + room * value / most;
+  const room = width - left - Math.max(74, 18 + 8.6 * Math.max(...all.map((row) => row.parts ? cyclesText(row.total).length : 0))), place = (value) => left + 8 + room * value / most;
   const step10 = 10 ** Math.floor(Math.log10(most)), every = most / step10 >= 5 ? 2 * step10 : most / step10 >= 2 ? step10 : step10 / 2;
   for (let tick = 0; tick <= most; tick += every) {
     for (const [from, to] of left ? [[top, bottom]] : rows.flatMap((row, i) => row.parts ? [[top + step * (i + 1) - 25, top + step * (i + 1)]] : [])) {
@@ -261,6 +261,27 @@ function operationsPanel(title, table, cpu, width) {
       root.append(group);
     });
     y += heights[i];
+  });
+  return root;
+}
+
+// How counts grow, over a logarithmic axis. points: [[across, first, second]], a line for each of `names`.
+function growthPanel(title, across, names, points, colour, width) {
+  const root = frame(width, `${title}: ${names.map((name, i) => `${name} ${points[points.length - 1][i + 1]}`).join(", ")} by ${points[points.length - 1][0]} ${across}`);
+  const top = panelTitle(root, title, width), bottom = top + 150, left = 56, most = 1.25 * Math.max(...points.flatMap((p) => p.slice(1)), 1);
+  high(root, bottom + 40);
+  const from = Math.log10(Math.max(1, points[0][0])), to = Math.log10(points[points.length - 1][0]), x = (v) => left + (width - left - 20) * (Math.log10(Math.max(1, v)) - from) / ((to - from) || 1);
+  const y = (v) => bottom - (bottom - top) * v / most, step10 = 10 ** Math.floor(Math.log10(most)), every = most / step10 >= 5 ? 2 * step10 : most / step10 >= 2 ? step10 : step10 / 2;
+  for (let tick = 0; tick <= most; tick += every) {
+    root.append(svg("line", {x1: left, x2: width - 20, y1: y(tick), y2: y(tick), stroke: "#d0d0d0", "stroke-width": 0.8}));
+    root.append(svg("text", {x: left - 6, y: y(tick) + 4, "text-anchor": "end", class: "tick"}, Number(tick.toPrecision(3)).toLocaleString("en-US")));
+  }
+  for (let power = Math.ceil(from); power <= to; power++) root.append(svg("text", {x: Math.min(x(10 ** power), width - 26), y: bottom + 16, "text-anchor": "middle", class: "tick"}, (10 ** power).toLocaleString("en-US")));
+  root.append(svg("text", {x: (left + width) / 2, y: bottom + 34, "text-anchor": "middle"}, across));
+  names.forEach((name, i) => {
+    const line = {fill: "none", stroke: colour, "stroke-width": 1.8, ...(i ? {"stroke-dasharray": "5 3"} : {})}, at = top + 14 + 18 * i;
+    root.append(svg("polyline", {points: points.map((p) => `${x(p[0])},${y(p[i + 1])}`).join(" "), ...line}));
+    root.append(svg("polyline", {points: `${left + 8},${at} ${left + 34},${at}`, ...line}), svg("text", {x: left + 40, y: at + 4}, name));
   });
   return root;
 }

@@ -95,6 +95,21 @@ const CHARTS = {
       ["technique", "reason", "times", "of its exits", "per operation", "cycles each", "of its cycles"], table, "wide");
   },
 
+  ablation(host) {
+    const {technique, everything, works} = data.ablation, style = look(technique);
+    const parts = works.map((work) => {
+      const whole = priceOf(work.whole, state.cpu);
+      return [work, work.parts.map(([label, index]) => {
+        const price = priceOf(index, state.cpu), value = whole && price ? price.total / whole.total : undefined;
+        return {label, look: style, hollow: 0, value, low: value, high: value};
+      }).sort((a, b) => (a.label !== everything) - (b.label !== everything) || (b.value || 0) - (a.value || 0))];
+    });
+    const all = parts.flatMap(([, rows]) => rows), warm = works.filter((work) => work.warmUp.length > 1);
+    host(ablationTitle(parts[0], everything), [...parts.map(([work, rows]) => (width) => dotPanel(work.name, rows, width, all, "all on")),
+      ...warm.map((work) => (width) => growthPanel(work.name + ": warm-up", "guest instructions", ["units translated", "exits chained"], work.warmUp, style.colour, width))], null,
+      ["workload", "without", "time"], parts.flatMap(([work, rows]) => rows.map((row) => [work.name, row.label, row.value === undefined ? "–" : times(row.value)])));
+  },
+
   nanobenchmarks(host) {
     const cpu = generation(state.cpu), tables = data.operations.map((table) => ({...table, rows: table.rows.map((row) => ({...row, figures: row.figures.map((figure) => {
       const ours = operationOn(figure, table.profile), here = table.profile === state.cpu ? null : operationOn(figure, state.cpu);
@@ -172,6 +187,12 @@ function operationOn(figure, name) {
   const form = {constant: 0, events: Object.fromEntries(counts), costs: {}}, value = marginValue(form, model);
   const [low, high] = percentiles(marginSamples(form, model));
   return {value, low: Math.min(low, value), high: Math.max(high, value)};
+}
+
+function ablationTitle([work, rows], everything) {
+  const priced = rows.filter((row) => row.value !== undefined), single = priced.filter((row) => row.label !== everything).slice(0, 2), together = priced.find((row) => row.label === everything);
+  if (!priced.length) return `${work.name}: not priced on ${generation(state.cpu).short}`;
+  return `${work.name}: ${single.map((row) => `${row.label} takes ${times(row.value)} as long`).join(" and ")}${together ? `; with all of it off, ${times(together.value)}` : ""}`;
 }
 
 function nanoTitle(tables) {
