@@ -14,6 +14,7 @@ increment got wrong is corrected when it shows:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -83,12 +84,11 @@ class Block:
         """The same of all instructions together."""
         found = self._wholes[user]
         if found is None:
-            each = [_kinds(self, index, user) for index in range(len(self.instructions))]
-            kinds: dict[str, int] = {}
-            for _, _, counted in each:
-                for kind, n in counted:
-                    kinds[kind] = kinds.get(kind, 0) + n
-            found = self._wholes[user] = len(each), sum(guests for _, guests, _ in each), tuple(kinds.items())
+            if self.tags is None:
+                found = _plain_block(tuple(self.instructions), user, self.rep)
+            else:
+                found = _together([_kinds(self, index, user) for index in range(len(self.instructions))])
+            self._wholes[user] = found
         return found
 
     def leads_to(self, address: int) -> bool:
@@ -348,36 +348,55 @@ def _sum(blocks: Iterable[Block], short: dict[tuple[int, int, int], int]) -> Sna
     return Snapshot({kind: n for kind, n in sorted(events.items()) if n}, guest[1], guest[0], machine)
 
 
-def _kinds(block: Block, index: int, user: int) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+def _together(each: Iterable[_Counted]) -> _Counted:
+    machine = guests = 0
+    kinds: dict[str, int] = {}
+    for one, of_guest, counted in each:
+        machine, guests = machine + one, guests + of_guest
+        for kind, n in counted:
+            kinds[kind] = kinds.get(kind, 0) + n
+    return machine, guests, tuple(kinds.items())
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _plain_block(instructions: tuple[Instruction, ...], user: int, rep: bool) -> _Counted:
+    """A worker runs the same guest in many cells, and decoded instructions are shared by their bytes."""
+    last = len(instructions) - 1
+    return _together(_plain(instruction, user, rep and index == last) for index, instruction in enumerate(instructions))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _plain(instruction: Instruction, user: int, elements_apart: bool) -> _Counted:
+    kinds = _machine_kinds(instruction, elements_apart)
+    kinds.append("retired.user" if user else "retired.kernel")
+    if instruction.op:
+        kinds.append(f"retired.{instruction.op}")
+    return 1, 1, tuple((kind, kinds.count(kind)) for kind in dict.fromkeys(kinds))
+
+
+def _machine_kinds(instruction: Instruction, elements_apart: bool) -> list[str]:
+    """``elements_apart``: the last instruction of a block under REP, whose elements the machine counts."""
+    kinds = [f"machine.{instruction.op}" if instruction.op else "machine.alu" if instruction.kind == "jcc" else f"machine.{instruction.kind}"]
+    if instruction.string and not elements_apart:
+        kinds.append("machine.string")
+    return kinds
+
+
+def _kinds(block: Block, index: int, user: int) -> _Counted:
     """What one instruction counts when it retires: machine instructions, guest instructions, and events."""
     instruction, tags = block.instructions[index], block.tags
-    kinds: dict[str, int] = {}
-
-    def add(kind: str) -> None:
-        kinds[kind] = kinds.get(kind, 0) + 1
-
-    if instruction.op:
-        add(f"machine.{instruction.op}")
-    else:
-        add("machine.alu" if instruction.kind == "jcc" else f"machine.{instruction.kind}")
-    # The elements of the last instruction of a block under REP are counted apart.
-    if instruction.string and not (block.rep and index == len(block.instructions) - 1):
-        add("machine.string")
-    guests = 0
+    elements_apart = block.rep and index == len(block.instructions) - 1
     if tags is None:
-        guests = 1
-        add("retired.user" if user else "retired.kernel")
-        if instruction.op:
-            add(f"retired.{instruction.op}")
-    elif (tag := tags[index]) is not None:
+        return _plain(instruction, user, elements_apart)
+    kinds, guests = _machine_kinds(instruction, elements_apart), 0
+    if (tag := tags[index]) is not None:
         if tag.guest is not None:
             guests = 1
-            add(f"translated.{tag.how}")
+            kinds.append(f"translated.{tag.how}")
             if tag.how == "ident" and instruction.op:
-                add("translated.sensitive")
-        for mark in tag.marks:
-            add(f"translated.{mark}")
-    return 1, guests, tuple(kinds.items())
+                kinds.append("translated.sensitive")
+        kinds += [f"translated.{mark}" for mark in tag.marks]
+    return 1, guests, tuple((kind, kinds.count(kind)) for kind in dict.fromkeys(kinds))
 
 
 assert {"alu", "load", "store", "branch", "indirect", "muldiv", "string"} == set(CLASSES)
