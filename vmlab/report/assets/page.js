@@ -122,8 +122,8 @@ function drawCosts() {
     const box = html("input", {type: "number", min: 0.001, step: "any", "aria-label": data.costWords[key] + " in " + unitOf(key)});
     const note = html("span", {class: "note"});
     const place = (v) => 400 * (Math.log(v) - from) / (to - from);
-    slider.style.setProperty("--low", place(low) / 4 + "%");
-    slider.style.setProperty("--high", place(high) / 4 + "%");
+    slider.style.setProperty("--low", place(low) / 400);
+    slider.style.setProperty("--high", place(high) / 400);
     const show = (v) => {
       slider.value = place(v);
       box.value = Number(v.toPrecision(4));
