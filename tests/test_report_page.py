@@ -72,7 +72,7 @@ def test_every_charts_figures_are_pythons_on_every_shipped_profile(browser: Brow
     made_up_run.price(cells, costs.names())
     made = {"cells": cells, "claims": []}
     page = browser.open(report.write(tmp_path, made, CONFIG)[-1].as_uri(), ready=READY)
-    assert {*report_figures.shown(page)} == {"slowdown", "causes", "density", "generations", "exits"}
+    assert {*report_figures.shown(page)} == {"slowdown", "causes", "density", "generations", "exits", "ablation"}
     assert report_figures.compare(page, made) > 100 * len(costs.names())
     assert page.complaints() == []
 
