@@ -54,6 +54,7 @@ pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; font-size: .87rem; 
 code { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .9em; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #d0d0d0; }
+.right { text-align: right; } .center { text-align: center; }
 @media (max-width: 50rem) { body { grid-template-columns: minmax(0, 1fr); } nav { min-height: 0; } main { padding: 1rem; } }
 @media print { nav, .skip { display: none; } body { display: block; } main { max-width: none; padding: 0; } }
 """
@@ -108,6 +109,7 @@ def _html(source: Path, target: Path, out: Path) -> str:
                 if isinstance(value, str):
                     child.attrSet(name, _link(value, source, target, out))
     text: str = parser.renderer.render(tokens, parser.options, {})
+    text = re.sub(r' style="text-align:(left|right|center)"', r' class="\1"', text)  # the policy allows the page's one style alone
     return text.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
 
 

@@ -74,7 +74,7 @@ def test_every_page_is_in_the_menu_once(site: Path) -> None:
 @pytest.mark.parametrize("width", [380, 1600])
 def test_pages_open_from_disk(site: Path, width: int) -> None:
     with Browser() as browser:
-        for name in ("index.html", "gallery.html", "report.html", "adr/0012-page-traces-site.html"):
+        for name in ("index.html", "gallery.html", "report.html", "validation.html", "adr/0012-page-traces-site.html"):
             page = browser.open((site / name).as_uri(), width=width)
             page.wait("getComputedStyle(document.querySelector('nav')).padding !== '0px'")
             assert page.complaints() == [], name
