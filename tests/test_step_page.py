@@ -6,6 +6,7 @@ import base64
 import json
 import random
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -288,6 +289,8 @@ def every_step_by_keyboard(page: Page, data: dict[str, Any]) -> None:
         said = page.run("document.getElementById('said').textContent")
         assert said.startswith(f"Step {number} of {len(data['groups'])}: the guest's {group['code']}"), said
         page.press("ArrowRight")
+        if number % 150 == 0:
+            time.sleep(11)  # Chromium lets a page change its fragment 200 times in ten seconds, and warns of more
     folds = [number for number, group in enumerate(data["groups"]) if group["count"] > 1]
     if folds:
         page.run(f"location.hash = '#step={folds[0] + 1}'")
