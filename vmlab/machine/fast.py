@@ -59,6 +59,7 @@ class FastCounter(Counter):
         self.state, self.address = _words(WORDS)
         #: What C does about events; None: nothing.
         self.events: FastEvents | None = None
+        self._closed: tuple[Block, int] | None = None   # the current block where it is in no table any more, and the time then
         self._callbacks = _ATTEND_CALLBACK(attend), _CPL_CALLBACK(read_cpl)
         for word, callback in zip((_ATTEND, _READ_CPL), self._callbacks, strict=True):
             self.state[word] = ctypes.cast(callback, ctypes.c_void_p).value or 0
@@ -114,18 +115,24 @@ class FastCounter(Counter):
 
     @property
     def current(self) -> Block | None:
-        return self.by_number[self.state[_CURRENT]]
+        return self.by_number[self.state[_CURRENT]] or self._closed_one()
 
     @current.setter
     def current(self, block: Block | None) -> None:
-        self.state[_CURRENT] = 0 if block is None else block.slot
+        closed = block is not None and block.slot < 0   # a monitor's detour put it back, and its code was forgotten meanwhile
+        self._closed = (block, self.state[_TIME]) if closed and block is not None else None
+        self.state[_CURRENT] = 0 if block is None or closed else block.slot
+
+    def _closed_one(self) -> Block | None:
+        """That block, as long as nothing has run since."""
+        return self._closed[0] if self._closed is not None and self._closed[1] == self.state[_TIME] else None
 
     def leave(self, rip: int, *, retired: bool = False) -> Instruction | None:
         """As :meth:`Counter.leave`, which runs at every trap, without the properties' calls."""
         state = self.state
         block = self.by_number[state[_CURRENT]]
         if block is None:
-            return None
+            return None if self._closed_one() is None else super().leave(rip, retired=retired)
         state[_CURRENT] = 0
         instructions = block.instructions
         index = block.offsets.get(rip - block.pc)
