@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from vmlab.experiment import schema
 from vmlab.experiment.cell import Cell, run_cell
 from vmlab.parameters import Value
 
@@ -43,6 +44,13 @@ def guest(variable: str, name: str) -> str:
     if not (Path(folder) / name).is_file():
         pytest.skip(f"${variable}/{name} is absent; the folder should hold {HOLDS[variable]}")
     return f"${variable}/{name}"
+
+
+def need_images_of(experiment: str) -> None:
+    """Skips the test of a shipped experiment whose guest is found by a variable that is not set."""
+    for variable in re.findall(r"\$(VMLAB_GUEST_\w+)", schema.find(experiment).read_text(encoding="utf-8")):
+        if not os.environ.get(variable):
+            pytest.skip(f"set {variable} to a folder with {HOLDS[variable]}")
 
 
 def run(how: str, image: str, **parameters: Value) -> Cell:

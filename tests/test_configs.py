@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 
 import pytest
+from foreign import need_images_of
 
 from vmlab.cli.main import main
 from vmlab.experiment import schema, yamlfile
@@ -41,9 +40,7 @@ def test_each_asks_a_question_and_expects_verdicts(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_small_size_gives_the_expected_verdicts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in re.findall(r"\$(VMLAB_GUEST_\w+)", schema.find(name).read_text()):
-        if variable not in os.environ:
-            pytest.skip(f"set {variable}: see docs/foreign-guests.md")
+    need_images_of(name)
     monkeypatch.chdir(tmp_path)
     assert main(["experiment", name, "--quick", "--strict", "--jobs", "2", "--out", "out"]) == 0
     experiment = load(name)

@@ -16,6 +16,7 @@ import made_up_run
 import pytest
 import report_figures
 from browser import Browser, Page, needs_chromium
+from foreign import need_images_of
 
 from vmlab import claims, costs, report
 
@@ -284,6 +285,7 @@ def test_the_cost_that_decides_flips_the_verdict(browser: Browser, url: str) -> 
 def test_every_shipped_experiments_report_is_whole(browser: Browser, tmp_path: Path, name: str) -> None:
     from vmlab.cli.main import main
 
+    need_images_of(name)
     assert main(["experiment", name, "--quick", "--out", str(tmp_path / "run")]) in (0, 1)
     file = tmp_path / "run" / "report.html"
     assert file.stat().st_size < 3_000_000
