@@ -15,9 +15,9 @@ from vmlab.guests import GuestImage
 from vmlab.machine.cpu import IF
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.machine.state import RAX
-from vmlab.machine.svm import CODE as HOST_CODE
-from vmlab.machine.svm import GDT as HOST_GDT
-from vmlab.machine.svm import PML4
+from vmlab.machine.svm_host import CODE as HOST_CODE
+from vmlab.machine.svm_host import GDT as HOST_GDT
+from vmlab.machine.svm_host import PML4
 from vmlab.strategies.base import Strategy
 from vmlab.strategies.hardware import HardwareAssisted
 from vmlab.strategies.native import Native

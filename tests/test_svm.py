@@ -13,7 +13,8 @@ from vmlab.machine import vmcb as v
 from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.machine.state import RBX, RCX
-from vmlab.machine.svm import FREE_FRAMES, HIGH, Svm
+from vmlab.machine.svm import Svm
+from vmlab.machine.svm_host import FREE_FRAMES, HIGH
 from vmlab.machine.tlb import TlbConfig
 from vmlab.machine.vmcb import Vmcb
 

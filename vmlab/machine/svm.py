@@ -5,55 +5,27 @@ intercepts and injects events. Unicorn leaves the rest of the world switch to wh
 and that is this file: #VMEXIT (guest to the VMCB, host back from the save area), the intercepts that
 QEMU's model lacks (ports, physical interrupts, RDTSC), V_IRQ, and delivery inside the guest.
 
-Below :data:`VMM_END` lies the host that enters guests: page tables, descriptors, and a page of code with
-one routine for each thing a VMM must execute. Its handlers are Python; see ``docs/hardware-assistance.md``.
+The host that enters guests is in svm_host.py; see also ``docs/hardware-assistance.md``.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
-from vmlab.errors import ConfigError, TripleFault
+from vmlab.errors import TripleFault
 from vmlab.machine import task
 from vmlab.machine import vmcb as v
 from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import PAGE_FAULT, Fault, deliver
 from vmlab.machine.paging import NestedFault, PageFault
-from vmlab.machine.pc import Machine, Stop, StopReason, port_operands
-from vmlab.machine.state import CS, DS, ES, HF2_GIF, HF2_HIF, HF2_NPT, HF2_VINTR, HF_GUEST, RAX, RCX, RSP, SS
+from vmlab.machine.pc import Machine, Stop, StopReason
+from vmlab.machine.state import CS, DS, ES, HF2_GIF, HF2_HIF, HF2_NPT, HF2_VINTR, HF_GUEST, RAX, RSP, SS
+from vmlab.machine.svm_host import HOST_SAVE, VMRUN, Host
+from vmlab.machine.svm_intercepts import Intercepts
 from vmlab.machine.svm_tasks import InterceptedTask, instructed, switch_in_guest
 from vmlab.machine.vmcb import Vmcb
 
-# Host-physical map of the VMM. What a VMM adds of its own goes to FREE_FRAMES and above.
-BOOT, GDT, CODE, HOST_SAVE, PML4, FREE_FRAMES, VMM_END = 0x3000, 0x2000, 0x4000, 0x5000, 0x10000, 0x20000, 16 << 20
-#: The host is 64-bit and sees all of machine memory from here on: no guest has code at such addresses.
-HIGH = 0xFFFF800000000000
-
-# 32-bit code at BOOT: into long mode with SVM enabled, VM_HSAVE_PA set, GIF off, interrupts on, then to the door.
-_BOOT_CODE = bytes.fromhex(
-    "0f011580200000"      # lgdt [GDT+0x80]
-    "b820000000 0f22e0"   # mov eax, CR4.PAE ; mov cr4, eax
-    "b800000100 0f22d8"   # mov eax, PML4 ; mov cr3, eax
-    "b9800000c0 0f32"     # mov ecx, EFER ; rdmsr
-    "0d00190000 0f30"     # or eax, LME|NXE|SVME ; wrmsr
-    "eb00"                # jmp $+2: what follows is decoded with EFER.SVME set
-    "b811000180 0f22c0"   # mov eax, PG|WP|ET|PE ; mov cr0, eax
-    "ea363000000800"      # jmp far 8:next
-    "b810000000 8ed8 8ec0 8ed0"      # next: mov eax, 0x10 ; mov ds, es, ss
-    "31d2 b800500000 b9170101c0 0f30"  # xor edx, edx ; mov eax, HOST_SAVE ; mov ecx, VM_HSAVE_PA ; wrmsr
-    "0f01dd fb"           # clgi ; sti: VMRUN with the host's IF on lets physical interrupts end the guest's run
-    "48b86040000000 80ffff ffe0")     # mov rax, HIGH+CODE+0x60 ; jmp rax
-_VMRUN, _VMLOAD, _VMSAVE, _WINDOW, _IDLE, _DOOR = (HIGH + CODE + 0x10 * i for i in range(1, 7))
-_ROUTINES = {
-    _VMRUN: "0f01d8",            # vmrun rax; #VMEXIT comes back behind it
-    _VMLOAD: "0f01da eb3b",      # vmload rax ; jmp door
-    _VMSAVE: "0f01db eb2b",      # vmsave rax ; jmp door
-    _WINDOW: "0f01dc eb00 0f01dd eb16",  # stgi ; jmp $+2 ; clgi ; jmp door
-    _IDLE: "0f01dc f4 0f01dd eb07",      # stgi ; hlt ; clgi ; jmp door
-    _DOOR: "ebfe",               # jmp $
-}
 _EVENTS = {code: f"exit.{v.exit_reason(code)}" for code in (*range(0xA0), v.EXIT_NPF)}
 _SWITCHED = (ES, CS, SS, DS)
 _TABLES = (("gdtr", "gdt"), ("idtr", "idt"))
@@ -67,15 +39,13 @@ class _Diverted(Exception):
         self.during, self.fault = during, fault
 
 
-class Svm:
+class Svm(Host):
     """The machine's AMD-V, and the host-mode code by which a VMM uses it. One per machine."""
 
     def __init__(self, machine: Machine) -> None:
-        if machine.ram.size < VMM_END:
-            raise ConfigError(f"hardware assistance needs at least {VMM_END >> 20} MiB of machine memory")
-        self.machine = machine
         self._vmcb = Vmcb(machine.ram, 0)
         self._host = Vmcb(machine.ram, HOST_SAVE)
+        self._intercepts = Intercepts(self._vmcb, machine.ram)
         self._injected = 0
         self._virtual_interrupt = False
         self._kicked = False
@@ -94,57 +64,7 @@ class Svm:
         self.in_guest = False
         machine.guest_mode = self
         machine.on_attention = self._attend
-        self._outer_tagger = machine.tagger
-        machine.tagger = lambda pc, code: [None] * len(code) if self._is_host(pc) else self._outer_tagger(pc, code)
-        self._booting = True
-        self._boot()
-        self._booting = False
-
-    # ---- the host
-    def _is_host(self, pc: int) -> bool:
-        return HIGH + CODE <= pc < HIGH + CODE + 0x1000 or self._booting
-
-    def _boot(self) -> None:
-        machine, ram = self.machine, self.machine.ram
-        ram.write64(PML4, PML4 + 0x1000 | 3)
-        ram.write64(PML4 + 8 * 256, PML4 + 0x1000 | 3)   # HIGH
-        ram.write64(PML4 + 0x1000, PML4 + 0x2000 | 3)
-        for i in range(512):
-            ram.write64(PML4 + 0x2000 + 8 * i, i << 21 | 0x83)
-        for i, descriptor in enumerate((0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)):
-            ram.write64(GDT + 8 * i, descriptor)
-        ram.write(GDT + 0x80, struct.pack("<HI", 0x17, GDT))
-        ram.write(BOOT, _BOOT_CODE)
-        for address, code in _ROUTINES.items():
-            ram.write(address - HIGH, bytes.fromhex(code))
-        machine.gate(_DOOR, lambda: machine.stop(Stop(StopReason.REQUESTED)))
-        machine.cpu.enter_protected(BOOT, Segment(0x08, 0, 0xFFFFFFFF, 0xCF9B00), Segment(0x10, 0, 0xFFFFFFFF, 0xCF9300))
-        machine.run()
-        # Guests have their own code at these linear addresses.
-        machine.forget_code(BOOT, BOOT + len(_BOOT_CODE))
-
-    def _call(self, routine: int, rax: int = 0) -> Stop:
-        cpu = self.machine.cpu
-        cpu.set_gpr(RAX, rax, 8)
-        cpu.rip = routine
-        cpu.store()
-        return self.machine.run()
-
-    def vmload(self, address: int) -> None:
-        """VMLOAD: FS, GS, TR, LDTR and the system-call registers from the VMCB (APM Vol. 2 §15.5.2)."""
-        self._call(_VMLOAD, address)
-
-    def vmsave(self, address: int) -> None:
-        """VMSAVE: the same registers, which #VMEXIT leaves in the CPU, into the VMCB."""
-        self._call(_VMSAVE, address)
-
-    def take_interrupts(self) -> None:
-        """STGI … CLGI: pending physical interrupts enter the host, that is the machine's monitor."""
-        self._call(_WINDOW)
-
-    def wait(self) -> Stop:
-        """STGI; HLT; CLGI: halt the physical CPU until an interrupt; HALTED when none can come."""
-        return self._call(_IDLE)
+        super().__init__(machine)
 
     # ---- VMRUN
     def run(self, address: int) -> Stop:
@@ -158,7 +78,7 @@ class Svm:
             return machine.run()
         if not self._prepare(address):
             return Stop(StopReason.REQUESTED)
-        return self._call(_VMRUN, address)
+        return self._call(VMRUN, address)
 
     def _prepare(self, address: int) -> bool:
         """What VMRUN looks at and QEMU does not; False when it refuses, and exits at once."""
@@ -167,7 +87,7 @@ class Svm:
         machine.events["entry"] += 1
         checked = vmcb.checked()
         if checked != self._sound and not self._consistent(vmcb):
-            machine.cpu.rip = _VMRUN
+            machine.cpu.rip = VMRUN
             self._record_exit(vmcb, v.EXIT_INVALID, 0, 0)
             return False
         self._sound = checked
@@ -261,7 +181,7 @@ class Svm:
         machine = self.machine
         if self._code in self.at_once and self.on_exit is not None and self.on_exit() and self._prepare(self._vmcb.address):
             machine.cpu.set_gpr(RAX, self._vmcb.address, 8)
-            machine.cpu.rip = _VMRUN
+            machine.cpu.rip = VMRUN
         elif machine.ending is None:
             machine.stop(Stop(StopReason.REQUESTED))
 
@@ -305,57 +225,18 @@ class Svm:
         vmcb["event_injection"] = self._injected = 0
 
     # ---- what pc.py asks while the CPU is in guest mode
-    def _intercepted(self, code: int) -> bool:
-        return bool(self._vmcb["intercepts"] & v.intercept_bit(code))
-
     def intercepts(self, op: str, instruction: Instruction) -> bool:
         """Before an instruction that the machine carries out itself: exit if it is intercepted."""
-        if op in ("rdtsc", "rdtscp"):
-            code = v.EXIT_RDTSC if op == "rdtsc" else v.EXIT_RDTSCP
-            if not self._intercepted(code):
-                return False
-            self.exit(code, told=False)
-            return True
-        cpu = self.machine.cpu
-        if op in ("rdmsr", "wrmsr"):
-            if not self._intercepted(v.EXIT_MSR) or not self._msr_intercepted(cpu.gpr(RCX) & 0xFFFFFFFF, op == "wrmsr"):
-                return False
-            self.exit(v.EXIT_MSR, int(op == "wrmsr"), told=False)
-            return True
-        if op in ("mov_to_cr", "mov_from_cr"):  # CR8
-            kind, code = ("write", v.EXIT_CR_WRITE) if op == "mov_to_cr" else ("read", v.EXIT_CR_READ)
-            if not self._vmcb[f"intercept_cr_{kind}"] >> 8 & 1:
-                return False
-            self.exit(code + 8, told=False)
-            return True
         if op in task.INSTRUCTIONS:
             return self._leaves_task(op, instruction)
-        port, size = port_operands(instruction, cpu)
-        if not self._intercepted(v.EXIT_IOIO) or not self._port_intercepted(port, size):
-            return False
-        info = (port << v.IO_PORT_SHIFT | size << v.IO_SIZE_SHIFT | (instruction.cs.addr_size >> 1) << v.IO_ADDRESS_SHIFT
-                | (v.IO_STRING if instruction.string else 0) | (v.IO_REP if instruction.rep else 0)
-                | (v.IO_IN if op in ("in", "ins") else 0))
-        self.exit(v.EXIT_IOIO, info, cpu.rip + instruction.size, told=False)
-        return True
-
-    def _port_intercepted(self, port: int, size: int) -> bool:
-        """The I/O permission map: a bit for each port (APM Vol. 2 §15.10.1)."""
-        at = self._vmcb["iopm_base"] + port // 8
-        bits = int.from_bytes(self.machine.ram.read(at, 2), "little")
-        return bool((bits >> port % 8) & ((1 << size) - 1))
-
-    def _msr_intercepted(self, number: int, write: bool) -> bool:
-        """The MSR permission map: two bits a register, in three ranges; all others are intercepted (APM Vol. 2 §15.11)."""
-        for first, at in ((0, 0), (0xC0000000, 0x800), (0xC0010000, 0x1000)):
-            if first <= number < first + 0x2000:
-                bit = 2 * (number - first) + write
-                return bool(self.machine.ram.read(self._vmcb["msrpm_base"] + at + bit // 8, 1)[0] >> bit % 8 & 1)
-        return True
+        found = self._intercepts.of_instruction(op, instruction, self.machine.cpu)
+        if found is not None:
+            self.exit(*found, told=False)
+        return found is not None
 
     def watches_tasks(self) -> bool:
         """Whether task switches exit."""
-        return self._intercepted(v.EXIT_TASK_SWITCH)
+        return self._intercepts.wants(v.EXIT_TASK_SWITCH)
 
     def _leaves_task(self, op: str, instruction: Instruction) -> bool:
         """A far JMP or CALL to a task, or IRET with NT: Unicorn switches tasks without looking at the intercept, so the machine does."""
@@ -378,7 +259,7 @@ class Svm:
     def lets_flush(self, op: str, number: int) -> bool:
         """Whether the guest's MOV to CR ``number``, or INVLPG, is carried out by the CPU itself."""
         if op == "invlpg":
-            return not self._intercepted(v.EXIT_INVLPG)
+            return not self._intercepts.wants(v.EXIT_INVLPG)
         return not self._vmcb["intercept_cr_write"] >> number & 1
 
     def lets_interrupts_in(self) -> bool:
@@ -393,7 +274,7 @@ class Svm:
 
     def takes_interrupt(self) -> bool:
         """A physical interrupt arrived in guest mode: exit if it is intercepted, else it is the guest's."""
-        if not self._intercepted(v.EXIT_INTR):
+        if not self._intercepts.wants(v.EXIT_INTR):
             return False
         self.exit(v.EXIT_INTR, 0, 0)
         return True
@@ -407,7 +288,7 @@ class Svm:
             return True
         if cpu.shadow:
             return False
-        if self._kicked and self._intercepted(v.EXIT_INTR):
+        if self._kicked and self._intercepts.wants(v.EXIT_INTR):
             self.exit(v.EXIT_INTR, 0, 0)
             return True
         if not self._virtual_interrupt or not cpu.system_flags & IF:
@@ -415,7 +296,7 @@ class Svm:
         control = self._vmcb["interrupt_control"]
         if not control & v.V_IGNORE_TPR and (control & v.V_PRIORITY) >> 16 <= control & v.V_TPR:
             return False
-        if self._intercepted(v.EXIT_VINTR):
+        if self._intercepts.wants(v.EXIT_VINTR):
             self.exit(v.EXIT_VINTR, 0, 0)
             return True
         self._virtual_interrupt = False
@@ -462,7 +343,7 @@ class Svm:
             self.exit(v.EXIT_NPF, missing.error_code, missing.gpa, during=_event(vector, error_code, software, external))
             return None
         except TripleFault:
-            if not self._intercepted(v.EXIT_SHUTDOWN):
+            if not self._intercepts.wants(v.EXIT_SHUTDOWN):
                 raise
             self.exit(v.EXIT_SHUTDOWN, 0, 0)
             return None

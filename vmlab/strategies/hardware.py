@@ -20,7 +20,8 @@ from vmlab.machine.delivery import DOUBLE_FAULT, HAS_ERROR_CODE, PAGE_FAULT, Fau
 from vmlab.machine.paging import EFER_LMA
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.machine.state import FS, GS, RAX, RSP
-from vmlab.machine.svm import FREE_FRAMES, Svm
+from vmlab.machine.svm import Svm
+from vmlab.machine.svm_host import FREE_FRAMES
 from vmlab.machine.vmcb import CountedVmcb, Vmcb
 from vmlab.parameters import Value
 from vmlab.strategies.base import GuestState, Strategy, physical_state, visible_registers

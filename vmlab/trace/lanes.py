@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vmlab.machine.cpu import IF
 from vmlab.machine.state import HF2_HIF
-from vmlab.machine.svm import HIGH
+from vmlab.machine.svm_host import HIGH
 from vmlab.machine.vmcb import Vmcb
 from vmlab.strategies.base import Strategy
 from vmlab.strategies.hardware import HardwareAssisted
