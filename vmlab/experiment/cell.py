@@ -15,7 +15,7 @@ from typing import Any
 
 from vmlab import guests, strategies
 from vmlab.errors import GuestError, UnsupportedByStrategy, VmlabError
-from vmlab.experiment import dialogue
+from vmlab.experiment import clock, dialogue
 from vmlab.ledger import Snapshot
 from vmlab.machine import tlb
 from vmlab.machine.devices import vga
@@ -45,6 +45,7 @@ class Run:
         self.machine = Machine(machine_memory(parameters), path, disk=guests.disk(parameters), drives=self.image.drives,
                                guest_ram=machine_memory(parameters) - BESIDE_GUEST, tlb=tlb.configured(parameters))
         self.strategy: Strategy = self.kind(self.machine, parameters)
+        clock.install(self.strategy, parameters)
         self.marks: dict[str, Snapshot] = {}
         line = guests.command_line(parameters) if guests.workloads(self.guest) else str(parameters.get("append", ""))
         for marker in (*_MARKERS, *_EMPTY):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vmlab.errors import ConfigError
+from vmlab.experiment.clock import PARAMETERS as CLOCK_PARAMETERS
 from vmlab.experiment.lab import Lab
 from vmlab.experiment.yamlfile import Document, Where
 from vmlab.guests.files import PARAMETERS as FILE_PARAMETERS
@@ -23,8 +24,8 @@ from vmlab.strategies.techniques import RAM
 MAX_CELLS = 50_000
 BASELINE = "native"
 
-#: What a cell may say of the machine: how much RAM the guest has, and what is modelled.
-MACHINE_PARAMETERS = {"ram": RAM, **MODEL_PARAMETERS}
+#: What a cell may say of the machine: how much RAM the guest has, what its clock counts, and what is modelled.
+MACHINE_PARAMETERS = {"ram": RAM, **CLOCK_PARAMETERS, **MODEL_PARAMETERS}
 #: Keys that every cell may have, whatever guest and technique declare: which guest runs what, for how long, on what machine;
 #: for a guest from a file, what goes with it.
 GUEST_KEYS = ("guest", "workload", "budget", *MACHINE_PARAMETERS, *FILE_PARAMETERS)

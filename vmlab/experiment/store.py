@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from vmlab.errors import ConfigError, ExperimentError
+from vmlab.experiment import clock
 from vmlab.experiment.matrix import Cell
 
 SCHEMA_VERSION = 1
@@ -87,7 +88,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def content_hash(cell: Cell, image: str, versions: Mapping[str, str]) -> str:
     """The cell's identity for reuse. The guest counts by its image, not by its name or path."""
     parameters = {k: v for k, v in cell.parameters.items() if k != "guest"}
-    identity = {"technique": cell.technique, "parameters": parameters, "image": image, "versions": dict(versions)}
+    identity: dict[str, Any] = {"technique": cell.technique, "parameters": parameters, "image": image, "versions": dict(versions)}
+    if (prices := clock.fingerprint(parameters)) is not None:
+        identity["clock"] = prices
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -53,6 +53,8 @@ class Running:
         self.tagger: Callable[[int, list[Instruction]], Tags | None] = lambda pc, instructions: None
         #: The time stamp counter's offset (a VMM may hide its own time; TSC_OFFSET of AMD-V).
         self.tsc_offset = self._tsc_adjustment = 0
+        #: What the time stamp counter counts instead of virtual time; called with the address about to run (None: between two instructions).
+        self.cycles: Callable[[int | None], int] | None = None
         self._failure: BaseException | None = None
         self._ended: Stop | None = None
         self._idle_time = 0
@@ -225,6 +227,11 @@ class Running:
         """The time at which the budget is spent."""
         return self._budget + self._idle_time
 
+    @property
+    def idle_time(self) -> int:
+        """The part of virtual time that was skipped in HLT, in nanoseconds."""
+        return self._idle_time
+
     def _set_limit(self) -> None:
         """Have the counter ask before the budget is spent or something is due, whichever comes first."""
         due = self.timeline.next_due
@@ -232,6 +239,8 @@ class Running:
 
     def read_tsc(self, address: int | None = None) -> int:
         """The time stamp counter: virtual time (with the instruction at ``address`` about to run), and the offset."""
+        if self.cycles is not None:
+            return (self.cycles(address) + self._tsc_adjustment + self.tsc_offset) & 0xFFFFFFFFFFFFFFFF
         time = self.counter.time
         block = self.counter.current
         if address is not None and block is not None:
