@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from machinelab import CODE, DATA, DEBUG_EXIT, STACK0, asm, kernel
+from machinelab import CODE, DATA, DEBUG_EXIT, PATHS, STACK0, asm, kernel
 
 from vmlab.cli.main import main
-from vmlab.errors import UnsupportedByStrategy
+from vmlab.errors import GuestError, UnsupportedByStrategy
 from vmlab.machine.pc import Machine
 from vmlab.strategies.native import Native
 from vmlab.strategies.translation import BinaryTranslation
@@ -80,6 +80,22 @@ def test_an_interrupt_at_any_moment_finds_the_guests_own_state(line: int) -> Non
         guest.run(10_000)
     assert here.read_guest(DATA, 4) == native.read_guest(DATA, 4) != bytes(4)
     assert here.guest_state() == native.guest_state()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_stop_in_a_template_shows_what_it_has_put_away(path: str) -> None:
+    """RET looks its target up with ECX put away, and a budget may end there: ECX is still the loop's count."""
+    image = kernel(f"mov ecx, 40; l: push ecx; call f; pop ecx; dec ecx; jnz l; jmp e; f: nop; ret; e: {END}")
+    in_template = 0
+    for budget in range(100, 120):
+        guest = BinaryTranslation(Machine(path=path))
+        guest.load(image, "")
+        with pytest.raises(GuestError, match="budget"):
+            guest.run(budget)
+        in_template += guest.translator.states[guest.machine.cpu.rip].template
+        ran = guest.machine.time - 16     # the start of every such kernel
+        assert guest.guest_state().gpr[1] == 40 - ran // 7, budget     # MOV, then seven a pass, of which the sixth is DEC
+    assert in_template
 
 
 def test_what_is_not_carried_says_so() -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from vmlab.costs.figures import read_yaml
 from vmlab.errors import ConfigError
 from vmlab.parameters import nearest
 
@@ -58,14 +59,7 @@ def load(name: str) -> Claim:
 
 @cache
 def _read(file: Path) -> Claim:
-    import yaml
-
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file.name}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file.name}: must be a mapping with {', '.join(_TEXTS)} and arguments")
+    data = read_yaml(file)
     if extra := sorted(set(data) - {"id", *_TEXTS, "arguments", "experiment"}):
         raise ConfigError(f"{file.name}: unknown key {extra[0]!r}; the keys are id, {', '.join(_TEXTS)}, arguments, experiment")
     if data.get("id") != file.stem:

@@ -8,6 +8,7 @@ repeated keys, merge keys, keys that are no text, files above :data:`MAX_BYTES`,
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def read(path: Path, name: str | None = None) -> Document:
 def parse(text: str, name: str) -> Document:
     """Parse ``text``; ``name`` is what messages call it."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = _compose(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -90,6 +91,17 @@ def parse(text: str, name: str) -> Document:
     document = Document(name, None)
     document.data = _Walk(document).value(root, ())
     return document
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """The document's tree. By libyaml where PyYAML was built with it, several times quicker; what that refuses is read again in
+    Python, so that an error has the same words and line on every host (libyaml stops at a depth of 1000, Python at its recursion limit).
+    """
+    quick = getattr(yaml, "CSafeLoader", None)
+    if quick is not None:
+        with contextlib.suppress(yaml.YAMLError):
+            return yaml.compose(text, Loader=quick)
+    return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
 class _Walk:

@@ -442,6 +442,7 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
             self._system_call()
         state, before = self._where(), cpu.rip
         self._undo()
+        cpu.store()     # it is loaded again to be looked at
         found = super().guest_state()
         if state.template:
             self.resume()
