@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmlab.machine.memory import Ram
-from vmlab.machine.paging import PS, A, P
+from vmlab.machine.memory import PAGE, Ram
+from vmlab.machine.paging import PS, RW, A, P
 from vmlab.machine.paging import D as DIRTY
 from vmlab.vmm.guest_tables import GuestMemory
-from vmlab.vmm.shadow_page import ALL, LAST, TABLE, ShadowPage, View
+from vmlab.vmm.shadow_page import ALL, FRAME, LAST, TABLE, ShadowPage, View
 from vmlab.vmm.space import LARGE, StaticSpace
 
 
@@ -47,20 +47,36 @@ class HoleTables:
         return found
 
 
-def direct_map(memory: GuestMemory, nowhere: int, is_device: Callable[[int], bool], holes: HoleTables, allocate: Callable[[], int]) -> ShadowPage:
+class DirectMap:
     """Linear = guest-physical: 2 MiB pages to the guest's frames, and beyond its RAM to ``nowhere``, where nothing answers."""
-    root = ShadowPage((0, 3, 0, ALL, True, False, View.ONE), allocate())
-    for slot in range(4):
-        directory = allocate()
-        entries = []
-        for index in range(512):
-            gpa = slot << 30 | index * LARGE
-            if is_device(gpa):      # and with it what else is in these 2 MiB: the VMM answers
-                entries.append(0)
-                continue
-            entries.append((memory.base + gpa if memory.inside(gpa) else nowhere) | PS | ALL | P | A | DIRTY)
-        TABLE.pack_into(memory.ram.bytes, directory, *entries)
-        if slot == 3:
-            holes.copy(directory)
-        memory.ram.write64(root.frame + 8 * slot, directory | P)
-    return root
+
+    def __init__(self, memory: GuestMemory, nowhere: int, is_device: Callable[[int], bool], holes: HoleTables, allocate: Callable[[], int]) -> None:
+        self._ram, self._allocate = memory.ram, allocate
+        self.root = ShadowPage((0, 3, 0, ALL, True, False, View.ONE), allocate())
+        for slot in range(4):
+            directory = allocate()
+            entries = []
+            for index in range(512):
+                gpa = slot << 30 | index * LARGE
+                if is_device(gpa):      # and with it what else is in these 2 MiB: the VMM answers
+                    entries.append(0)
+                    continue
+                entries.append((memory.base + gpa if memory.inside(gpa) else nowhere) | PS | ALL | P | A | DIRTY)
+            TABLE.pack_into(memory.ram.bytes, directory, *entries)
+            if slot == 3:
+                holes.copy(directory)
+            memory.ram.write64(self.root.frame + 8 * slot, directory | P)
+
+    def set_writable(self, gfn: int, writable: bool) -> None:
+        """The right of the entry of one guest frame, whose large page is split when that is first needed."""
+        ram = self._ram
+        at = (ram.read64(self.root.frame + 8 * (gfn >> 18)) & FRAME) + 8 * (gfn >> 9 & 511)
+        entry = ram.read64(at)
+        if entry & PS:
+            table, rest = self._allocate(), entry & ~PS
+            TABLE.pack_into(ram.bytes, table, *(rest + PAGE * i for i in range(512)))
+            entry = table | ALL | P | A
+            ram.write64(at, entry)
+        at = (entry & FRAME) + 8 * (gfn & 511)
+        old = ram.read64(at)
+        ram.write64(at, old | RW if writable else old & ~RW)

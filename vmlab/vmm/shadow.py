@@ -30,18 +30,15 @@ from collections.abc import Callable
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.ledger import Counts
 from vmlab.machine.fast_faults import HiddenFaults
-from vmlab.machine.memory import PAGE
-from vmlab.machine.paging import CR4_PAE, CR4_PSE, EFER_LMA, EFER_NXE, NX, PS, RW, US, A, P, PageFault, Walk
+from vmlab.machine.paging import CR4_PAE, NX, P, PageFault, Walk
 from vmlab.machine.paging import D as DIRTY
-from vmlab.vmm.fixed_tables import HoleTables, direct_map
 from vmlab.vmm.guest_tables import GuestMmu
-from vmlab.vmm.shadow_page import ALL, FRAME, LAST, TABLE, Key, ShadowPage, View
-from vmlab.vmm.space import LARGE, POOL, StaticSpace
+from vmlab.vmm.shadow_page import ALL, CLEAN, FRAME, ShadowPage, View
+from vmlab.vmm.shadow_tables import RESERVE
+from vmlab.vmm.space import LARGE, StaticSpace
 from vmlab.vmm.tracing import Tracing
 
-_CLEAN = 1 << 9                     # available to software: read-only only because the guest's D bit was clear
 _MAX_ROOTS = 64                     # address spaces cached at most
-_RESERVE = 8                        # frames that one fault may need
 
 
 class Outcome(enum.Enum):
@@ -62,38 +59,9 @@ class ShadowPager(Tracing):
 
     def __init__(self, mmu: GuestMmu, counts: Counts, *, scheme: str, space: StaticSpace | None,
                  is_device: Callable[[int], bool] = lambda gpa: False) -> None:
-        self.mmu, self.scheme = mmu, scheme
-        self.tracing = scheme == "tracing"
-        self._counts, self._space = counts, space
-        self._memory, self._ram = mmu.memory, mmu.memory.ram
-        self._nowhere = (self._ram.size + LARGE - 1) & ~(LARGE - 1)
-        self._free = list(range(POOL.stop - PAGE, POOL.start - PAGE, -PAGE))
-        #: Guest-physical addresses at which a device answers: accesses to them are carried out by the VMM.
-        self.is_device = is_device
-        #: Guest frames that are read-only everywhere for a reason of the VMM's own (code that it has translated).
-        self.guarded: set[int] = set()
-        self._tracks_leaves = self.tracing
-        #: Frames of which somebody wants to know what shadow entries follow from, told as they are made: (frame, first byte, end).
-        self.explained: set[int] = set()
-        self.on_derived: Callable[[int, int, int], None] = lambda gfn, first, end: None
-        #: What the guest reached for beyond its RAM, told once a frame.
-        self.on_foreign: Callable[[int], None] = lambda gpa: None
-        self._foreign: set[int] = set()
-        self._pages: dict[Key, ShadowPage] = {}
-        self._by_gfn: dict[int, list[ShadowPage]] = {}
-        self._leaves: dict[int, set[int]] = {}          # guest frame -> addresses of shadow leaves that map it
-        self._roots: dict[tuple[int, View], ShadowPage] = {}    # by CR3, least recently used first
+        super().__init__(mmu, counts, scheme=scheme, space=space, is_device=is_device)
         #: Whose shadow the CPU is to run on.
         self.view = View.ONE
-        self._holes = HoleTables(self._ram, space, self._allocate)
-        self._direct = direct_map(self._memory, self._nowhere, is_device, self._holes, self._allocate)
-        self._root = self._direct
-        self._mode = self._current_mode()
-        self._linked = False            # a table was missing on the way of the fault under way
-        #: Where C fills leaves (``lazy`` only); :meth:`let_c_fill`.
-        self._filled_by_c: HiddenFaults | None = None
-        #: Set when a translation that the CPU may have cached was taken away.
-        self.stale = False
         memory_told = self._memory.on_write
 
         def told(gpa: int, size: int) -> None:
@@ -103,27 +71,7 @@ class ShadowPager(Tracing):
         if self.tracing:
             self._memory.on_write = told
 
-    @property
-    def root(self) -> int:
-        """hpa of the root, for the physical CR3."""
-        return self._root.frame
-
-    @property
-    def long_mode(self) -> bool:
-        """Whether the root is a four-level one."""
-        return self._root.level == 4
-
-    # ---- fixed tables
-    def _allocate(self) -> int:
-        frame = self._free.pop()
-        self._ram.write(frame, bytes(PAGE))
-        return frame
-
     # ---- the guest's registers changed
-    def _current_mode(self) -> tuple[bool, bool, int, int]:
-        mmu = self.mmu
-        return mmu.paging, mmu.write_protect, mmu.cr4 & (CR4_PAE | CR4_PSE), mmu.efer & (EFER_NXE | EFER_LMA)
-
     def reload(self, flush: bool) -> None:
         """CR0, CR3, CR4 or EFER was written: choose the root. ``flush``: the TLB is void, and with it a lazy shadow."""
         self._void()
@@ -169,14 +117,14 @@ class ShadowPager(Tracing):
         self._by_gfn.clear()
         self._leaves.clear()
         self._roots.clear()
-        self._root = self._direct
+        self._root = self._direct.root
         self._choose_root()
         self.stale = True
 
     def _choose_root(self) -> None:
         mmu = self.mmu
         if not mmu.paging:
-            self._root = self._direct
+            self._root = self._direct.root
             return
         kind = mmu.tables.format
         cr3 = mmu.cr3 & (0xFFFFFFE0 if kind == "pae" else FRAME)
@@ -184,7 +132,7 @@ class ShadowPager(Tracing):
         if root is None:
             if len(self._roots) >= (_MAX_ROOTS if self.view is View.ONE else 2 * _MAX_ROOTS):
                 self._forget_root(next(iter(self._roots)))
-            if len(self._free) < _RESERVE:
+            if len(self._free) < RESERVE:
                 self._make_room(None)
             if kind == "64":
                 root = self._page((cr3 >> 12, 4, 0, ALL, False, self._space is not None, self.view))
@@ -213,10 +161,6 @@ class ShadowPager(Tracing):
         for root in list(self._roots.values()):
             if self._is_current(root):
                 self._drop_translation(root, address)
-
-    def _is_current(self, page: ShadowPage) -> bool:
-        """Whether this is the root of the address space that the guest is in, in whichever view."""
-        return page is self._root or (page.level == 4 and self.long_mode and page.gfn == self._root.gfn)
 
     def _drop_translation(self, page: ShadowPage, address: int) -> None:
         while page.level > 1:
@@ -253,7 +197,7 @@ class ShadowPager(Tracing):
                 return Outcome.TRACE
         if write and gfn in self.guarded:
             return Outcome.GUARDED
-        if len(self._free) < _RESERVE and not self._make_room(self._root):
+        if len(self._free) < RESERVE and not self._make_room(self._root):
             self.drop_all()
         self._linked = False
         page = self._descend(address, walk)
@@ -263,7 +207,7 @@ class ShadowPager(Tracing):
         entry = self._leaf(gpa, page.view, writable=walk.writable, user=walk.user, no_execute=walk.no_execute,
                            dirty=bool(walk.steps[-1].entry & DIRTY), kernel_write=kernel_write)
         if not traced:      # else it was the store that ended the tracing, and runs now
-            dirty = bool(old & P and old & _CLEAN and write)
+            dirty = bool(old & P and old & CLEAN and write)
             self._counts["shadow.fault.dirty" if dirty else "shadow.fault.hidden"] += 1
         if entry == old and not self._linked:
             raise AssertionError(f"the shadow entry of {address:#x} already is {entry:#x}, and the CPU faults on it")
@@ -284,34 +228,6 @@ class ShadowPager(Tracing):
                 and page.view is View.ONE and not self.guarded and all(self._memory.inside(step.at) for step in walk.steps)):
             first = last.at - last.size * (address >> 12 & 511)
             faults.learn(address, [(step.at, step.entry) for step in above], last.size, first, page.frame)
-
-    def _void(self) -> None:
-        """More than a leaf is about to change."""
-        if self._filled_by_c is not None:
-            self._filled_by_c.void()
-
-    @staticmethod
-    def _index(page: ShadowPage, address: int) -> int:
-        return address >> (9 * page.level + 3) & 511
-
-    def _leaf(self, gpa: int, view: View, *, writable: bool, user: bool, no_execute: bool, dirty: bool, kernel_write: bool = False) -> int:
-        """A 4 KiB shadow entry; 0 for a page that is not in this view."""
-        if view is View.USER and not user:
-            return 0
-        if self._memory.inside(gpa):
-            entry = (self._memory.base + gpa) & FRAME | P | A | DIRTY
-            traced = gpa >> 12 in self._by_gfn or gpa >> 12 in self.guarded
-        else:
-            entry, traced = self._nowhere | P | A | DIRTY, False
-            if gpa >> 12 not in self._foreign:
-                self._foreign.add(gpa >> 12)
-                self.on_foreign(gpa & ~(PAGE - 1))
-        if kernel_write:
-            # Writable for the kernel means not for users: their next access takes this back (Linux: kvm/mmu, "emulating cr0.wp").
-            return entry | (0 if traced else RW) | (US if view is View.KERNEL else 0) | (NX if no_execute else 0)
-        if writable and not traced:
-            entry |= RW if dirty else _CLEAN
-        return entry | (US if user or view is View.KERNEL else 0) | (NX if no_execute else 0)
 
     def _descend(self, address: int, walk: Walk) -> ShadowPage:
         """The shadow page at level 1 for this walk, made and linked as far as it is missing."""
@@ -342,158 +258,3 @@ class ShadowPager(Tracing):
     def _leads_to_hole(self, address: int, shift: int) -> bool:
         """Whether the table that maps ``1 << shift`` bytes at ``address`` is on the way to the hole."""
         return self._space is not None and ((address ^ self._space.base) & 0xFFFFFFFFFFFF) >> shift == 0
-
-    def _link(self, page: ShadowPage, index: int, key: Key) -> ShadowPage:
-        child = page.children.get(index)
-        if child is not None:
-            if child.key == key:
-                return child
-            self._unlink(page, index)
-        self._linked = True
-        self._void()
-        child = self._page(key)
-        at = page.frame + 8 * index
-        page.children[index] = child
-        child.parents[at] = page
-        self._ram.write64(at, child.frame | P if page.level == 3 and not self.long_mode else child.frame | P | ALL | A)
-        self._counts["vmm.shadow_update"] += 1
-        if page.gfn in self.explained and not page.direct:
-            self.on_derived(page.gfn, *self._guest_bytes(page, index))
-        if page is self._root and page.level == 3:
-            self.stale = True   # PDPTEs are registers: CR3 must be loaded again
-        return child
-
-    def _page(self, key: Key) -> ShadowPage:
-        """The shadow page of this key, made if it is not cached."""
-        page = self._pages.get(key)
-        if page is not None:
-            return page
-        page = self._pages[key] = ShadowPage(key, self._allocate())
-        self._counts["shadow.page.made"] += 1
-        if page.hole and page.level == 2:
-            self._holes.copy(page.frame, page.view)
-        elif page.hole:
-            self._holes.put(page, LAST, long_mode=self.long_mode)
-        if self.tracing and not page.direct:
-            pages = self._by_gfn.setdefault(page.gfn, [])
-            pages.append(page)
-            if len(pages) == 1:
-                self._write_protect(page.gfn)
-        return page
-
-    def _write_protect(self, gfn: int) -> None:
-        """This frame holds a table now: take write access away wherever it is mapped."""
-        for at in self._leaves.get(gfn, ()):
-            entry = self._ram.read64(at)
-            if entry & (RW | _CLEAN):
-                self._ram.write64(at, entry & ~(RW | _CLEAN))
-                self._counts["vmm.shadow_update"] += 1
-                self.stale = True
-
-    # ---- frames guarded for the VMM
-    def guard(self, gfn: int) -> None:
-        """From now on a store to this frame is :attr:`Outcome.GUARDED`, through whatever mapping. Call :meth:`track` first."""
-        self._void()
-        self.guarded.add(gfn)
-        self._write_protect(gfn)
-        self._set_direct(gfn, writable=False)
-
-    def unguard(self, gfn: int) -> None:
-        """The frame may be written again; shadow entries follow by hidden faults."""
-        self._void()
-        self.guarded.discard(gfn)
-        self._set_direct(gfn, writable=True)
-
-    def track(self) -> None:
-        """Note where each frame is mapped, as :meth:`guard` needs it. Only before the guest runs."""
-        self._tracks_leaves, self._filled_by_c = True, None
-
-    def _set_direct(self, gfn: int, *, writable: bool) -> None:
-        """The frame's entry in the direct map, whose large page is split when it is first needed."""
-        ram = self._ram
-        at = (ram.read64(self._direct.frame + 8 * (gfn >> 18)) & FRAME) + 8 * (gfn >> 9 & 511)
-        entry = ram.read64(at)
-        if entry & PS:
-            table, rest = self._allocate(), entry & ~PS
-            TABLE.pack_into(ram.bytes, table, *(rest + PAGE * i for i in range(512)))
-            entry = table | ALL | P | A
-            ram.write64(at, entry)
-        at = (entry & FRAME) + 8 * (gfn & 511)
-        old = ram.read64(at)
-        ram.write64(at, old | RW if writable else old & ~RW)
-        self._counts["vmm.shadow_update"] += 1
-        self.stale = True
-
-    # ---- entries
-    def _set_leaf(self, page: ShadowPage, index: int, entry: int) -> None:
-        at = page.frame + 8 * index
-        old = self._ram.read64(at)
-        if old == entry:
-            return
-        self._ram.write64(at, entry)
-        self._counts["vmm.shadow_update"] += 1
-        if entry and page.gfn in self.explained and not page.direct:
-            self.on_derived(page.gfn, *self._guest_bytes(page, index))
-        # Any change but more rights to the same frame must reach the CPU's TLB.
-        if old & P and (not entry & P or (old ^ entry) & FRAME or old & ~entry & (RW | US) or entry & ~old & NX):
-            self.stale = True
-        if self._tracks_leaves:
-            self._note_leaf(at, old, entry)
-
-    def _note_leaf(self, at: int, old: int, entry: int) -> None:
-        base, size = self._memory.base, self._memory.size
-        if old & P and base <= old & FRAME < base + size:
-            gfn = ((old & FRAME) - base) >> 12
-            leaves = self._leaves[gfn]
-            leaves.discard(at)
-            if not leaves:
-                del self._leaves[gfn]
-        if entry & P and base <= entry & FRAME < base + size:
-            self._leaves.setdefault(((entry & FRAME) - base) >> 12, set()).add(at)
-
-    def _unlink(self, page: ShadowPage, index: int) -> None:
-        """Take a lower table out of ``page``; one that nothing refers to any more is freed."""
-        self._void()
-        child = page.children.pop(index)
-        at = page.frame + 8 * index
-        self._ram.write64(at, 0)
-        self._holes.put(page, index, long_mode=self.long_mode)
-        self._counts["vmm.shadow_update"] += 1
-        self.stale = True
-        del child.parents[at]
-        if not child.parents:
-            self._free_page(child)
-
-    def _free_page(self, page: ShadowPage) -> None:
-        self._void()
-        if page.level == 1:
-            if self._tracks_leaves:
-                for index, entry in enumerate(TABLE.unpack_from(self._ram.bytes, page.frame)):
-                    if entry:
-                        self._note_leaf(page.frame + 8 * index, entry, 0)
-        else:
-            for index in list(page.children):
-                self._unlink(page, index)
-        self._free.append(page.frame)
-        self.stale = True
-        if self._pages.pop(page.key, None) is None:
-            return      # a root of PAE form is in no table
-        self._counts["shadow.page.dropped"] += 1
-        if self.tracing and not page.direct:
-            pages = self._by_gfn[page.gfn]
-            pages.remove(page)
-            if not pages:
-                del self._by_gfn[page.gfn]
-
-    def _forget_root(self, key: tuple[int, View]) -> None:
-        root = self._roots.pop(key)
-        if not root.parents:
-            self._free_page(root)
-
-    def _make_room(self, keep: ShadowPage | None) -> bool:
-        """Recycle: address spaces not used for longest go first. False when that was not enough."""
-        for key in [key for key, root in self._roots.items() if root is not keep]:
-            self._forget_root(key)
-            if len(self._free) >= _RESERVE:
-                return True
-        return False

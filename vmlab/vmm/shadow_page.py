@@ -1,4 +1,4 @@
-"""One page of shadow table, and whose shadow it is: the material of :mod:`vmlab.vmm.shadow`."""
+"""One page of shadow table, and whose shadow it is: the material of :mod:`vmlab.vmm.shadow_tables`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from vmlab.machine.paging import RW, US
 
 FRAME = 0x000FFFFFFFFFF000          # of an entry
 ALL = RW | US                       # what upper entries give
+CLEAN = 1 << 9                      # available to software: read-only only because the guest's D bit was clear
 TABLE = struct.Struct("<512Q")
 LAST = 511                          # the last entry of a table
 

@@ -6,43 +6,14 @@ at the first store, for its frame was recycled (docs/adr/0015-tracing.md).
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Callable
-
-from vmlab.ledger import Counts
-from vmlab.machine.memory import Ram
 from vmlab.machine.paging import CR4_PAE, EFER_NXE, NX, PS, RW, US, A, P
 from vmlab.machine.paging import D as DIRTY
-from vmlab.vmm.guest_tables import GuestMemory
-from vmlab.vmm.shadow_page import ALL, FRAME, TABLE, Key, ShadowPage, View
+from vmlab.vmm.shadow_page import ALL, FRAME, TABLE, ShadowPage
+from vmlab.vmm.shadow_tables import ShadowTables
 
 
-class Tracing(abc.ABC):
-    """The part of a :class:`~vmlab.vmm.shadow.ShadowPager` that follows the guest's stores. The attributes are the pager's."""
-
-    is_device: Callable[[int], bool]
-    _counts: Counts
-    _memory: GuestMemory
-    _ram: Ram
-    _mode: tuple[bool, bool, int, int]
-    _pages: dict[Key, ShadowPage]
-    _by_gfn: dict[int, list[ShadowPage]]
-    _roots: dict[tuple[int, View], ShadowPage]
-
-    @abc.abstractmethod
-    def _is_current(self, page: ShadowPage) -> bool: ...
-
-    @abc.abstractmethod
-    def _unlink(self, page: ShadowPage, index: int) -> None: ...
-
-    @abc.abstractmethod
-    def _forget_root(self, key: tuple[int, View]) -> None: ...
-
-    @abc.abstractmethod
-    def _set_leaf(self, page: ShadowPage, index: int, entry: int) -> None: ...
-
-    @abc.abstractmethod
-    def _leaf(self, gpa: int, view: View, *, writable: bool, user: bool, no_execute: bool, dirty: bool, kernel_write: bool = False) -> int: ...
+class Tracing(ShadowTables):
+    """Shadow tables that follow the guest's stores."""
 
     def traces(self, gfn: int) -> bool:
         """Whether stores to this frame fault because it holds one of the guest's tables."""
@@ -56,13 +27,6 @@ class Tracing(abc.ABC):
                 index for index, entry in enumerate(TABLE.unpack_from(self._ram.bytes, page.frame)) if entry]
             found += [self._guest_bytes(page, index) for index in indices]
         return found
-
-    def _guest_bytes(self, page: ShadowPage, index: int) -> tuple[int, int]:
-        """The bytes of the guest's entry that this shadow entry stands for: 32-bit tables have 1024, halved or quartered here."""
-        if self._mode[2] & CR4_PAE:
-            return 8 * index, 8 * index + 8
-        entry = page.quadrant * 512 + index if page.level == 1 else page.quadrant * 256 + index // 2
-        return 4 * entry, 4 * entry + 4
 
     def _is_traced(self, gfn: int) -> bool:
         """Whether the current address space uses a table in this frame; one that only others used is given up."""
