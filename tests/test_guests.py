@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import subprocess
 import sys
@@ -38,6 +39,17 @@ def test_the_symbols_that_the_lab_measures_by_are_there() -> None:
 
 def test_a_path_loads_like_the_name() -> None:
     assert guests.load(NANO).sha256 == guests.load("nano").sha256
+
+
+def test_a_digest_needs_no_parsing_of_what_the_lock_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert [guests.digest(name) for name in guests.names()] == [guests.load(name).sha256 for name in guests.names()]
+    assert guests.digest(str(NANO)) == guests.digest("nano")
+    short = tmp_path / "nano.elf"
+    short.write_bytes(NANO.read_bytes()[:0x1800])
+    (tmp_path / "image.lock").write_bytes(NANO.with_name("image.lock").read_bytes())
+    monkeypatch.setitem(guests._BUILT_IN, "nano", dataclasses.replace(guests._BUILT_IN["nano"], image=short))
+    with pytest.raises(GuestImageError, match="truncated"):
+        guests.digest("nano")
 
 
 def test_an_unknown_name_says_the_nearest() -> None:

@@ -47,6 +47,10 @@ def doctored(results: dict[str, Any], technique: str, factor: float) -> dict[str
     return made
 
 
+def test_every_chart_is_named_where_names_are_asked_for() -> None:
+    assert report.chart_names() == list(CHARTS)
+
+
 # --- looks -------------------------------------------------------------------------------------------------
 
 

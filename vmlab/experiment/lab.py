@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,7 +103,7 @@ class Lab:
         """SHA-256 of the guest's image. :raises GuestImageError: missing, truncated."""
         from vmlab import guests
 
-        return guests.load(guest).sha256
+        return guests.digest(guest)
 
     def profiles(self) -> list[str]:
         """Names of the cost profiles."""
@@ -177,9 +176,9 @@ class Lab:
 
     def charts(self) -> list[str]:
         """Names of the charts that the report can draw."""
-        from vmlab.report.charts import CHARTS
+        from vmlab import report
 
-        return list(CHARTS)
+        return report.chart_names()
 
     def write_report(self, directory: Path, results: dict[str, Any], config: dict[str, Any]) -> list[Path]:
         """Draw charts and page into ``directory``; the files written."""
@@ -234,6 +233,8 @@ class Lab:
 
 
 def _version(distribution: str) -> str:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
