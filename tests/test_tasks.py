@@ -9,10 +9,29 @@ import struct
 from collections.abc import Mapping
 
 import pytest
-from machinelab import CODE0, DATA, DATA0, GDT, IDT, PAGES, PATHS, SPARE, STACK0, TASK, TSS, asm, descriptors, kernel, task_descriptor
+from machinelab import (
+    CODE0,
+    CODE3,
+    DATA,
+    DATA0,
+    GDT,
+    IDT,
+    PAGES,
+    PATHS,
+    SPARE,
+    STACK0,
+    TASK,
+    TSS,
+    USER_CODE,
+    USER_DATA,
+    asm,
+    descriptors,
+    kernel,
+    task_descriptor,
+)
 from paginglab import ALL, END, SCHEMES, boot, layout
 
-from vmlab.errors import GuestBudget, GuestError, TripleFault
+from vmlab.errors import GuestBudget, GuestError, TripleFault, UnsupportedByStrategy
 from vmlab.guests import GuestImage
 from vmlab.machine.paging import PS, P
 from vmlab.machine.pc import Stop, StopReason
@@ -168,3 +187,80 @@ def test_a_16_bit_task_is_refused_in_words(way: str) -> None:
     for strategy in (boot(Native, image), boot(kind, image, parameters)):
         with pytest.raises(GuestError, match="16-bit task 0x30"):
             strategy.run(100_000)
+
+
+ASSISTED = {f"assisted/{memory}": (HardwareAssisted, {"memory": memory}) for memory in ("static", "tracing", "lazy", "nested")}
+_VM, _CONFORMING = 1 << 17, 0x00CF9F000000FFFF
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_task_of_an_outer_ring_in_a_conforming_segment(path: str) -> None:
+    """CS with RPL 3 and DPL 0 is right where it is conforming (SDM Vol. 3A table 7-1): the task runs at CPL 3, and what it returns to has its flags."""
+    table = bytearray(descriptors(task_descriptor(OTHER_TSS)))
+    table[CODE3:CODE3 + 8] = struct.pack("<Q", _CONFORMING)
+    source = REGISTERS + "mov ebp, 0x99; stc;" + CALL + "pushfd; pop eax; mov [" + hex(DATA + 36) + "], eax;" + END
+    other = f"mov ecx, cs; mov [{DATA:#x}], ecx; mov ecx, ss; mov [{DATA + 4:#x}], ecx; pushfd; pop ecx; mov [{DATA + 8:#x}], ecx; iretd;"
+    raw = tss(OTHER_CODE, flags=0x3002, code=USER_CODE, data=USER_DATA)
+    image = guest(source, other, data={GDT: bytes(table), OTHER_TSS: raw})
+    for kind, parameters in ((Native, {}), *ASSISTED.values(), STATIC["trap"], STATIC["translation"]):
+        strategy = boot(kind, image, parameters, path)
+        assert strategy.run(100_000) == Stop(StopReason.EXIT, 0)
+        seen_cs, seen_ss, seen_flags = struct.unpack("<III", strategy.read_guest(DATA, 12))
+        assert (seen_cs & 0xFFFF, seen_ss & 0xFFFF) == (USER_CODE, USER_DATA)
+        if parameters.get("sensitive") != "trap" and kind is not BinaryTranslation:     # else a user's PUSHF shows the CPU's IOPL and NT
+            assert seen_flags & 0x7000 == 0x7000
+        saved_flags, = struct.unpack("<I", strategy.read_guest(TSS + 0x24, 4))
+        assert saved_flags & 1, "the far CALL saves the carry flag of that moment"
+        assert struct.unpack("<8I", strategy.read_guest(TSS + 0x28, 32)) == (0xA1, 0xA2, 0xA3, 0, STACK0, 0x99, 0xA4, 0)
+        assert struct.unpack("<2H", strategy.read_guest(TSS + 0x4C, 2) + strategy.read_guest(TSS + 0x50, 2)) == (CODE0, DATA0)
+
+
+#: What makes the other task's CS, SS or data wrong, and the exception with its error code, which is the new task's.
+WRONG: Mapping[str, tuple[dict[str, int], int, int]] = {
+    "code is null": ({"code": 0}, 10, 0), "code is data": ({"code": DATA0}, 10, DATA0), "code of an outer ring": ({"code": CODE3 | 1}, 10, CODE3),
+    "stack of another ring": ({"code": USER_CODE, "data": DATA0}, 10, DATA0), "stack is null": ({"data": 0}, 10, 0),
+    "stack is code": ({"data": CODE0}, 10, CODE0),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_task_may_not_load_faults_in_that_task(case: str) -> None:
+    how, vector, code = WRONG[case]
+    image = guest(JUMP, "nop", gate=vector, data={
+        OTHER_TSS: tss(OTHER_CODE, **how), OTHER_CODE + 0x100: asm("nop", OTHER_CODE),
+        GDT: descriptors(task_descriptor(OTHER_TSS))[:-16] + struct.pack("<QQ", task_descriptor(TSS), task_descriptor(OTHER_TSS)),
+        IDT: bytes(8 * vector) + struct.pack("<HHBBH", OTHER_CODE & 0xFFFF, CODE0, 0, 0x8E, OTHER_CODE >> 16) + bytes(8 * (255 - vector)),
+        OTHER_CODE: asm(f"mov eax, {DATA0}; mov ds, eax; pop eax; mov [{DATA:#x}], eax;" + END, OTHER_CODE)})
+    for kind, parameters in ((Native, {}), *ASSISTED.values()):
+        strategy = boot(kind, image, parameters)
+        assert strategy.run(100_000) == Stop(StopReason.EXIT, 0) and strategy.read_guest(DATA, 4) == struct.pack("<I", code)
+
+
+def virtual_8086(source: str) -> GuestImage:
+    """A kernel that jumps to a task of virtual-8086 mode; #UD comes back there behind itself, #GP ends the run."""
+    task = tss(0, flags=_VM | 2, code=OTHER_CODE >> 4, data=OTHER_STACK >> 4, stack=0x300)
+    handlers = {6: f"mov eax, {DATA0}; mov ds, eax; mov es, eax; mov esi, esp; mov edi, {DATA:#x}; mov ecx, 9; cld; .byte 0x36, 0xf3, 0xa5;"
+                   "add dword ptr [esp], 2; iretd", 13: f"mov eax, {DATA0}; mov ds, eax;" + END}
+    return kernel(JUMP, handlers, data={OTHER_TSS: task, GDT: descriptors(task_descriptor(OTHER_TSS)), OTHER_CODE: asm(source, 0, 16),
+                                        DATA: bytes(0x60), OTHER_STACK: bytes(0x40)})
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_virtual_8086_mode_and_what_leaves_it(path: str) -> None:
+    """SDM Vol. 3A §20.3.1: nine doublewords on ring 0's stack, data segments null, and IRET with VM goes back."""
+    image = virtual_8086("mov ax, 0x77; mov [0x20], ax; ud2; mov bx, ds; mov [0x22], bx; hlt")
+    ways = ((Native, {}), *ASSISTED.values())
+    for kind, parameters in ways:
+        strategy = boot(kind, image, parameters, path)
+        assert strategy.run(100_000) == Stop(StopReason.EXIT, 0)
+        data, code = OTHER_STACK >> 4, OTHER_CODE >> 4
+        frame = struct.unpack("<9I", strategy.read_guest(DATA, 36))
+        assert frame == (6, code, frame[2], 0x300, data, data, data, 0, 0) and frame[2] & _VM
+        assert strategy.read_guest(OTHER_STACK + 0x20, 4) == struct.pack("<HH", 0x77, data)
+
+
+@pytest.mark.parametrize("way", ["trap", "translation"])
+def test_a_deprivileging_vmm_says_that_it_cannot_run_virtual_8086_mode(way: str) -> None:
+    kind, parameters = STATIC[way]
+    with pytest.raises(UnsupportedByStrategy, match="task of virtual-8086 mode"):
+        boot(kind, virtual_8086("hlt"), parameters).run(100_000)

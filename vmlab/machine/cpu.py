@@ -81,6 +81,8 @@ def unpack_descriptor(raw: bytes, selector: int) -> Segment:
 class Cpu:
     """Registers of the physical CPU. Values are unsigned."""
 
+    virtual_8086 = True
+
     def __init__(self, engine: Engine, ram: Ram, window: Window, layout: Layout) -> None:
         self.engine, self.ram, self.window, self.layout = engine, ram, window, layout
         self._u64, self._u32, self._i32 = window.u64, window.u32, window.i32
@@ -250,6 +252,10 @@ class Cpu:
 
     def selector(self, number: int) -> int:
         return self._u32[(AT_SEGMENTS + 24 * number) // 4]
+
+    def task_selector(self, number: int) -> int:
+        """What a task switch saves of a segment register."""
+        return self.selector(number)
 
     def table(self, name: str) -> Segment:
         """"gdt", "idt", "ldt" or "tr" (selector, base, limit, flags)."""

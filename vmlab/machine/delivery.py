@@ -14,7 +14,7 @@ from typing import Protocol
 from vmlab.errors import GuestError, TripleFault
 from vmlab.machine.cpu import IF, NT, RF, TF, VM, Segment, unpack_descriptor
 from vmlab.machine.paging import PageFault
-from vmlab.machine.state import CS, RSP, SS
+from vmlab.machine.state import CS, DS, ES, FS, GS, RSP, SS
 
 DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK_FAULT, GENERAL_PROTECTION, PAGE_FAULT = 8, 10, 11, 12, 13, 14
 HAS_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17})
@@ -181,6 +181,9 @@ def _enter(cpu: DeliveringCpu, vector: int, error_code: int | None, return_rip: 
         raise Fault(GENERAL_PROTECTION, (selector & 0xFFFC) + ext)
     new_cpl = cpl if code.flags & (1 << 10) else code.dpl
     flags = cpu.eflags
+    virtual_8086 = bool(flags & VM)
+    if virtual_8086 and new_cpl:
+        raise Fault(GENERAL_PROTECTION, (selector & 0xFFFC) + ext)     # SDM Vol. 3A §20.3.1: only ring 0 handles what leaves it
     old_ss, old_sp, old_cs = cpu.selector(SS), cpu.gpr(RSP), cpu.selector(CS)
     wide = bool(gate & 8)
     values = [return_rip, old_cs, flags]
@@ -199,6 +202,8 @@ def _enter(cpu: DeliveringCpu, vector: int, error_code: int | None, return_rip: 
     elif new_cpl < cpl:
         sp, new_ss = _tss_stack32(cpu, new_cpl, ext)
         values += [old_sp & 0xFFFFFFFF, old_ss]
+        if virtual_8086:
+            values += [cpu.selector(number) for number in (ES, DS, FS, GS)]
     else:
         sp = old_sp
     if error_code is not None:
@@ -217,6 +222,9 @@ def _enter(cpu: DeliveringCpu, vector: int, error_code: int | None, return_rip: 
         cpu.set_gpr(RSP, top, 4 if mask > 0xFFFF else 2)
     if new_ss is not None:
         cpu.set_segment(SS, new_ss)
+    if virtual_8086:
+        for number in (ES, DS, FS, GS):
+            cpu.set_segment(number, Segment(0, 0, 0, 0))
     cpu.set_segment(CS, Segment((selector & 0xFFFC) | new_cpl, code.base, code.limit, code.flags | 0x100))
     cpu.set_cpl(new_cpl)
     cpu.clear_shadow()

@@ -20,8 +20,10 @@ from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import GENERAL_PROTECTION, PAGE_FAULT, Fault
 from vmlab.machine.engine import IN_CALLBACK, OUT_CALLBACK
 from vmlab.machine.msr import Msrs
+from vmlab.machine.operands import far_selector
 from vmlab.machine.paging import NestedFault, PageFault
 from vmlab.machine.state import HF_CS32, HF_CS64, HF_SHADOW, RAX, RCX, RDX
+from vmlab.machine.svm_tasks import switch_in_guest
 from vmlab.machine.syscalls import syscall, sysenter
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 CR4_TSD = 1 << 2
 
 #: Names of :data:`vmlab.ledger.SYSTEM_INSTRUCTIONS` that :class:`Instructions` knows.
-_CARRIED_OUT = frozenset({"in", "out", "ins", "outs", "rdtsc", "rdtscp", "rdmsr", "wrmsr", "sysenter", "syscall"})
+_CARRIED_OUT = frozenset({"in", "out", "ins", "outs", "rdtsc", "rdtscp", "rdmsr", "wrmsr", "sysenter", "syscall", "jmp_far", "call_far"})
 _CR8 = x86_capstone.X86_REG_CR8
 
 
@@ -83,8 +85,22 @@ class Instructions:
                 self._memory_fault(address, fault)
 
     def _may_switch_tasks(self, address: int, instruction: Instruction) -> None:
-        """A far transfer in guest mode: Unicorn carries it out, unless it is a task switch that exits."""
-        self._intercepted(address, str(instruction.op), instruction)
+        """A far transfer: Unicorn carries it out, unless it is a task switch that exits, or a far JMP or CALL to a task.
+
+        Unicorn's own saves and loads stale flags and refuses a conforming code segment of an inner ring.
+        """
+        cpu, machine = self._cpu, self._machine
+        if self._intercepted(address, str(instruction.op), instruction) or instruction.op == "iret":
+            return
+        try:
+            found = task.wanted(cpu, instruction, far_selector(cpu, instruction))
+        except (PageFault, NestedFault):
+            return              # Unicorn comes upon it as well
+        if found is not None:
+            selector, reason = found
+            change = switch_in_guest if machine.in_guest else task.switch
+            change(cpu, selector, None, cpu.rip + instruction.size & 0xFFFFFFFF, reason)
+            self._transferred(address)
 
     def search_element(self, instruction: Instruction) -> None:
         """Before each element of REP SCAS or CMPS. Blocks do not tell their number: unless ECX is used up, the flags end them."""

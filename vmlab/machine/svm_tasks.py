@@ -57,11 +57,11 @@ def instructed(cpu: Cpu, op: str, instruction: Instruction) -> tuple[int, int] |
     return None if found is None else (found[0], _BY.get(found[1], 0))
 
 
-def switch_in_guest(cpu: Cpu, selector: int, error_code: int | None, return_rip: int) -> None:
-    """Through a task gate without an exit, all or nothing; raises :class:`NestedFault` where a nested table lacks a page."""
+def switch_in_guest(cpu: Cpu, selector: int, error_code: int | None, return_rip: int, reason: task.Reason = task.Reason.GATE) -> None:
+    """Without an exit, all or nothing; raises :class:`NestedFault` where a nested table lacks a page."""
     revocable = _RevocableCpu(cpu)
     try:
-        task.switch(revocable, selector, error_code, return_rip)
+        task.switch(revocable, selector, error_code, return_rip, reason)
     except NestedFault:
         revocable.revoke()
         raise

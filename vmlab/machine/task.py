@@ -1,8 +1,8 @@
 """The hardware task switch of 32-bit protected mode: through a task gate, by a far JMP or CALL, and back by IRET with NT.
 
 A kernel gives its double-fault handler a task so that it has a stack of its own when the kernel's is at fault.
-Follows SDM Vol. 3A §7.3, table 7-2 and figure 7-2. The bare machine does it where an exception goes through a task gate
-(Unicorn does the rest); a VMM does all of it on the guest's virtual CPU. There is no LDT.
+Follows SDM Vol. 3A §7.3, tables 7-1 and 7-2, figure 7-2. The bare machine does it but for IRET, which is Unicorn's own (a hook on every
+IRET would slow down every handler); a VMM does all of it on the guest's virtual CPU. There is no LDT.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import enum
 import struct
 from typing import Protocol
 
-from vmlab.errors import GuestError
+from vmlab.errors import GuestError, UnsupportedByStrategy
 from vmlab.machine.cpu import NT, VM, Segment
 from vmlab.machine.decode import Instruction
-from vmlab.machine.delivery import GENERAL_PROTECTION, INVALID_TSS, NOT_PRESENT, DeliveringCpu, Fault, read_descriptor
+from vmlab.machine.delivery import GENERAL_PROTECTION, INVALID_TSS, NOT_PRESENT, STACK_FAULT, DeliveringCpu, Fault, read_descriptor
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSP, SS
 
 _SIZE = 0x68
 _SEGMENTS = (ES, CS, SS, DS, FS, GS)
-_LINK, _CR3, _EIP, _SELECTORS, _LDT = 0x00, 0x1C, 0x20, 0x48, 0x60
+_REAL = 0x0000F300                  # a segment of virtual-8086 mode: present, DPL 3, writable data
+_LINK, _CR3, _EIP, _EFLAGS, _SELECTORS, _LDT = 0x00, 0x1C, 0x20, 0x24, 0x48, 0x60
 _AVAILABLE, _BUSY, _GATE = 0x9, 0xB, 0x5
 _NARROW = (0x1, 0x3)               # of the 80286
 _BUSY_BIT = 0x2
@@ -39,7 +40,12 @@ class Reason(enum.Enum):
 
 
 class TaskCpu(DeliveringCpu, Protocol):
-    """What a task switch needs of a CPU beyond delivery."""
+    """What a task switch needs of a CPU beyond delivery. ``virtual_8086``: it can run a task of that mode."""
+
+    virtual_8086: bool
+
+    def task_selector(self, number: int) -> int:
+        """The selector that the outgoing task's TSS is to hold."""
 
     def set_table(self, name: str, value: Segment) -> None: ...
 
@@ -51,6 +57,7 @@ def switch(cpu: TaskCpu, selector: int, error_code: int | None, return_rip: int,
 
     :raises Fault: as the CPU would; a fault after CR3 is loaded happens in the new task.
     :raises GuestError: at a 16-bit TSS.
+    :raises UnsupportedByStrategy: at a task of virtual-8086 mode where the CPU's owner cannot run one.
     """
     returns, nests = reason is Reason.RETURN, reason in (Reason.GATE, Reason.CALL)
     wrong = INVALID_TSS if reason in (Reason.GATE, Reason.RETURN) else GENERAL_PROTECTION
@@ -83,10 +90,13 @@ def switch(cpu: TaskCpu, selector: int, error_code: int | None, return_rip: int,
     ldt = struct.unpack_from("<H", task, _LDT)[0]
     if ldt & 0xFFFC:
         raise Fault(INVALID_TSS, ldt & 0xFFFC)
+    if struct.unpack_from("<I", task, _EFLAGS)[0] & VM and not cpu.virtual_8086:
+        raise UnsupportedByStrategy(f"the guest at {cpu.rip:#x} switches to a task of virtual-8086 mode ({selector:#x}), which runs at ring 3 with the "
+                                    "kernel's interrupt flag and IOPL; of the VMMs only a hardware-assisted one carries it")
     flags = cpu.eflags & 0xFFFFFFFF
     struct.pack_into("<II8I", saved, _EIP, return_rip & 0xFFFFFFFF, flags & ~NT if returns else flags, *(cpu.gpr(i) & 0xFFFFFFFF for i in range(8)))
     for i, number in enumerate(_SEGMENTS):
-        struct.pack_into("<H", saved, _SELECTORS + 4 * i, cpu.selector(number))
+        struct.pack_into("<H", saved, _SELECTORS + 4 * i, cpu.task_selector(number))
     cpu.write_linear(old.base, bytes(saved))
     if nests:
         cpu.write_linear(new.base, struct.pack("<H", old.selector))
@@ -115,21 +125,57 @@ def _load(cpu: TaskCpu, task: bytearray, nested: bool) -> None:
         cpu.set_gpr(number, value)
     cpu.rip = rip
     cpu.clear_shadow()
-    selectors = [struct.unpack_from("<H", task, _SELECTORS + 4 * i)[0] for i in range(len(_SEGMENTS))]
-    for number, value in zip(_SEGMENTS, selectors, strict=True):
-        if value & 0xFFFC:
-            segment = read_descriptor(cpu, value, INVALID_TSS)
-            if not segment.flags & 1 << 12:
-                raise Fault(INVALID_TSS, value & 0xFFFC)
-            if not segment.flags & 1 << 15:
-                raise Fault(NOT_PRESENT, value & 0xFFFC)
-        elif number in (CS, SS):
-            raise Fault(INVALID_TSS, 0)
-        else:
-            segment = Segment(value, 0, 0, 0)
-        cpu.set_segment(number, segment)
-    cpu.set_cpl(selectors[1] & 3)
+    selectors = dict(zip(_SEGMENTS, (struct.unpack_from("<H", task, _SELECTORS + 4 * i)[0] for i in range(len(_SEGMENTS))), strict=True))
+    ring = 3 if flags & VM else selectors[CS] & 3
     cpu.eflags = flags | (NT if nested else 0) | 2
+    if flags & VM:
+        for number, value in selectors.items():
+            cpu.set_segment(number, Segment(value, value << 4, 0xFFFF, _REAL))
+        cpu.set_cpl(ring)
+    else:
+        cpu.set_segment(CS, _code(cpu, selectors[CS]))
+        cpu.set_cpl(ring)
+        cpu.set_segment(SS, _stack(cpu, selectors[SS], ring))
+        for number in (DS, ES, FS, GS):
+            cpu.set_segment(number, _data(cpu, selectors[number], ring))
+
+
+def _present(found: Segment, vector: int = NOT_PRESENT) -> Segment:
+    if not found.flags & 1 << 15:
+        raise Fault(vector, found.selector & 0xFFFC)
+    return found
+
+
+def _code(cpu: TaskCpu, selector: int) -> Segment:
+    """CS of a new task: its RPL is the new CPL, and a conforming segment may be of an inner ring (SDM Vol. 3A table 7-1)."""
+    if not selector & 0xFFFC:
+        raise Fault(INVALID_TSS, 0)
+    found = read_descriptor(cpu, selector, INVALID_TSS)
+    conforming = bool(found.flags & 1 << 10)
+    if found.flags >> 11 & 3 != 3 or (found.dpl > selector & 3 if conforming else found.dpl != selector & 3):
+        raise Fault(INVALID_TSS, selector & 0xFFFC)
+    return _present(found)
+
+
+def _stack(cpu: TaskCpu, selector: int, ring: int) -> Segment:
+    if not selector & 0xFFFC:
+        raise Fault(INVALID_TSS, 0)
+    found = read_descriptor(cpu, selector, INVALID_TSS)
+    writable = found.flags >> 11 & 3 == 2 and found.flags & 1 << 9
+    if not writable or found.dpl != ring or selector & 3 != ring:
+        raise Fault(INVALID_TSS, selector & 0xFFFC)
+    return _present(found, STACK_FAULT)
+
+
+def _data(cpu: TaskCpu, selector: int, ring: int) -> Segment:
+    if not selector & 0xFFFC:
+        return Segment(selector, 0, 0, 0)
+    found = read_descriptor(cpu, selector, INVALID_TSS)
+    code, conforming = found.flags >> 11 & 1, found.flags & 0x0C00 == 0x0C00
+    readable = found.flags & 1 << 12 and (not code or found.flags & 1 << 9)
+    if not readable or (not conforming and found.dpl < max(ring, selector & 3)):
+        raise Fault(INVALID_TSS, selector & 0xFFFC)
+    return _present(found)
 
 
 def wanted(cpu: DeliveringCpu, instruction: Instruction, target: int | None) -> tuple[int, Reason] | None:

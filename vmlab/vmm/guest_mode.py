@@ -29,6 +29,7 @@ class GuestModeCpu:
         ``mmu`` holds what the guest wrote.
     """
 
+    virtual_8086 = True
     shadow_at: int | None = None  # the interrupt shadow is the VMCB's; see end_shadow()
     #: Rights to ports were checked by the CPU before it exited.
     iopl = 3
@@ -149,6 +150,10 @@ class GuestModeCpu:
     def selector(self, number: int) -> int:
         name = _IN_VMCB.get(number)
         return self._physical.selector(number) if name is None else self.read(f"{name}.selector")
+
+    def task_selector(self, number: int) -> int:
+        """What a task switch saves of a segment register."""
+        return self.selector(number)
 
     def set_segment(self, number: int, value: Segment) -> None:
         """Load a segment register with this descriptor."""

@@ -49,6 +49,8 @@ class VirtualCpu:
     instruction that uses them traps); otherwise they show ring 1, and IRET runs on the hardware.
     """
 
+    virtual_8086 = False        # it would run at ring 3 with IF and IOPL of the CPU's own
+
     def __init__(self, cpu: Cpu, space: StaticSpace, mmu: GuestMmu, *, true_selectors: bool) -> None:
         self.cpu, self.space, self.mmu, self.true_selectors = cpu, space, mmu, true_selectors
         memory = (ctypes.c_uint64 * 6)()
@@ -198,6 +200,11 @@ class VirtualCpu:
     def selector(self, number: int) -> int:
         physical = self.cpu.selector(number)
         return self.shown_selector(physical) if number in (CS, SS) else physical
+
+    def task_selector(self, number: int) -> int:
+        """What a task switch saves: the guest's own selector always, for it is the VMM that stores it, and loads it again as the guest's."""
+        shown = self.selector(number)
+        return shown & 0xFFFC if number in (CS, SS) and shown & 3 == KERNEL_RING else shown
 
     def segment(self, number: int) -> Segment:
         return self.cpu.segment(number)
