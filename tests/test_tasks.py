@@ -195,7 +195,7 @@ _VM, _CONFORMING = 1 << 17, 0x00CF9F000000FFFF
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_task_of_an_outer_ring_in_a_conforming_segment(path: str) -> None:
-    """CS with RPL 3 and DPL 0 is right where it is conforming (SDM Vol. 3A table 7-1): the task runs at CPL 3, and what it returns to has its flags."""
+    """CS with RPL 3 and DPL 0 is right where it is conforming (SDM Vol. 3A table 7-1): the task runs at CPL 3; flags are saved."""
     table = bytearray(descriptors(task_descriptor(OTHER_TSS)))
     table[CODE3:CODE3 + 8] = struct.pack("<Q", _CONFORMING)
     source = REGISTERS + "mov ebp, 0x99; stc;" + CALL + "pushfd; pop eax; mov [" + hex(DATA + 36) + "], eax;" + END

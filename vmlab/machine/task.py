@@ -91,8 +91,9 @@ def switch(cpu: TaskCpu, selector: int, error_code: int | None, return_rip: int,
     if ldt & 0xFFFC:
         raise Fault(INVALID_TSS, ldt & 0xFFFC)
     if struct.unpack_from("<I", task, _EFLAGS)[0] & VM and not cpu.virtual_8086:
-        raise UnsupportedByStrategy(f"the guest at {cpu.rip:#x} switches to a task of virtual-8086 mode ({selector:#x}), which runs at ring 3 with the "
-                                    "kernel's interrupt flag and IOPL; of the VMMs only a hardware-assisted one carries it")
+        raise UnsupportedByStrategy(
+            f"the guest at {cpu.rip:#x} switches to a task of virtual-8086 mode ({selector:#x}), which runs at ring 3 with the kernel's "
+            "interrupt flag and IOPL; of the VMMs only a hardware-assisted one carries it")
     flags = cpu.eflags & 0xFFFFFFFF
     struct.pack_into("<II8I", saved, _EIP, return_rip & 0xFFFFFFFF, flags & ~NT if returns else flags, *(cpu.gpr(i) & 0xFFFFFFFF for i in range(8)))
     for i, number in enumerate(_SEGMENTS):
