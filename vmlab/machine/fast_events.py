@@ -236,9 +236,16 @@ class FastEvents:
             self._cuts[number] = 0
 
     # ---- guest mode
-    def connect_svm(self, host: int, on_exit: Callable[[], None]) -> WorldSwitch:
-        """Let C carry out #VMEXIT. ``host``: hpa of the host save area; ``on_exit`` is called when the host is back."""
-        return WorldSwitch(self._machine, self._state, self._tokens, self._counter.address, self._functions.world_switch, host, on_exit)
+    def connect_svm(self, host: int, vmrun: int, on_exit: Callable[[], None], on_entry: Callable[[], None]) -> WorldSwitch:
+        """Let C carry out #VMEXIT, and prepare VMRUN where nothing is to be done.
+
+        :param host: hpa of the host save area.
+        :param vmrun: linear address of the host's VMRUN.
+        :param on_exit: called when the host is back.
+        :param on_entry: prepares an entry that C leaves to Python.
+        """
+        return WorldSwitch(self._machine, self._state, self._tokens, self._counter.address, self._functions.world_switch, host, vmrun,
+                           on_exit, on_entry)
 
     # ---- shadow page tables
     def offer_faults(self, counts: Counts, base: int, size: int) -> HiddenFaults:
@@ -282,44 +289,41 @@ class FastEvents:
 class WorldSwitch:
     """#VMEXIT in C (``native/svm.c``)."""
 
-    def __init__(self, machine: Machine, state: memoryview, tokens: Sequence[Instruction], address: int, function: int, host: int,
-                 on_exit: Callable[[], None]) -> None:
+    def __init__(self, machine: Machine, state: memoryview, tokens: Sequence[Instruction], address: int, function: int, host: int, vmrun: int,
+                 on_exit: Callable[[], None], on_entry: Callable[[], None]) -> None:
         self._machine, self._state, self._tokens = machine, state, tokens
-        memory = (ctypes.c_uint64 * 8)()
+        memory = (ctypes.c_uint64 * 13)()
         self._words, self._state_at = memoryview(memory).cast("B").cast("Q"), ctypes.c_void_p(address)
         self._at = ctypes.c_void_p(ctypes.addressof(memory))
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(function)
-
-        def exited() -> None:
-            try:
-                on_exit()
-            except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames
-                machine.fail(failure)
-
-        self._callback = _CALLBACK(exited)
+        self._callbacks = [_CALLBACK(callback) for callback in (on_exit, on_entry)]
+        exited, entered = (ctypes.cast(callback, ctypes.c_void_p).value or 0 for callback in self._callbacks)
         words = (0, machine.ram.address, 0, host, machine.cpu.layout.debug_registers,
-                 ctypes.cast(library().uc_reg_read, ctypes.c_void_p).value or 0, ctypes.cast(self._callback, ctypes.c_void_p).value or 0, 0)
+                 ctypes.cast(library().uc_reg_read, ctypes.c_void_p).value or 0, exited, 0, 0, 0, 0, vmrun, entered)
         for i, word in enumerate(words):
             self._words[i] = word
         state[SVM] = ctypes.addressof(memory)
 
-    def entering(self, vmcb: int, plain: bool) -> None:
+    def entering(self, vmcb: int, nested_root: int, plain: bool) -> None:
         """VMRUN comes next, with the VMCB at this hpa. ``plain``: no event is to be injected, none waits, and the TLB is not modelled."""
-        self._words[2], self._words[0] = vmcb, plain
+        words = self._words
+        words[2], words[10], words[0], words[9] = vmcb, nested_root, plain, not plain
+
+    def again(self) -> None:
+        """The VMM has handled the exit that C told of, and enters the guest again."""
+        self._words[8] = 1
+
+    def plain(self) -> None:
+        """In the guest, whose event is delivered: nothing is under way or waits any more."""
+        self._words[0], self._words[9] = 1, 0
 
     def not_plain(self) -> None:
         """Something waits in the guest now."""
-        self._words[0] = 0
+        self._words[0], self._words[9] = 0, 1
 
-    @property
-    def exit_code(self) -> int:
-        """Of the exit that C carried out."""
-        return self._words[7]
-
-    @property
-    def instruction(self) -> Instruction:
-        """The instruction at which that was."""
-        return self._tokens[self._state[TOKEN]]
+    def exited(self) -> tuple[int, Instruction]:
+        """The code of the exit that C carried out, and the instruction at which that was."""
+        return self._words[7], self._tokens[self._state[TOKEN]]
 
     def switch(self) -> None:
         """Guest to the VMCB, host back: what Svm._switch does."""

@@ -185,7 +185,7 @@ class Running:
     @property
     def ending(self) -> Stop | None:
         """What ended the last run, or has been asked for since (a device that a monitor wrote to)."""
-        return self._stop
+        return self._ended
 
     def fail(self, failure: BaseException) -> None:
         """End the run with an error: nothing may leave a callback any other way."""

@@ -59,7 +59,7 @@ class Svm(Host):
         self.on_exit: Callable[[], bool] | None = None
         self.at_once: frozenset[int] = frozenset()
         native = machine.native_events
-        self._native = None if native is None else native.connect_svm(HOST_SAVE, self._plain_exit)
+        self._native = None if native is None else native.connect_svm(HOST_SAVE, VMRUN, self._plain_exit, self._plain_entry)
         #: Whether the CPU stands inside the guest: it runs there, or was stopped there by budget or device.
         self.in_guest = False
         machine.guest_mode = self
@@ -107,7 +107,8 @@ class Svm(Host):
         if machine.accesses is not None:
             machine.accesses.world_switch(machine.cpu.nested_root or vmcb["cr3"])
         if self._native is not None:
-            self._native.entering(address, not self._injected and not self._virtual_interrupt and not self._kicked and machine.accesses is None)
+            waits = self._injected or self._virtual_interrupt or self._kicked
+            self._native.entering(address, machine.cpu.nested_root, not waits and machine.accesses is None)
         return True
 
     def _want_attention(self) -> None:
@@ -157,15 +158,34 @@ class Svm(Host):
             self.machine.stop(Stop(StopReason.REQUESTED))
 
     def _plain_exit(self) -> None:
-        """C carried out the switch of an exit that the CPU found itself, and filled in the VMCB."""
+        """C carried out the switch of an exit with no event under way, and filled in the VMCB. It enters the guest again where it is told to."""
         native, machine = self._native, self.machine
         assert native is not None
-        code = self._code = native.exit_code
-        machine.events[_EVENTS.get(code) or f"exit.{v.exit_reason(code)}"] += 1
-        self.exiting = native.instruction
-        self.in_guest = False       # no event was under way, and the TLB is not modelled: nothing else to take back
-        machine.tsc_offset = 0
-        self.exited()
+        try:
+            code, self.exiting = native.exited()
+            self._code = code
+            machine.events[_EVENTS.get(code) or f"exit.{v.exit_reason(code)}"] += 1
+            self.in_guest = False       # no event was under way, and the TLB is not modelled: nothing else to take back
+            machine.tsc_offset = 0
+            if code in self.at_once and self.on_exit is not None and self.on_exit():
+                machine.events["entry"] += 1
+                machine.blocks.space_changed()
+                self.in_guest = True
+                native.again()
+            elif machine.ending is None:
+                machine.stop(Stop(StopReason.REQUESTED))
+        except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames
+            machine.fail(failure)
+
+    def _plain_entry(self) -> None:
+        """C left it to Python to prepare that entry."""
+        machine = self.machine
+        try:
+            self.in_guest = False
+            machine.events["entry"] -= 1
+            self._enter_again()
+        except BaseException as failure:  # noqa: BLE001
+            machine.fail(failure)
 
     def _left(self) -> None:
         """The host runs again."""
@@ -178,8 +198,16 @@ class Svm(Host):
 
     def exited(self) -> None:
         """The block that the guest left has been left, and the host runs: the VMM handles the exit now, or when the run has ended."""
+        if self._code not in self.at_once or self.on_exit is None or not self.on_exit():
+            if self.machine.ending is None:
+                self.machine.stop(Stop(StopReason.REQUESTED))
+        else:
+            self._enter_again()
+
+    def _enter_again(self) -> None:
+        """The VMM handled the exit at once: on to VMRUN, unless it refuses."""
         machine = self.machine
-        if self._code in self.at_once and self.on_exit is not None and self.on_exit() and self._prepare(self._vmcb.address):
+        if self._prepare(self._vmcb.address):
             machine.cpu.set_gpr(RAX, self._vmcb.address, 8)
             machine.cpu.rip = VMRUN
         elif machine.ending is None:
@@ -350,6 +378,8 @@ class Svm(Host):
         if self._injected:
             self._injected = 0
             self._want_attention()
+            if self._native is not None and not self._virtual_interrupt and not self._kicked and self.machine.accesses is None:
+                self._native.plain()
         return delivered
 
     def _switch_task(self, event: int, selector: int, error_code: int | None, return_rip: int) -> None:

@@ -12,6 +12,7 @@ from typing import cast
 
 from vmlab.errors import TripleFault
 from vmlab.guests import GuestImage, boot
+from vmlab.ledger import Snapshot
 from vmlab.machine import task
 from vmlab.machine import vmcb as v
 from vmlab.machine.cpu import Segment
@@ -151,6 +152,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
                 self.cpu.at_exit()
                 self._exit(self.cpu.read("exit_code"))
                 machine.cpu.store()
+                self.cpu.settle()
             if machine.ending is not None and machine.ending.reason is not StopReason.REQUESTED:
                 return machine.ending
 
@@ -162,6 +164,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         if machine.ending is None and not machine.pic.pending and not machine.stale_code:
             self._before_entry()
             return True
+        cpu.settle()
         self._handled = True
         return False
 
@@ -171,6 +174,10 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             raise AssertionError(f"#VMEXIT {code:#x} at {self.cpu.rip:#x}, which this VMM never asked for")
         handler()
         self.memory.follow()
+
+    def snapshot(self, upto: int | None = None) -> Snapshot:
+        self.cpu.settle()
+        return super().snapshot(upto)
 
     # ---- exits
     def emulate_next(self) -> None:
@@ -294,13 +301,17 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
 
     def _before_entry(self) -> None:
         """Take physical interrupts, then inject a virtual one, or ask for the moment when the guest accepts it."""
+        platform = self.platform_devices
         if self.machine.pic.pending:
             self.svm.take_interrupts()
+        elif not (platform.pending or platform.lapic.irr or self._nmi or self._window.is_open):     # as before most entries
+            self.cpu.settle()
+            return
         if self._nmi and not self._nmi_blocked and not self.cpu.read("event_injection") and not self.cpu.read("interrupt_shadow"):
             self._inject_nmi()
-        if self.platform_devices.lapic.irr:
+        if platform.lapic.irr:
             self._priority.take()
-        if not self.platform_devices.pending:
+        if not platform.pending:
             held_back = self._priority.held_back
             if held_back is None:
                 self._window.close()
@@ -312,7 +323,8 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             self._window.close()
             self.counts["interrupt.injected"] += 1
             self.counts["vmm.inject"] += 1
-            self.cpu.write("event_injection", v.event(v.EVENT_INTERRUPT, self.platform_devices.acknowledge()))
+            self.cpu.write("event_injection", v.event(v.EVENT_INTERRUPT, platform.acknowledge()))
+        self.cpu.settle()
 
     def _raise_nmi(self) -> None:
         """The guest's APIC sent an NMI; it is injected before the next entry. Only the guest's own accesses do that: it has exited."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmlab.ledger import Counts
+from vmlab.ledger import SYSTEM_INSTRUCTIONS, Counts
 from vmlab.machine import task
 from vmlab.machine.cpu import DF, IF, IOPL, SYSENTER_CS, Segment
 from vmlab.machine.decode import Instruction
@@ -27,6 +27,7 @@ from vmlab.vmm.vcpu import CHANGEABLE, VirtualCpu
 
 CPUID_OSXSAVE, CR4_OSXSAVE = 1 << 27, 1 << 18
 GP, PF = 13, 14
+_EMULATED = {op: f"emulate.{op}" for op in (*SYSTEM_INSTRUCTIONS, "other")}
 
 
 class Emulator:
@@ -55,26 +56,26 @@ class Emulator:
         """Carry out the instruction at the virtual CPU's RIP and move RIP on; raises Fault, RIP unmoved."""
         op = instruction.op
         assert op is not None
-        at = self.vcpu.rip
-        user = self.vcpu.cpl == 3
-        stack = self.vcpu.gpr(RSP)
-        self._next = self.vcpu.advance(instruction.size)
+        vcpu = self.vcpu
+        at, user, stack = vcpu.rip, vcpu.cpl == 3, vcpu.gpr(RSP)
+        self._next = vcpu.advance(instruction.size)
         try:
             self._by_op[op](instruction)
         except (Fault, PageFault) as fault:
-            if self.vcpu.rip == at:     # else it is a new task's fault
-                self.vcpu.set_gpr(RSP, stack, 8)
+            if vcpu.rip == at:          # else it is a new task's fault
+                vcpu.set_gpr(RSP, stack, 8)
             raise fault if isinstance(fault, Fault) else Fault(PF, fault.error_code, fault.address) from fault
-        self.vcpu.rip = self._next
+        vcpu.rip = self._next
         self.count(op, user)
-        if op != "sti" and self.vcpu.shadow_at == at:
-            self.vcpu.shadow_at = None
+        if vcpu.shadow_at == at and op != "sti":
+            vcpu.shadow_at = None
 
     def count(self, op: str, user: bool) -> None:
         """One guest instruction was completed by the VMM."""
-        self.counts[f"emulate.{op}"] += 1
-        self.counts["vmm.emulate"] += 1
-        self.counts["emulated.user" if user else "emulated.kernel"] += 1
+        counts = self.counts
+        counts[_EMULATED.get(op) or f"emulate.{op}"] += 1
+        counts["vmm.emulate"] += 1
+        counts["emulated.user" if user else "emulated.kernel"] += 1
         self.machine.counter.time += 1
 
     # ---- rights
@@ -265,12 +266,15 @@ class Emulator:
     # ---- identification and time
     def _cpuid(self, _: Instruction) -> None:
         """The physical CPU's own answer: nothing is masked. OSXSAVE mirrors CR4 (SDM Vol. 2, CPUID), here the virtual one."""
-        leaf = self.vcpu.gpr(RAX) & 0xFFFFFFFF
-        values = list(cpuid(leaf, self.vcpu.gpr(RCX) & 0xFFFFFFFF))
+        vcpu = self.vcpu
+        leaf = vcpu.gpr(RAX) & 0xFFFFFFFF
+        a, b, c, d = cpuid(leaf, vcpu.gpr(RCX) & 0xFFFFFFFF)
         if leaf == 1:
-            values[2] = values[2] & ~CPUID_OSXSAVE | (CPUID_OSXSAVE if self.vcpu.cr(4) & CR4_OSXSAVE else 0)
-        for register, value in zip((RAX, RBX, RCX, RDX), values, strict=True):
-            self.vcpu.set_gpr(register, value)
+            c = c & ~CPUID_OSXSAVE | (CPUID_OSXSAVE if vcpu.cr(4) & CR4_OSXSAVE else 0)
+        vcpu.set_gpr(RAX, a)
+        vcpu.set_gpr(RBX, b)
+        vcpu.set_gpr(RCX, c)
+        vcpu.set_gpr(RDX, d)
 
     def _rdtsc(self, instruction: Instruction) -> None:
         if self.vcpu.cr(4) & 4 and self.vcpu.cpl != 0:

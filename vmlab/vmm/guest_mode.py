@@ -23,7 +23,8 @@ _SVME = 1 << 12
 class GuestModeCpu:
     """The guest's CPU at an exit.
 
-    Fields of the VMCB are read once an exit at most: a VMM keeps them in its own variables.
+    Fields of the VMCB are read once an exit at most: a VMM keeps them in its own variables. Which were, two sets of bits say, and
+    :meth:`settle` counts them: adding to the ledger at each would cost more than the access.
 
     :param nested: the guest's paging registers are its own, in the VMCB; otherwise the CPU runs on shadow tables and
         ``mmu`` holds what the guest wrote.
@@ -37,41 +38,67 @@ class GuestModeCpu:
     def __init__(self, cpu: Cpu, vmcb: CountedVmcb, mmu: GuestMmu, *, nested: bool) -> None:
         #: Writes a control register with all that follows; whoever emulates registers puts itself here.
         self.write_cr: Callable[[int, int], None]
-        self._physical, self._vmcb, self._mmu, self._nested = cpu, vmcb, mmu, nested
+        self._physical, self._mmu, self._nested = cpu, mmu, nested
         self._registers = cpu.gprs
         #: The guest's system-call and segment-base registers are in the CPU, and its own to read and write.
         self.msrs: dict[int, int] = {}
-        self._known: dict[str, int] = {}
-        self._counts, self._bytes = vmcb.counts, vmcb.bytes
+        self._counts = vmcb.counts
+        page = memoryview(vmcb.bytes)[vmcb.address:vmcb.address + 0x1000]
+        views: dict[str, memoryview] = {"B": page, "H": page.cast("H"), "I": page.cast("I"), "Q": page.cast("Q")}
+        #: By name: the field's bit in the sets, and where it is.
+        self._at: dict[str, tuple[int, memoryview, int]] = {
+            name: (1 << i, views[code.format[-1]], offset // code.size) for i, (name, (offset, code)) in enumerate(FIELDS.items())}
+        (self._rip, self._words, self._rip_at), (self._rax, _, self._rax_at), (self._rsp, _, self._rsp_at), (self._cpl, self._bytes, self._cpl_at), (
+            self._code, self._halves, self._code_at) = (self._at[name] for name in ("rip", "rax", "rsp", "cpl", "cs.attributes"))
+        self._read = self._kept = 0     # fields read at this exit, and fields that were known already: written, or counted
+        self._written = 0               # how many were written
         self._mmu_known = False
         self._loaded: dict[str, int] = {}
 
     def at_exit(self) -> None:
         """A new exit: what was read before is stale."""
-        self._known.clear()
+        self.settle()
+        self._read = self._kept = 0
         self._mmu_known = False
 
+    def settle(self) -> None:
+        """Bring the accesses so far to the ledger. To be called before anybody may look there."""
+        fresh = self._read & ~self._kept
+        if fresh:
+            self._counts["vmcb.read"] += fresh.bit_count()
+            self._kept |= fresh
+        if self._written:
+            self._counts["vmcb.write"] += self._written
+            self._written = 0
+
     def read(self, field: str) -> int:
-        """A VMCB field, through the counted accessor the first time."""
-        known = self._known
-        if field in known:
-            return known[field]
-        self._counts["vmcb.read"] += 1          # as CountedVmcb does: this is the way of nearly all reads
-        offset, code = FIELDS[field]
-        value: int = code.unpack_from(self._bytes, self._vmcb.address + offset)[0]
-        known[field] = value
-        return value
+        """A VMCB field, which counts the first time."""
+        bit, view, index = self._at[field]
+        self._read |= bit
+        return view[index]
 
     def write(self, field: str, value: int) -> None:
         """Set a VMCB field."""
-        self._known[field] = value
-        self._vmcb[field] = value
+        bit, view, index = self._at[field]
+        self._kept |= bit & ~self._read
+        self._written += 1
+        view[index] = value
+
+    def _change(self, field: str, value: int) -> None:
+        """The same, but for one that is known to hold this value."""
+        bit, view, index = self._at[field]
+        if view[index] != value or not (self._read | self._kept) & bit:
+            self.write(field, value)
 
     # ---- registers
     def gpr(self, number: int) -> int:
         if number == RAX:
-            return self.read("rax")
-        return self.read("rsp") if number == RSP else self._registers[number]
+            self._read |= self._rax
+            return self._words[self._rax_at]
+        if number == RSP:
+            self._read |= self._rsp
+            return self._words[self._rsp_at]
+        return self._registers[number]
 
     def set_gpr(self, number: int, value: int, size: int = 4) -> None:
         """Write a general register as an instruction of operand size ``size`` bytes would."""
@@ -83,25 +110,28 @@ class GuestModeCpu:
             return
         mask = (1 << (8 * size)) - 1
         field = "rax" if number == RAX else "rsp"
-        new = value & mask if size >= 4 else (self.read(field) & ~mask) | (value & mask)
-        if self._known.get(field) != new:
-            self.write(field, new)
+        self._change(field, value & mask if size >= 4 else (self.read(field) & ~mask) | (value & mask))
 
     @property
     def rip(self) -> int:
-        return self.read("rip")
+        self._read |= self._rip
+        return self._words[self._rip_at]
 
     @rip.setter
     def rip(self, value: int) -> None:
-        self.write("rip", value)
+        self._kept |= self._rip & ~self._read
+        self._written += 1
+        self._words[self._rip_at] = value
 
     def advance(self, size: int) -> int:
         """RIP behind an instruction of ``size`` bytes."""
-        return (self.read("rip") + size) & (0xFFFFFFFFFFFFFFFF if self.bits == 64 else 0xFFFFFFFF)
+        self._read |= self._rip
+        return (self._words[self._rip_at] + size) & (0xFFFFFFFFFFFFFFFF if self.bits == 64 else 0xFFFFFFFF)
 
     @property
     def cpl(self) -> int:
-        return self.read("cpl")
+        self._read |= self._cpl
+        return self._bytes[self._cpl_at]
 
     @property
     def eflags(self) -> int:
@@ -109,8 +139,7 @@ class GuestModeCpu:
 
     @eflags.setter
     def eflags(self, value: int) -> None:
-        if self._known.get("rflags") != value:
-            self.write("rflags", value)
+        self._change("rflags", value)
 
     @property
     def interrupts_enabled(self) -> bool:
@@ -124,7 +153,8 @@ class GuestModeCpu:
     @property
     def bits(self) -> int:
         """Size of the guest's code: 16, 32 or 64."""
-        attributes = self.read("cs.attributes")
+        self._read |= self._code
+        attributes = self._halves[self._code_at]
         if attributes & _L and self.mmu.efer & EFER_LMA:
             return 64
         return 32 if attributes & _D else 16
@@ -163,8 +193,7 @@ class GuestModeCpu:
             return
         for field, new in (("selector", value.selector), ("base", value.base), ("limit", value.limit),
                            ("attributes", (value.flags >> 8) & 0xFF | (value.flags >> 12) & 0xF00)):
-            if self._known.get(f"{name}.{field}") != new:
-                self.write(f"{name}.{field}", new)
+            self._change(f"{name}.{field}", new)
 
     def set_cpl(self, cpl: int) -> None:
         self.write("cpl", cpl)

@@ -22,6 +22,11 @@ class InterruptWindow:
         self._vmcb, self._counts = vmcb, counts
         self._open: int | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the CPU was asked to exit for it."""
+        return self._open is not None
+
     def open(self, vector_class: int | None = None) -> None:
         """Exit when the guest would take an interrupt: any, or one of this class (the vector's high half), which must be above V_TPR."""
         wanted = v.V_IGNORE_TPR if vector_class is None else vector_class << _PRIORITY_SHIFT

@@ -120,6 +120,8 @@ class PicPair:
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self.master, self.slave = Pic(), Pic()
+        #: The INTR line to the CPU.
+        self.pending = False
         self._changed = changed
 
     def attach(self, bus: PortBus) -> None:
@@ -135,12 +137,8 @@ class PicPair:
 
     def _update(self) -> None:
         self.master.set_line(2, self.slave.pending() is not None)
+        self.pending = self.master.pending() is not None
         self._changed()
-
-    @property
-    def pending(self) -> bool:
-        """The INTR line to the CPU."""
-        return self.master.pending() is not None
 
     def acknowledge(self) -> int:
         """The vector that the pair puts on the bus in the INTA cycle."""
@@ -158,4 +156,5 @@ class PicPair:
     def from_state(self, state: dict[str, Any]) -> None:
         self.master.from_state(state["master"])
         self.slave.from_state(state["slave"])
+        self.pending = self.master.pending() is not None
         self._changed()

@@ -124,8 +124,7 @@ EXPORT void vmlab_exception(void *uc, uint32_t vector, void *data)
             goto python;
         s->token = here->token;
         leave_at(s, here);
-        vmlab_plain_exit(uc, s, v, vector - VMEXIT);
-        AT(void (*)(void), v->on_exit)();
+        vmlab_plain_exit(uc, s, v, vector - VMEXIT, FIELD(uint32_t, s, s->error_code));
         set_cpl(s);
         return;
     }

@@ -119,9 +119,14 @@ typedef struct {
     uint64_t read_register;  /* uc_reg_read */
     uint64_t on_exit;        /* void (*)(void): the host is back, the VMCB says why */
     uint64_t code;           /* the exit code */
+    uint64_t again;          /* the VMM handled it, and enters the guest again */
+    uint64_t waits;          /* what is to happen in the guest, a kick for one, has to be prepared in Python */
+    uint64_t nested_root;    /* hpa of the nested tables at the last entry; 0: none */
+    uint64_t vmrun;          /* RIP of the host's VMRUN */
+    uint64_t on_entry;       /* void (*)(void): Python prepares this one */
 } svm;
 
-void vmlab_plain_exit(void *uc, state *s, svm *v, uint64_t code);
+void vmlab_plain_exit(void *uc, state *s, svm *v, uint64_t code, uint64_t information);
 
 /* Hidden page faults, see faults.c. */
 #define WINDOWS 256

@@ -1,4 +1,4 @@
-/* #VMEXIT: Svm._switch() of vmlab/machine/svm.py (APM Vol. 2 §15.6).
+/* #VMEXIT: Svm._switch() of vmlab/machine/svm.py (APM Vol. 2 §15.6), and the way back to VMRUN: Svm._prepare().
  *
  * The CPU's guest state goes to the VMCB, the host's comes back from the host save area. Unicorn does what follows from the control
  * registers (mode bits, its TLB); everything else is in the CPU's state.
@@ -39,12 +39,17 @@
 #define VM (1u << 17)
 
 /* The VMCB: APM Vol. 2 appendix B. */
+#define INTERCEPTS 0x00C
+#define TSC_OFFSET 0x050
+#define ASID 0x058
 #define INTERRUPT_CONTROL 0x060
 #define INTERRUPT_SHADOW 0x068
 #define EXIT_CODE 0x070
 #define EXIT_INFO_1 0x078
 #define EXIT_INTERRUPT_INFO 0x088
+#define NESTED_CONTROL 0x090
 #define EVENT_INJECTION 0x0A8
+#define NESTED_CR3 0x0B0
 #define SAVED_SEGMENT(n) (0x400 + 16 * (n))
 #define SAVED_GDTR 0x460
 #define SAVED_IDTR 0x480
@@ -61,6 +66,14 @@
 #define SAVED_RAX 0x5F8
 #define SAVED_CR2 0x640
 #define V_IRQ (1u << 8)
+#define INTERCEPT_VMRUN (1ull << 32)
+#define EFER_LME (1u << 8)
+#define EFER_SVME (1u << 12)
+#define CR0_PE (1u << 0)
+#define CR0_NW (1u << 29)
+#define CR0_CD (1u << 30)
+#define CR0_PG (1u << 31)
+#define CR4_PAE (1u << 5)
 
 /* unicorn/x86.h */
 #define UC_X86_REG_EFLAGS 25
@@ -183,10 +196,31 @@ EXPORT void vmlab_world_switch(void *uc, state *s, const svm *v)
     FIELD(uint64_t, s, EIP) = IN_VMCB(uint64_t, host, SAVED_RIP);
 }
 
-/* An exit of the CPU's own, with no event under way (v->plain): the switch, and why. */
-void vmlab_plain_exit(void *uc, state *s, svm *v, uint64_t code)
+/* Svm._consistent(): the checks of VMRUN that QEMU leaves out (APM Vol. 2 §15.5.1). */
+static int consistent(uint64_t vmcb)
 {
-    uint64_t vmcb = v->ram + v->vmcb, information = FIELD(uint32_t, s, s->error_code);
+    uint64_t efer = IN_VMCB(uint64_t, vmcb, SAVED_EFER), cr0 = IN_VMCB(uint64_t, vmcb, SAVED_CR0);
+    int long_paging = efer & EFER_LME && cr0 & CR0_PG;
+
+    return efer & EFER_SVME && IN_VMCB(uint32_t, vmcb, ASID) && IN_VMCB(uint64_t, vmcb, INTERCEPTS) & INTERCEPT_VMRUN
+           && !(cr0 & CR0_NW && !(cr0 & CR0_CD)) && !(cr0 >> 32) && !(IN_VMCB(uint64_t, vmcb, SAVED_DR6) >> 32)
+           && !(IN_VMCB(uint64_t, vmcb, SAVED_DR7) >> 32)
+           && !(long_paging && (!(IN_VMCB(uint64_t, vmcb, SAVED_CR4) & CR4_PAE) || !(cr0 & CR0_PE)));
+}
+
+/* Svm._prepare() for an entry at which nothing is to be injected, nothing waits, and nothing changed that the machine keeps of the VMCB. */
+static int enters_plainly(const svm *v, uint64_t vmcb)
+{
+    uint64_t root = IN_VMCB(uint64_t, vmcb, NESTED_CONTROL) & 1 ? IN_VMCB(uint64_t, vmcb, NESTED_CR3) : 0;
+
+    return !v->waits && !IN_VMCB(uint64_t, vmcb, EVENT_INJECTION) && !(IN_VMCB(uint32_t, vmcb, INTERRUPT_CONTROL) & V_IRQ)
+           && !IN_VMCB(uint64_t, vmcb, TSC_OFFSET) && root == v->nested_root && consistent(vmcb);
+}
+
+/* An exit with no event under way (v->plain): the switch, and why; then the VMM's turn, and perhaps the way back to VMRUN. */
+void vmlab_plain_exit(void *uc, state *s, svm *v, uint64_t code, uint64_t information)
+{
+    uint64_t vmcb = v->ram + v->vmcb;
 
     vmlab_world_switch(uc, s, v);
     IN_VMCB(uint32_t, vmcb, INTERRUPT_CONTROL) &= ~V_IRQ;
@@ -194,6 +228,17 @@ void vmlab_plain_exit(void *uc, state *s, svm *v, uint64_t code)
     IN_VMCB(uint64_t, vmcb, EXIT_INFO_1) = information;
     IN_VMCB(uint64_t, vmcb, EXIT_INTERRUPT_INFO) = 0;
     IN_VMCB(uint64_t, vmcb, EVENT_INJECTION) = 0;
-    v->plain = 0;
+    v->plain = v->again = 0;
     v->code = code;
+    AT(void (*)(void), v->on_exit)();
+    if (!v->again)
+        return;
+    vmcb = v->ram + v->vmcb;
+    if (enters_plainly(v, vmcb)) {
+        v->plain = 1;
+        FIELD(uint64_t, s, GPR(RAX)) = v->vmcb;
+        FIELD(uint64_t, s, EIP) = v->vmrun;
+    } else {
+        AT(void (*)(void), v->on_entry)();
+    }
 }
