@@ -16,7 +16,8 @@ from vmlab.errors import GuestBudget, UnsupportedHost
 from vmlab.ledger import Snapshot
 from vmlab.machine import fast
 from vmlab.machine import state as hidden
-from vmlab.machine.counter import Block, Counter, block_hook
+from vmlab.machine.code import Block, Code
+from vmlab.machine.counter import Counter, block_hook
 from vmlab.machine.cpu import Segment
 from vmlab.machine.native import build
 from vmlab.machine.pc import Machine, StopReason
@@ -271,7 +272,7 @@ def test_tables_follow_any_sequence(data: st.DataObject) -> None:
             case "add":
                 weight, rep_, ring = data.draw(st.integers(1, 9)), data.draw(st.booleans()), data.draw(st.booleans())
                 for counter in (quick, slow):
-                    block = Block(pc << 16 | size, pc, size, [], None)
+                    block = Block(pc, Code(bytes(size), []), None)
                     block.weight, block.rep, block.ring = weight, rep_, ring
                     counter.add(block)
             case "close":
@@ -293,7 +294,7 @@ def _numbers(counter: Counter) -> object:
 def test_closing_blocks_again_and_again_does_not_fill_the_tables() -> None:
     counter = fast.FastCounter(lambda: 0, lambda pc, size: False, None)
     for i in range(5000):
-        counter.add(block := Block(i << 16 | 1, i, 1, [], None))
+        counter.add(block := Block(i, Code(b"\0", []), None))
         counter.close(block)
     assert len(counter.by_number) == 1024
     assert len(counter._places) == 2048

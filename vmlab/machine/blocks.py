@@ -11,8 +11,8 @@ from unicorn import x86_const as x86
 from vmlab.errors import GuestBudget
 from vmlab.machine import state as hidden
 from vmlab.machine import task
-from vmlab.machine.counter import Block
-from vmlab.machine.decode import Instruction, decode_block
+from vmlab.machine.code import Block, Code, code_of
+from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK, EDGE_CALLBACK
 from vmlab.machine.instructions import Instructions, carried_out, flushes
 from vmlab.machine.memory import PAGE
@@ -75,23 +75,32 @@ class Blocks:
         bits = 64 if cpu.hflags & HF_CS64 else 32 if cpu.hflags & HF_CS32 else 16
         pieces = cpu.pieces(pc, size, write=False, user=False)
         machine.code_frames.update(pa // PAGE for pa, _ in pieces)
-        instructions = decode_block(b"".join(machine.ram.read(pa, n) for pa, n in pieces), bits)
-        tags = machine.tagger(pc, instructions)
-        block = Block(pc << 16 | size, pc, size, instructions, tags)
-        hooked = False
-        for offset, i in block.offsets.items():
-            if i < len(instructions) and self._drop_stale_hook(pc + offset, instructions[i]):
-                hooked = True
-            if i < len(instructions) and pc + offset not in self._hooked and self._wants_hook(pc + offset, instructions[i]):
-                self._hook(pc + offset, instructions[i])
-                hooked = True
-        if hooked:
+        code = code_of(b"".join([machine.ram.read(pa, n) for pa, n in pieces]), bits)
+        if self._hook_new(pc, code):
             base = cpu.segment(hidden.CS).base
             machine.engine.remove_blocks(pc, pc + size)
             machine.engine.write_register(x86.UC_X86_REG_RIP, pc - base)
             return None
+        block = Block(pc, code, machine.tagger(pc, code.instructions))
         machine.counter.add(block)
         return block
+
+    def _hook_new(self, pc: int, code: Code) -> bool:
+        """Have the hooks that code at ``pc`` wants, and no stale ones; True if that was not so before."""
+        changed = False
+        known, watched, gates = self._hooked, self._watched, self._gates
+        for offset, i in code.offsets.items():
+            address = pc + offset
+            if i < len(code.instructions) and address in known and self._drop_stale_hook(address, code.instructions[i]):
+                changed = True
+            if (address in watched or address in gates) and address not in known and i < len(code.instructions):
+                self._hook(address, code.instructions[i])
+                changed = True
+        for offset, instruction in code.system:
+            if pc + offset not in known and self._wants_hook(instruction):
+                self._hook(pc + offset, instruction)
+                changed = True
+        return changed
 
     def _drop_stale_hook(self, address: int, instruction: Instruction) -> bool:
         """The guest may have rewritten code in another length, which no check of known blocks sees; True if so."""
@@ -101,9 +110,8 @@ class Blocks:
         self._machine.engine.unhook(self._hooked.pop(address)[0])
         return True
 
-    def _wants_hook(self, address: int, instruction: Instruction) -> bool:
+    def _wants_hook(self, instruction: Instruction) -> bool:
         return (carried_out(instruction) or instruction.op in self._machine.trapping or instruction.search or self._may_switch_tasks(instruction)
-                or address in self._watched or address in self._gates
                 or (bool(self._ambiguous or self._machine.accesses is not None) and flushes(instruction)))
 
     def _may_switch_tasks(self, instruction: Instruction) -> bool:
@@ -146,13 +154,12 @@ class Blocks:
             counter.leave(pc)
 
     def _check(self, block: Block) -> None:
-        raw = b"".join(instruction.raw for instruction in block.instructions)
         self._machine.cpu.load()
-        if self._machine.cpu.read_linear(block.pc, len(raw)) != raw:
+        if self._machine.cpu.read_linear(block.pc, block.size) != block.code.raw:
             key = block.key
             self.forget(block.pc, block.end)
             if not self._ambiguous:     # from now on the moments at which it may be other code are looked at
-                for other in [b for b in self._machine.counter.blocks.values() if any(map(flushes, b.instructions))]:
+                for other in [b for b in self._machine.counter.blocks.values() if any(flushes(instruction) for _, instruction in b.code.system)]:
                     self.forget(other.pc, other.end)
             self._ambiguous.add(key)
 
@@ -167,7 +174,7 @@ class Blocks:
     def forget(self, start: int, end: int) -> None:
         """Code in ``start <= address < end`` was changed by the host or the guest: decode it anew."""
         counter, engine = self._machine.counter, self._machine.engine
-        for block in [b for b in counter.blocks.values() if b.pc < end and start < b.end]:
+        for block in counter.within(start, end):
             counter.close(block)
         for address in [a for a in self._hooked if start <= a < end]:
             engine.unhook(self._hooked.pop(address)[0])

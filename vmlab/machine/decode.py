@@ -1,16 +1,18 @@
 """What an instruction is to the lab: its canonical name if it is a system instruction, else its class.
 
-Capstone decodes; this file maps its answer onto the names of :mod:`vmlab.ledger`. Decoding is cached
-by the bytes, since a guest runs few distinct instructions many times.
+Capstone decodes (disassembler.py); this file maps its answer onto the names of :mod:`vmlab.ledger`. What an instruction is
+is kept by its bytes, since a guest runs few distinct instructions many times.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import capstone
 from capstone import x86_const as cs_x86
+
+from vmlab.machine import disassembler
+from vmlab.machine.disassembler import Facts
 
 _GROUP_JUMP, _GROUP_CALL = capstone.CS_GRP_JUMP, capstone.CS_GRP_CALL
 
@@ -46,27 +48,27 @@ _LOOPS = {"loop", "loope", "loopne"}  # Capstone does not put them into its grou
 RING_CHANGERS = frozenset({"vmrun", "iret", "ret_far", "call_far", "jmp_far", "sysret", "sysexit"})
 
 
-@dataclass(frozen=True, eq=False)
 class Instruction:
-    """One decoded instruction.
+    """One decoded instruction, shared by all places with the same bytes.
 
     ``op`` is a name of :data:`vmlab.ledger.SYSTEM_INSTRUCTIONS` or None; ``kind`` a class of
-    :data:`vmlab.ledger.CLASSES` or ``jcc`` (a branch when taken, else alu). ``cs`` is Capstone's
-    view, with operands, its address always 0: decoding is shared by all places with the same bytes.
+    :data:`vmlab.ledger.CLASSES` or ``jcc`` (a branch when taken, else alu); ``search`` says REP SCAS or REP CMPS:
+    besides ECX the flags end it.
     """
 
-    size: int
-    raw: bytes
-    op: str | None
-    kind: str
-    rep: bool
-    string: bool
-    cs: capstone.CsInsn
+    __slots__ = ("_cs", "bits", "kind", "op", "raw", "rep", "search", "size", "string")
+
+    def __init__(self, raw: bytes, bits: int, op: str | None, kind: str, *, rep: bool, string: bool, search: bool) -> None:
+        self.raw, self.size, self.bits = raw, len(raw), bits
+        self.op, self.kind, self.rep, self.string, self.search = op, kind, rep, string, search
+        self._cs: capstone.CsInsn | None = None
 
     @property
-    def search(self) -> bool:
-        """REP SCAS or REP CMPS: besides ECX the flags end it."""
-        return self.rep and self.cs.mnemonic.split()[-1][:4] in ("scas", "cmps")
+    def cs(self) -> capstone.CsInsn:
+        """Capstone's view, with operands, its address always 0: made when somebody looks, for it costs a hundred times the rest."""
+        if self._cs is None:
+            self._cs = disassembler.full(self.raw, self.bits)
+        return self._cs
 
     @property
     def text(self) -> str:
@@ -74,49 +76,44 @@ class Instruction:
         return f"{self.cs.mnemonic} {self.cs.op_str}".strip()
 
 
-_CAPSTONE = {}
-for _bits, _mode in ((16, capstone.CS_MODE_16), (32, capstone.CS_MODE_32), (64, capstone.CS_MODE_64)):
-    _CAPSTONE[_bits] = capstone.Cs(capstone.CS_ARCH_X86, _mode)
-    _CAPSTONE[_bits].detail = True
+def _make(bits: int) -> Callable[[bytes, Facts], Instruction]:
+    def make(raw: bytes, found: Facts) -> Instruction:
+        rep = found.prefix[0] in (0xF2, 0xF3)
+        string = found.id in _STRING or (found.id in _STRING_OR_SSE and found.opcode[0] in (0xA5, 0xA7))
+        op = _system_name(found)
+        if op in ("ins", "outs"):
+            string = True
+        return Instruction(raw, bits, op, _class(found, string), rep=rep and string, string=string,
+                           search=rep and string and found.mnemonic[:4] in ("scas", "cmps"))
+
+    return make
 
 
-@functools.lru_cache(maxsize=65536)
-def _decode_exact(raw: bytes, bits: int) -> Instruction | None:
-    found = next(_CAPSTONE[bits].disasm(raw, 0, 1), None)
-    if found is None:
-        return None
-    rep = found.prefix[0] in (0xF2, 0xF3)
-    string = found.id in _STRING or (found.id in _STRING_OR_SSE and _is_string_form(found))
-    op = _system_name(found)
-    if op in ("ins", "outs"):
-        string = True
-    return Instruction(found.size, bytes(found.bytes), op, _class(found, string), rep and string, string, found)
+#: Of each mode: what makes an instruction, and those made so far, by their bytes.
+_MODES = {bits: (_make(bits), dict[bytes, Instruction]()) for bits in (16, 32, 64)}
+_KEPT = 1 << 18     # instructions of a mode; a Linux boot meets some 100 000
+
+
+def _decode(raw: bytes, bits: int, count: int) -> list[Instruction]:
+    make, known = _MODES[bits]
+    if len(known) > _KEPT:
+        known.clear()
+    return disassembler.split(raw, bits, count, make, known)
 
 
 def decode(raw: bytes, bits: int) -> Instruction | None:
     """Decode the first instruction of ``raw`` (up to 15 bytes are looked at); None where there is none."""
-    return _decode_exact(raw[:15], bits)
+    found = _decode(raw[:15], bits, 1)
+    return found[0] if found else None
 
 
 def decode_block(raw: bytes, bits: int) -> list[Instruction]:
     """All instructions of a straight line; stops at the first bytes that do not decode."""
-    found: list[Instruction] = []
-    at = 0
-    while at < len(raw):
-        instruction = decode(raw[at:at + 15], bits)
-        if instruction is None:
-            break
-        found.append(instruction)
-        at += instruction.size
-    return found
+    return _decode(raw, bits, 0)
 
 
-def _is_string_form(found: capstone.CsInsn) -> bool:
-    return found.opcode[0] in (0xA5, 0xA7)
-
-
-def _system_name(found: capstone.CsInsn) -> str | None:
-    mnemonic = found.mnemonic.split()[-1]  # Capstone writes "rep insb"
+def _system_name(found: Facts) -> str | None:
+    mnemonic = found.mnemonic
     if mnemonic in _SYSTEM:
         return _SYSTEM[mnemonic]
     operands = found.operands
@@ -124,24 +121,24 @@ def _system_name(found: capstone.CsInsn) -> str | None:
         return f"{mnemonic}_far"        # through memory; Capstone's name is the near one's
     if mnemonic == "mov" and len(operands) == 2:
         for registers, name in ((_CONTROL_REGISTERS, "cr"), (_DEBUG_REGISTERS, "dr"), (_SEGMENT_REGISTERS, "seg")):
-            if operands[0].type == cs_x86.X86_OP_REG and operands[0].reg in registers:
+            if operands[0][0] == cs_x86.X86_OP_REG and operands[0][1] in registers:
                 return f"mov_to_{name}"
-            if operands[1].type == cs_x86.X86_OP_REG and operands[1].reg in registers:
+            if operands[1][0] == cs_x86.X86_OP_REG and operands[1][1] in registers:
                 return f"mov_from_{name}"
-    if mnemonic in ("push", "pop") and operands and operands[0].type == cs_x86.X86_OP_REG and operands[0].reg in _SEGMENT_REGISTERS:
+    if mnemonic in ("push", "pop") and operands and operands[0][0] == cs_x86.X86_OP_REG and operands[0][1] in _SEGMENT_REGISTERS:
         return f"{mnemonic}_seg"
     return None
 
 
-def _class(found: capstone.CsInsn, string: bool) -> str:
-    mnemonic = found.mnemonic.split()[-1]
+def _class(found: Facts, string: bool) -> str:
+    mnemonic = found.mnemonic
     operands = found.operands
     if string:
         return "alu"  # the elements are counted apart
     if mnemonic in _LOOPS:
         return "jcc"
-    if found.group(_GROUP_CALL) or found.group(_GROUP_JUMP):
-        if operands and operands[0].type == cs_x86.X86_OP_IMM:
+    if _GROUP_CALL in found.groups or _GROUP_JUMP in found.groups:
+        if operands and operands[0][0] == cs_x86.X86_OP_IMM:
             return "branch" if mnemonic in ("jmp", "call") else "jcc"
         return "indirect"
     if mnemonic == "ret":
@@ -154,9 +151,7 @@ def _class(found: capstone.CsInsn, string: bool) -> str:
         return "load"
     if mnemonic in _NO_ACCESS:
         return "alu"
-    for operand in operands:
-        if operand.type == cs_x86.X86_OP_MEM and operand.access & capstone.CS_AC_WRITE:
-            return "store"
-    if any(operand.type == cs_x86.X86_OP_MEM for operand in operands):
-        return "load"
-    return "alu"
+    accesses = [access for kind, _, access in operands if kind == cs_x86.X86_OP_MEM]
+    if any(access & capstone.CS_AC_WRITE for access in accesses):
+        return "store"
+    return "load" if accesses else "alu"

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from unicorn import unicorn_const as uc_const
 
 from vmlab.ledger import Snapshot
-from vmlab.machine.counter import Block, Counter, block_hook
+from vmlab.machine.code import Block, Code
+from vmlab.machine.counter import Counter, block_hook
 from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK
 from vmlab.machine.fast_events import LEFT, LEFT_AT, WORDS, FastEvents
@@ -144,15 +145,10 @@ class FastCounter(Counter):
             self.events.learn(block)
         cut = index + 1 if retired else index
         if cut < len(instructions):
-            key = (block.key, cut, state[_USER])
-            self._short[key] = self._short.get(key, 0) + 1
+            key = (cut, state[_USER])
+            block.cuts[key] = block.cuts.get(key, 0) + 1
             state[_TIME] -= block.guest_weight_from(cut)
         return instructions[index]
-
-    def note_cut(self, block: Block, index: int, user: int, n: int) -> None:
-        """C saw ``block`` left ``n`` times at instruction ``index``."""
-        key = (block.key, index, user)
-        self._short[key] = self._short.get(key, 0) + n
 
     def snapshot(self, upto: int | None = None) -> Snapshot:
         if self.events is not None:
@@ -330,7 +326,7 @@ def _counts_right(function: int) -> bool:
     in_c, in_python = _BLOCK_FUNCTION(function), block_hook(plain, unknown, failed.append)
     for counter in (plain, fast):
         for pc, size, weight, rep, ring, iret in _SAMPLE:
-            block = Block(pc << 16 | size, pc, size, [], None)
+            block = Block(pc, Code(bytes(size), []), None)
             block.weight, block.rep, block.ring, block.iret = weight, rep, ring, iret
             counter.add(block)
     for number in (0, 0, 1, 2, 2, 0, 3, 0, 3, 0):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from unicorn import unicorn_const as uc_const
 
 from vmlab.ledger import EXCEPTIONS, Counts
-from vmlab.machine.counter import Block
+from vmlab.machine.code import Block
 from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK, INTR_CALLBACK, library
 from vmlab.machine.fast_faults import HiddenFaults
@@ -214,7 +214,7 @@ class FastEvents:
             for user in (0, 1):
                 n = struct.unpack_from("=Q", table, at + _N_AT + 8 * user)[0]
                 if n:
-                    self._counter.note_cut(block, index, user, n)
+                    block.cuts[index, user] = block.cuts.get((index, user), 0) + n
             hits, kind = struct.unpack_from("=Q", table, at + _HITS_AT)[0], struct.unpack_from("=I", table, at + _SHORTCUT_AT)[0]
             if hits:
                 assert self.shortcuts is not None

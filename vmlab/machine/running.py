@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from vmlab.errors import GuestError
 from vmlab.ledger import Counts
 from vmlab.machine import state as hidden
-from vmlab.machine.counter import Counter, Tags
+from vmlab.machine.code import Tags
+from vmlab.machine.counter import Counter
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import Engine

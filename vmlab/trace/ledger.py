@@ -8,10 +8,11 @@ is the same (a test compares them step by step). Where an instruction passes wit
 from __future__ import annotations
 
 from vmlab.ledger import Snapshot
-from vmlab.machine.counter import Block, Counter, _sum
+from vmlab.machine.code import Block, total
+from vmlab.machine.counter import Counter
 from vmlab.strategies.base import Strategy
 
-_Cuts = tuple[tuple[int, int, int], ...]
+_Cuts = tuple[tuple[tuple[tuple[int, int], int], ...], tuple[int, int] | None]
 _Signature = tuple[int, ...]
 
 
@@ -35,20 +36,17 @@ class RunningLedger:
     def snapshot(self, upto: int) -> Snapshot:
         """As ``strategy.snapshot(upto)``."""
         counter: Counter = self._counter
-        cuts: dict[int, list[tuple[int, int, int]]] = {}
-        for (key, index, user), n in counter._short.items():
-            cuts.setdefault(key, []).append((index, user, n))
-        block = counter.current
+        block, within = counter.current, None
         if block is not None:
             index_here = block.offsets.get(upto - block.pc)
             if index_here is not None and index_here < len(block.instructions):
-                cuts.setdefault(block.key, []).append((index_here, counter.user, 1))
+                within = block, index_here, counter.user
         self.note()
         count = len(counter.blocks) + len(counter._retired)
         for one in counter._all_blocks() if count != self._blocks else self._touched.values():
             runs, taken, again = one.runs, one.taken, one.again
             signature = (runs[0], runs[1], taken[0], taken[1], again[0], again[1])
-            mine: _Cuts = tuple(cuts.get(one.key, ()))
+            mine: _Cuts = tuple(one.cuts.items()), within[1:] if within is not None and within[0] is one else None
             known = self._known.get(id(one))
             if known is None or known[1] != signature or known[2] != mine:
                 self._replace(one, signature, mine, known[3] if known is not None else None)
@@ -63,11 +61,8 @@ class RunningLedger:
                         self._kernel + counts.get("emulated.kernel", 0), self._machine)
 
     def _replace(self, block: Block, signature: _Signature, cuts: _Cuts, old: Snapshot | None) -> None:
-        correction: dict[tuple[int, int, int], int] = {}
-        for index, user, n in cuts:
-            place = (block.key, index, user)
-            correction[place] = correction.get(place, 0) + n
-        new = _sum([block], correction)
+        here = cuts[1]
+        new = total([block], None if here is None else (block, *here))
         self._known[id(block)] = (block, signature, cuts, new)  # the block is kept, so that its identity stays its own
         for part, sign in ((old, -1), (new, 1)):
             if part is not None:

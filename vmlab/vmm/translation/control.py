@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 from vmlab.errors import UnsupportedByStrategy
-from vmlab.machine.counter import Tag
+from vmlab.machine.code import Tag
 from vmlab.machine.decode import Instruction
 from vmlab.machine.state import RCX
 from vmlab.vmm.translation.emitter import Emitter

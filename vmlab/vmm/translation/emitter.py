@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmlab.machine.counter import Tag
+from vmlab.machine.code import Tag
 from vmlab.machine.decode import Instruction
 from vmlab.machine.state import RAX, RCX, RSP
 from vmlab.vmm.translation.forms import LEAVE_JUMP, LEAVE_SIZE, Forms, fits, jump, relative

@@ -10,7 +10,7 @@ it calls out.
 
 from __future__ import annotations
 
-from vmlab.machine.counter import Tag
+from vmlab.machine.code import Tag
 from vmlab.machine.decode import Instruction
 from vmlab.machine.devices.lapic import BASE, TPR, Lapic
 from vmlab.machine.memory import PAGE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from vmlab.machine.counter import Tag
+from vmlab.machine.code import Tag
 from vmlab.machine.decode import Instruction
 from vmlab.machine.state import RCX, RDI, RSI
 from vmlab.vmm.translation.emitter import Emitter

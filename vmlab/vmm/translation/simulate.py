@@ -14,7 +14,7 @@ import struct
 
 from capstone import x86_const as cs_x86
 
-from vmlab.machine.counter import Tag
+from vmlab.machine.code import Tag
 from vmlab.machine.decode import Instruction
 from vmlab.machine.state import RAX, RBP, RCX, RSP
 from vmlab.vmm.operands import REGISTERS

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from vmlab.errors import GuestRefused
 from vmlab.ledger import Counts
-from vmlab.machine.counter import Tag, Tags
+from vmlab.machine.code import Tag, Tags
 from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import Fault
 from vmlab.machine.memory import PAGE

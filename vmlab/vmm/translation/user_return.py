@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 
-from vmlab.machine.counter import Tag
+from vmlab.machine.code import Tag
 from vmlab.machine.decode import Instruction
 from vmlab.machine.state import CS, RCX, SS
 from vmlab.vmm.translation.cache import Cache
