@@ -117,6 +117,28 @@ def test_faults(deny: Callable[[str], str]) -> None:
     assert counted.kernel == 2 + 2 + 7
 
 
+# Each in a loop, for C knows of a block only once it has been left in the middle.
+_PORTS = {
+    "in al, imm": b"\xe4\x21", "in eax, imm": b"\xe5\x21", "in ax, dx": b"\x66\xed", "out imm, al": b"\xe6\x80", "out dx, ax": b"\x66\xef",
+    "out dx, eax": b"\xef", "the last of its block": b"\xec\xeb\x00", "two in a row": b"\xec\xee", "in the shadow of sti": b"\xfb\xec\xfa",
+    "a timer's count": b"\xb0\x00\xe6\x43\xe4\x40\xe4\x40",
+}
+
+
+@pytest.mark.parametrize("access", _PORTS)
+@pytest.mark.parametrize("ring", [0, 1, 3])
+def test_ports(deny: Callable[[str], str], access: str, ring: int) -> None:
+    # mov ecx, 5 ; mov eax, 0x11223344 ; mov edx, 0x12343fd ; then five times: the access, rol eax, add ebx, eax
+    loop = b"\xb9\x05\x00\x00\x00\xb8\x44\x33\x22\x11\xba\xfd\x43\x23\x01" + _PORTS[access] + b"\xc1\xc0\x07\x01\xc3"
+    loop += b"\x49\x75" + bytes([0x100 - len(_PORTS[access]) - 8])
+    into = b"" if ring == 0 else _into_ring(ring, CODE + 0x80).ljust(0x80, b"\x90")
+    counted, _, _, log, registers, _ = run_all(into + loop + EXIT, deny)
+    accesses = sum(_PORTS[access].count(bytes([opcode])) for opcode in (0xE4, 0xE5, 0xE6, 0xEC, 0xED, 0xEE, 0xEF))
+    assert counted.events["io.device"] == 5 * accesses + 1                  # EXIT's own
+    assert registers[RCX] == 0
+    assert len(log) == 1 + 5 * sum(_PORTS[access].count(bytes([opcode])) for opcode in (0xE6, 0xEE, 0xEF))
+
+
 def test_software_interrupts(deny: Callable[[str], str]) -> None:
     counted = run_all(b"\xcd\x80\x90\xcd\x80" + EXIT, deny)[0]
     assert (counted.events["machine.int"], counted.events["machine.iret"], counted.kernel) == (2, 2, 7)

@@ -311,6 +311,33 @@ def test_iopl_3_lets_all_ports_through(path: str) -> None:
     assert "fault.delivered.13" not in bench.counts().events
 
 
+def test_rights_to_a_port_are_those_of_the_moment(path: str) -> None:
+    # The same IN six times, IOPL 3 and 0 by turns: INT 0x81 changes the flags that it returns with.
+    bench = Bench("hlt", {13: "add esp, 4; inc dword ptr [esp]; iretd", 0x80: ("hlt", 3), 0x81: ("xor dword ptr [esp + 8], 0x3000; iretd", 3)},
+                  user="mov ecx, 6; mov edx, 0x3ff; again: in al, dx; int 0x81; dec ecx; jnz again; int 0x80", path=path)
+    bench.user_mode()
+    bench.cpu.eflags = 0x3002
+    bench.cpu.store()
+    halt(bench)
+    counted = bench.counts()
+    assert (counted.events["machine.in"], counted.events["fault.delivered.13"], counted.events["io.device"]) == (3, 3, 3)
+    assert (counted.user, counted.kernel) == (2 + 3 + 6 * 3 + 1, 3 * 3 + 6 * 2 + 1)
+
+
+@pytest.mark.parametrize(("source", "value"), [("in ax, dx", 0x5555FFFF), ("in eax, dx", 0xFFFFFFFF), ("in al, 0x99", 0x555555FF)])
+def test_ports_of_16_bit_code_have_its_operand_size(path: str, source: str, value: int) -> None:
+    code = asm(f"mov cx, 4; mov dx, 0x999; again: mov eax, 0x55555555; {source}; dec cx; jnz again; hlt", 0x7C00, 16)
+    machine = Machine(4 << 20, path)
+    machine.ram.write(0x7C00, code)
+    machine.cpu.load()
+    machine.cpu.rip = 0x7C00
+    machine.cpu.store()
+    assert machine.run(100).reason is StopReason.HALTED
+    machine.cpu.load()
+    assert machine.cpu.gpr(RAX) == value
+    assert (machine.snapshot().events["machine.in"], machine.snapshot().kernel) == (4, 2 + 4 * 4 + 1)
+
+
 # ---- real mode
 def test_real_mode_delivers_through_the_vector_table(path: str) -> None:
     machine = Machine(4 << 20, path)

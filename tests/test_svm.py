@@ -172,6 +172,22 @@ def test_port_exits_describe_the_access(path: str, source: str, info: int) -> No
     assert box.machine.device_log == []
 
 
+def test_port_exits_of_a_loop_until_the_map_lets_the_port_through(path: str) -> None:
+    # Five rounds; the VMM skips the first three's OUT. C knows the block from the second on.
+    box = Box(path, "mov edx, 0x3ff; mov ecx, 5; again: mov eax, ecx; out dx, al; mov ebx, eax; dec ecx; jnz again; hlt", v.EXIT_IOIO)
+    box.machine.ram.write(IOPM + 0x3FF // 8, b"\x80")
+    out = CODE + 12
+    for left in (5, 4, 3):
+        assert box.run() == v.EXIT_IOIO
+        assert (box.vmcb["rip"], box.vmcb["exit_info_1"], box.vmcb["exit_info_2"], box.vmcb["rax"]) == (out, 0x03FF_0110, out + 1, left)
+        box.vmcb["rip"] = out + 1
+    assert box.machine.device_log == []
+    box.machine.ram.write(IOPM + 0x3FF // 8, b"\0")
+    assert box.run() == v.EXIT_HLT
+    assert box.machine.device_log == [(0x3FF, 1, 2), (0x3FF, 1, 1)]
+    assert (box.machine.snapshot().events["machine.out"], box.guest_kernel()) == (2, 2 + 5 * 4 + 2)
+
+
 def test_ports_that_the_map_lets_through_are_the_guests_own(path: str) -> None:
     box = Box(path, "mov dx, 0x3f8; mov al, 65; out dx, al; mov dx, 0x3f9; out dx, ax; hlt", v.EXIT_IOIO)
     box.machine.ram.write(IOPM + 0x3F8 // 8, b"\x04")  # 0x3FA only: the second byte of a word at 0x3F9

@@ -121,11 +121,18 @@ class Blocks:
 
     def _hook(self, address: int, instruction: Instruction | None) -> None:
         gate, native = self._gates.get(address), self._machine.native_events
-        if gate is not None and native is not None and address not in self._watched:
+        if native is not None and gate is not None and address not in self._watched:
             handle = native.hook_gate(address, gate)
+        elif native is not None and instruction is not None and self._is_plain_port(address, instruction):
+            handle = native.hook_port(address, instruction)
         else:
             handle = self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self.on_instruction, address, address)
         self._hooked[address] = (handle, instruction)
+
+    def _is_plain_port(self, address: int, instruction: Instruction) -> bool:
+        """Whether nobody but the port's device has to do with this IN or OUT."""
+        return (instruction.op in ("in", "out") and instruction.op not in self._machine.trapping
+                and address not in self._watched and address not in self._gates)
 
     # ---- code that changed
     def _on_new_code(self, _uc: int, block_at: object, _previous: int, _data: int) -> None:

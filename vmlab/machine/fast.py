@@ -272,6 +272,7 @@ class Library(NamedTuple):
     block: int
     exception: int
     gate: int
+    port: int
     world_switch: int
 
 

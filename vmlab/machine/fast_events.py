@@ -21,6 +21,8 @@ from vmlab.machine.code import Block
 from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK, INTR_CALLBACK, library
 from vmlab.machine.fast_faults import HiddenFaults
+from vmlab.machine.instructions import port_encoding
+from vmlab.machine.svm_intercepts import fixed_io_information
 
 if TYPE_CHECKING:
     from vmlab.machine.fast import FastCounter, Library
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 # Words of ``state`` in native/machine.h behind those of the counter.
 (CUTS, ENV, ERROR_CODE, IS_INT, OLD_EXCEPTION, STOPPED, ON_EXCEPTION, ON_TRAP, WHAT, TOKEN, GATES, ON_INSTRUCTION, ON_GATE, WRITE_REGISTER,
- LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT, SVM, FAULTS) = range(15, 37)
-WORDS = 37
+ LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT, SVM, FAULTS, ON_PORT) = range(15, 38)
+WORDS = 38
 
 _NONE, _NO_GATE = 0xFFFFFFFF, 0xFF
 _CUT = struct.Struct("=6I4Q")
@@ -40,6 +42,7 @@ _KINDS = {"cli": 1, "sti": 2}
 _NAMES = {kind: op for op, kind in _KINDS.items()}
 _GATE_TABLES = 64       # of a monitor that changes its gates with its guest's ring, kept
 _SOFTWARE, _WITH_ERROR_CODE = 1 << 8, 1 << 9
+_IN_DX, _READ = 0x10000, 1 << 24       # as in native/ports.c
 
 _CALLBACK = ctypes.CFUNCTYPE(None)
 _TRAPS = {vector: f"trap.{name}" for vector, name in EXCEPTIONS.items()}
@@ -94,15 +97,16 @@ class FastEvents:
         self.faults: HiddenFaults | None = None
         self._sites = memoryview(bytearray())
         self._doors: dict[int, Callable[[], None]] = {}
+        self._ports: list[ctypes.Array[ctypes.c_uint64]] = []      # kept: Unicorn may call a hook that was taken off once more
         layout = machine.cpu.layout
         register = ctypes.cast(library().uc_reg_write, ctypes.c_void_p).value or 0
         self._callbacks = (
             INTR_CALLBACK(machine.exceptions.on_exception), _CALLBACK(self._on_trap),
-            CODE_CALLBACK(machine.blocks.on_instruction), _CALLBACK(self._on_gate))
+            CODE_CALLBACK(machine.blocks.on_instruction), _CALLBACK(self._on_gate), _CALLBACK(self._on_port))
         addresses = [ctypes.cast(callback, ctypes.c_void_p).value or 0 for callback in self._callbacks]
         for word, value in ((ENV, env), (ERROR_CODE, layout.error_code), (IS_INT, layout.exception_is_int),
                             (OLD_EXCEPTION, layout.old_exception), (WRITE_REGISTER, register),
-                            (ON_EXCEPTION, addresses[0]), (ON_TRAP, addresses[1]), (ON_INSTRUCTION, addresses[2]), (ON_GATE, addresses[3])):
+                            *zip((ON_EXCEPTION, ON_TRAP, ON_INSTRUCTION, ON_GATE, ON_PORT), addresses, strict=True)):
             state[word] = value
         self.note_monitor(machine.monitor)
         machine.engine.hook(uc_const.UC_HOOK_INTR, INTR_CALLBACK, functions.exception, data=counter.address)
@@ -134,6 +138,26 @@ class FastEvents:
             self._doors[self._state[WHAT]]()
         except BaseException as failure:  # noqa: BLE001
             self._machine.fail(failure)
+
+    def _on_port(self) -> None:
+        machine, state = self._machine, self._state
+        try:
+            what = state[WHAT]
+            if what & _READ:
+                state[TOKEN] = machine.port_read(what & 0xFFFF, what >> 16 & 0xFF)
+            else:
+                machine.port_write(what & 0xFFFF, what >> 16 & 0xFF, state[TOKEN])
+        except BaseException as failure:  # noqa: BLE001
+            machine.fail(failure)
+
+    def hook_port(self, address: int, instruction: Instruction) -> int:
+        """An IN or OUT at ``address`` is C's as far as the CPU is concerned; gives the hook's handle."""
+        port, size, size16 = port_encoding(instruction)
+        site = (ctypes.c_uint64 * 7)(self._counter.address, _IN_DX if port is None else port, size, size16, instruction.op == "in",
+                                     instruction.size, fixed_io_information(instruction))
+        self._ports.append(site)
+        return self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._functions.port, address, address,
+                                         data=ctypes.addressof(site))
 
     def hook_gate(self, address: int, callback: Callable[[], None]) -> int:
         """Reaching ``address`` calls ``callback``; gives the hook's handle."""
@@ -292,14 +316,14 @@ class WorldSwitch:
     def __init__(self, machine: Machine, state: memoryview, tokens: Sequence[Instruction], address: int, function: int, host: int, vmrun: int,
                  on_exit: Callable[[], None], on_entry: Callable[[], None]) -> None:
         self._machine, self._state, self._tokens = machine, state, tokens
-        memory = (ctypes.c_uint64 * 13)()
+        memory = (ctypes.c_uint64 * 14)()
         self._words, self._state_at = memoryview(memory).cast("B").cast("Q"), ctypes.c_void_p(address)
         self._at = ctypes.c_void_p(ctypes.addressof(memory))
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(function)
         self._callbacks = [_CALLBACK(callback) for callback in (on_exit, on_entry)]
         exited, entered = (ctypes.cast(callback, ctypes.c_void_p).value or 0 for callback in self._callbacks)
         words = (0, machine.ram.address, 0, host, machine.cpu.layout.debug_registers,
-                 ctypes.cast(library().uc_reg_read, ctypes.c_void_p).value or 0, exited, 0, 0, 0, 0, vmrun, entered)
+                 ctypes.cast(library().uc_reg_read, ctypes.c_void_p).value or 0, exited, 0, 0, 0, 0, vmrun, entered, machine.ram.size)
         for i, word in enumerate(words):
             self._words[i] = word
         state[SVM] = ctypes.addressof(memory)

@@ -281,13 +281,15 @@ def _general_register(instruction: Instruction) -> int:
     return int(instruction.cs.modrm & 7 | (instruction.cs.rex & 1) << 3)
 
 
-def port_operands(instruction: Instruction, cpu: Cpu) -> tuple[int, int]:
-    """(port, size in bytes) of IN, OUT, INS or OUTS (SDM Vol. 2)."""
+def port_encoding(instruction: Instruction) -> tuple[int | None, int, int]:
+    """Of IN, OUT, INS or OUTS (SDM Vol. 2): the port, None where it is in DX; the size in bytes in code of 32 or 64 bits, and in code of 16."""
     opcode = instruction.cs.opcode[0]
     wide = 2 if 0x66 in bytes(instruction.cs.prefix) else 4
-    if not cpu.hflags & (HF_CS32 | HF_CS64):
-        wide = 6 - wide
-    size = wide if opcode & 1 else 1
-    if opcode in (0xE4, 0xE5, 0xE6, 0xE7):
-        return instruction.raw[-1], size
-    return cpu.gpr(RDX) & 0xFFFF, size
+    sizes = (wide, 6 - wide) if opcode & 1 else (1, 1)
+    return instruction.raw[-1] if opcode in (0xE4, 0xE5, 0xE6, 0xE7) else None, *sizes
+
+
+def port_operands(instruction: Instruction, cpu: Cpu) -> tuple[int, int]:
+    """(port, size in bytes) of IN, OUT, INS or OUTS, with the CPU at it."""
+    port, size, size16 = port_encoding(instruction)
+    return cpu.gpr(RDX) & 0xFFFF if port is None else port, size if cpu.hflags & (HF_CS32 | HF_CS64) else size16

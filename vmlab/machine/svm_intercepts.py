@@ -38,8 +38,7 @@ class Intercepts:
         port, size = port_operands(instruction, cpu)
         if not self.wants(v.EXIT_IOIO) or not self._port(port, size):
             return None
-        information = (port << v.IO_PORT_SHIFT | size << v.IO_SIZE_SHIFT | (instruction.cs.addr_size >> 1) << v.IO_ADDRESS_SHIFT
-                       | (v.IO_STRING if instruction.string else 0) | (v.IO_REP if instruction.rep else 0)
+        information = (port << v.IO_PORT_SHIFT | size << v.IO_SIZE_SHIFT | fixed_io_information(instruction)
                        | (v.IO_IN if op in ("in", "ins") else 0))
         return v.EXIT_IOIO, information, cpu.rip + instruction.size
 
@@ -56,3 +55,9 @@ class Intercepts:
                 bit = 2 * (number - first) + write
                 return bool(self._ram.read(self._vmcb["msrpm_base"] + at + bit // 8, 1)[0] >> bit % 8 & 1)
         return True
+
+
+def fixed_io_information(instruction: Instruction) -> int:
+    """What the instruction's encoding alone says in exit_info_1 of an IOIO exit (APM Vol. 2 figure 15-2)."""
+    return (int(instruction.cs.addr_size) >> 1 << v.IO_ADDRESS_SHIFT | (v.IO_STRING if instruction.string else 0)
+            | (v.IO_REP if instruction.rep else 0))

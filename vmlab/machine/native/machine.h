@@ -66,6 +66,7 @@ typedef struct {
     uint64_t sites, site_count; /* address and length of an array of `site` */
     uint64_t svm;            /* address of an `svm`; 0: nobody enters guest mode */
     uint64_t faults;         /* address of a `faults`; 0: no shadow whose hidden faults are C's */
+    uint64_t on_port;        /* void (*)(void): the access in `what`, the value in `token`, either way */
 } state;
 
 #define FAILED 1
@@ -124,7 +125,18 @@ typedef struct {
     uint64_t nested_root;    /* hpa of the nested tables at the last entry; 0: none */
     uint64_t vmrun;          /* RIP of the host's VMRUN */
     uint64_t on_entry;       /* void (*)(void): Python prepares this one */
+    uint64_t ram_size;       /* bytes */
 } svm;
+
+/* One IN or OUT, see ports.c. */
+typedef struct {
+    uint64_t state;          /* address of the machine's */
+    uint64_t port;           /* IN_DX: in DX */
+    uint64_t size, size_in_16_bits; /* bytes, in code of 32 or 64 bits and in code of 16 */
+    uint64_t reads;          /* IN */
+    uint64_t length;         /* of the instruction */
+    uint64_t information;    /* of an exit: what does not depend on the CPU's state */
+} port_site;
 
 void vmlab_plain_exit(void *uc, state *s, svm *v, uint64_t code, uint64_t information);
 
