@@ -19,6 +19,9 @@ from vmlab.parameters import Value
 
 if TYPE_CHECKING:
     from vmlab.experiment.cell import Run
+    from vmlab.experiment.matrix import Cell
+    from vmlab.experiment.saved_run import Saved
+    from vmlab.machine.timeline import Handle
 
 #: Ends an interactive run: Ctrl-], as in telnet.
 ESCAPE = 0x1D
@@ -54,6 +57,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--send", dest="script", metavar="TEXT", action=Script, help=r"then type this (\n is Enter); in the order given")
 
 
+    images.add_argument("--save", type=Path, metavar="FILE",
+                        help="write the guest as it stands at the end, behind the last --expect or your Ctrl-]; native and hardware-assisted")
+    images.add_argument("--from", dest="saved", type=Path, metavar="FILE",
+                        help="go on from there, in place of booting an image: only --expect, --send, --budget and --save go with it")
+
+
+#: Options that a saved run has answered.
+_ANSWERED = ("workload", "technique", "strategy", "iterations", "density", "sets", "initrd", "append", "disk", "ram")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Options that do not go together. :raises ConfigError: what, and why."""
+    if arguments.saved is not None:
+        given = [name for name in _ANSWERED if getattr(arguments, name)]
+        if given:
+            word = {"workload": arguments.workload, "sets": "--set"}.get(given[0], f"--{given[0]}")
+            raise ConfigError(f"--from {arguments.saved}: the saved run has its own answer to {word}")
+    elif not arguments.technique and not arguments.strategy:
+        raise ConfigError("--technique NAME is needed ('native': not virtualized at all); 'vmlab list techniques' names them")
+    if arguments.save is not None and arguments.saved is None and not is_image(arguments.workload):
+        raise ConfigError("--save is for a guest from a file; a workload starts anew in no time")
+
+
 def parameters(arguments: argparse.Namespace) -> dict[str, Value]:
     """What the options say, as parameters of a cell."""
     from vmlab.experiment import dialogue
@@ -76,13 +102,59 @@ def _quoted(text: str) -> str:
 
 
 def run(technique: str, image: str, values: dict[str, Value], lab: Any, *, profiles: list[str] | None = None,
-        quiet: bool = False) -> dict[str, Any]:
-    """Run the image; returns its priced cell. ``quiet``: its console goes to stderr, for stdout is to hold something else."""
+        quiet: bool = False, save: Path | None = None) -> dict[str, Any]:
+    """Run the image; returns its priced cell.
+
+    :param quiet: its console goes to stderr, for stdout is to hold something else.
+    :param save: where to write the guest as it stands in the end.
+    :raises ConfigError: runs of this technique cannot be saved.
+    :raises ExperimentError: this one cannot, or the file cannot be written.
+    """
     from vmlab.experiment import single
+
+    cell = single.expand(technique, None, image, values, lab)[0]
+    if save is not None:
+        _check_saving(save, cell)
+    return _run(cell, values, lab, profiles, quiet, save, None)
+
+
+def _check_saving(save: Path, cell: Cell) -> None:
+    """Said before a guest has booted for minutes. :raises ConfigError: a run of this technique cannot be saved, or there is no such place."""
+    from vmlab import strategies
+    from vmlab.strategies.base import Strategy
+
+    if strategies.load(cell.technique).state is Strategy.state:
+        raise ConfigError(f"--save {save}: a run under {cell.technique} cannot be saved; one that is native or hardware-assisted can")
+    if cell.parameters.get("tlb", "off") != "off":
+        raise ConfigError(f"--save {save}: a run that models the TLB cannot be saved")
+    if not save.parent.is_dir():
+        raise ConfigError(f"--save {save}: there is no folder {save.parent}")
+
+
+def go_on(file: Path, values: dict[str, Value], lab: Any, *, profiles: list[str] | None = None, quiet: bool = False,
+          save: Path | None = None) -> dict[str, Any]:
+    """Go on from a saved run; the rest as in :func:`run`. The cell is that of the whole run, from its boot.
+
+    :param values: of ``script`` and ``budget``.
+    """
+    from vmlab.experiment import resume, saved_run
+    from vmlab.experiment.matrix import BASELINE, Cell
+
+    saved = saved_run.read(file, lab.code())
+    try:
+        technique, before = str(saved.values["technique"]), dict(saved.values["parameters"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise resume.misfit(error) from error
+    script = " ".join(str(part["script"]) for part in (before, values) if "script" in part)
+    chosen = {**before, **values, **({"script": script} if script else {})}
+    return _run(Cell(technique, chosen, chosen if technique == BASELINE else {}), values, lab, profiles, quiet, save, saved)
+
+
+def _run(cell: Cell, values: dict[str, Value], lab: Any, profiles: list[str] | None, quiet: bool, save: Path | None,
+         saved: Saved | None) -> dict[str, Any]:
     from vmlab.experiment.cell import run_cell
     from vmlab.experiment.pricing import complete
 
-    cell = single.expand(technique, None, image, values, lab)[0]
     chosen = dict(cell.parameters)
     interactive = "script" not in values and sys.stdin.isatty()
     if interactive and "budget" not in values:
@@ -90,9 +162,11 @@ def run(technique: str, image: str, values: dict[str, Value], lab: Any, *, profi
     watcher = Watcher(sys.stderr if quiet else sys.stdout, keyboard=interactive)
     with _raw_terminal() if interactive else contextlib.nullcontext():
         try:
-            record = run_cell(technique, chosen, watcher.attach)
+            record = run_cell(cell.technique, chosen, watcher.attach, saved)
         finally:
             watcher.close()
+    if save is not None:
+        watcher.save(save, lab.code())
     return complete([cell], {cell.id: record}, lab.profiles() if profiles is None else profiles, lab)[0]
 
 
@@ -105,6 +179,7 @@ class Watcher:
         self._line = not self._title and sys.stderr.isatty() and out is not sys.stderr
         self._shown = 0.0
         self._run: Run | None = None
+        self._handle: Handle | None = None
         self._idle = 0
 
     def attach(self, run: Run) -> None:
@@ -125,7 +200,7 @@ class Watcher:
     def _look_again(self) -> None:
         assert self._run is not None
         timeline = self._run.machine.timeline
-        timeline.at(timeline.now + _LOOK, self._look)
+        self._handle = timeline.at(timeline.now + _LOOK, self._look)
 
     def _look(self) -> None:
         assert self._run is not None
@@ -137,7 +212,7 @@ class Watcher:
             if ESCAPE in typed:
                 from vmlab.machine.pc import Stop, StopReason
 
-                machine.stop(Stop(StopReason.REQUESTED))
+                machine.stop(Stop(StopReason.LEFT))
                 return
             if typed:
                 machine.uart.receive(typed)
@@ -162,6 +237,21 @@ class Watcher:
         elif self._line:
             sys.stderr.write(f"\r{text:<78}")
             sys.stderr.flush()
+
+    def save(self, path: Path, code: str) -> None:
+        """Write the guest as it stands. :raises ExperimentError: it has ended, or cannot be saved now."""
+        from vmlab.errors import ExperimentError, UnsupportedByStrategy
+        from vmlab.experiment import resume
+        from vmlab.machine.pc import StopReason
+
+        run = self._run
+        if run is None or run.ended is None or run.ended.reason not in (StopReason.SAID, StopReason.LEFT):
+            raise ExperimentError(f"--save {path}: the guest has ended, and nothing can go on; end the run by --expect TEXT or Ctrl-]")
+        run.machine.timeline.cancel(self._handle)
+        try:
+            resume.save(run, path, code)
+        except UnsupportedByStrategy as reason:
+            raise ExperimentError(f"--save {path}: {reason}") from reason
 
     def close(self) -> None:
         """The last of the console, on a line of its own."""

@@ -16,9 +16,11 @@ examples:
   vmlab run compute --technique native --json
   vmlab run kernelmemfs --technique hardware-assisted --set memory=nested --ram 240
   vmlab run vmlinuz --initrd initrd.gz --append console=ttyS0 --ram 256 --technique native --expect '# ' --send 'ls\\n' --expect '# '
+  vmlab run kernelmemfs --ram 240 --technique native --expect '$ ' --save booted.vmlab
+  vmlab run --from booted.vmlab --send 'ls\\n' --expect '$ '
 
 The native run of the same work is made along with a workload's, for slowdown and fidelity. An image from a file runs alone; at a
-terminal its console is yours (Ctrl-] ends the run).
+terminal its console is yours (Ctrl-] ends the run). A saved run goes on where it stood; its ledger is that of one run from the boot.
 'vmlab list workloads' and 'vmlab list techniques' name what can be run.
 """
 
@@ -31,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.epilog = EXAMPLE
     parser.add_argument("workload", nargs="?", metavar="WORKLOAD|IMAGE", help="what the guest does; or the file of a guest from elsewhere")
-    how = parser.add_mutually_exclusive_group(required=True)
+    how = parser.add_mutually_exclusive_group()
     how.add_argument("--technique", help="how it is virtualized ('native': not at all)")
     how.add_argument("--strategy", metavar="FILE.py:CLASS", help="a technique of your own, from a file")
     parser.add_argument("--guest", default="nano", help="a built-in guest, or an image file (default: nano)")
@@ -52,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vmlab.experiment.lab import Lab
     from vmlab.parameters import Value
 
+    live.check(arguments)
     parameters: dict[str, Value] = {}
     for key, text in (("iterations", arguments.iterations), ("density", arguments.density)):
         if text is not None:
@@ -66,8 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     lab = Lab([arguments.strategy] if arguments.strategy else [])
     technique = arguments.technique or arguments.strategy
     parameters |= live.parameters(arguments)
-    if live.is_image(arguments.workload):
-        cell = live.run(technique, arguments.workload, parameters, lab, profiles=arguments.profiles, quiet=arguments.json)
+    if arguments.saved is not None:
+        cell = live.go_on(arguments.saved, parameters, lab, profiles=arguments.profiles, quiet=arguments.json, save=arguments.save)
+    elif live.is_image(arguments.workload):
+        cell = live.run(technique, arguments.workload, parameters, lab, profiles=arguments.profiles, quiet=arguments.json, save=arguments.save)
     else:
         cell = single.run(technique, arguments.workload, guest=arguments.guest, profiles=arguments.profiles, parameters=parameters, lab=lab)
     if arguments.json:

@@ -15,7 +15,8 @@ from typing import Any
 
 from vmlab import guests, strategies
 from vmlab.errors import GuestError, UnsupportedByStrategy, VmlabError
-from vmlab.experiment import clock, dialogue
+from vmlab.experiment import clock, dialogue, resume
+from vmlab.experiment.saved_run import Saved
 from vmlab.ledger import Snapshot
 from vmlab.machine import tlb
 from vmlab.machine.devices import vga
@@ -36,24 +37,31 @@ Cell = dict[str, Any]
 class Run:
     """A guest loaded under a technique, its markers watched. ``marks`` are the counts at each marker passed."""
 
-    def __init__(self, technique: str, parameters: Mapping[str, Value], *, path: str | None = None) -> None:
-        self.parameters = dict(parameters)
+    def __init__(self, technique: str, parameters: Mapping[str, Value], *, path: str | None = None, saved: Saved | None = None) -> None:
+        """:param saved: a run that this one goes on from, instead of booting its guest."""
+        self.technique, self.parameters = technique, dict(parameters)
         self.kind = strategies.load(technique)
         self.guest = str(parameters.get("guest", "nano"))
-        self.image = guests.configured(parameters)
+        self.image = guests.configured(parameters) if saved is None else resume.image(saved)
         self.workload = str(parameters.get("workload", ""))
         self.machine = Machine(machine_memory(parameters), path, disk=guests.disk(parameters), drives=self.image.drives,
                                guest_ram=machine_memory(parameters) - BESIDE_GUEST, tlb=tlb.configured(parameters))
         self.strategy: Strategy = self.kind(self.machine, parameters)
         clock.install(self.strategy, parameters)
         self.marks: dict[str, Snapshot] = {}
-        line = guests.command_line(parameters) if guests.workloads(self.guest) else str(parameters.get("append", ""))
+        #: How the run stopped; None as long as it has not, or where an error ended it.
+        self.ended: Stop | None = None
         for marker in (*_MARKERS, *_EMPTY):
             if marker in self.image.symbols:
                 self.strategy.watch(self.image.symbols[marker], self._marker(marker))
-        self.strategy.load(self.image, line)
-        script = str(parameters.get("script", ""))
-        self.dialogue = dialogue.Dialogue(self.machine, dialogue.parse(script)) if script else None
+        if saved is None:
+            line = guests.command_line(parameters) if guests.workloads(self.guest) else str(parameters.get("append", ""))
+            self.strategy.load(self.image, line)
+        else:
+            resume.restore(self, saved)
+        script = dialogue.parse(str(parameters.get("script", "")))
+        said = 0 if saved is None else len(dialogue.parse(str(saved.values["parameters"].get("script", ""))))
+        self.dialogue = dialogue.Dialogue(self.machine, script[said:]) if script[said:] else None
 
     def _marker(self, name: str) -> Callable[[int], None]:
         def passed(address: int) -> None:
@@ -117,7 +125,7 @@ class Run:
         return found
 
 
-def run_cell(technique: str, parameters: Mapping[str, Value], attach: Callable[[Run], None] | None = None) -> Cell:
+def run_cell(technique: str, parameters: Mapping[str, Value], attach: Callable[[Run], None] | None = None, saved: Saved | None = None) -> Cell:
     """Run one cell; returns its unpriced record (see docs/experiments.md for the fields).
 
     A guest that ends badly gives status ``failed`` and a sentence; for a pair that the technique
@@ -125,28 +133,29 @@ def run_cell(technique: str, parameters: Mapping[str, Value], attach: Callable[[
     cannot carry, found at loading or on the way, gives status ``unsupported`` and the reason.
 
     :param attach: called with the loaded guest before it runs (a console that is watched or typed at).
+    :param saved: a run to go on from; ``parameters`` are its own, with the rest of its script.
     """
     started = time.perf_counter()
     try:
-        return _run(technique, parameters, started, attach)
+        return _run(technique, parameters, started, attach, saved)
     except UnsupportedByStrategy as reason:
         kind = strategies.describe(technique)
         return {"technique": technique, "parameters": dict(parameters), "status": "unsupported", "error": str(reason),
                 "platform": kind.platform(parameters), "host_seconds": round(time.perf_counter() - started, 6)}
 
 
-def _run(technique: str, parameters: Mapping[str, Value], started: float, attach: Callable[[Run], None] | None) -> Cell:
-    run = Run(technique, parameters)
+def _run(technique: str, parameters: Mapping[str, Value], started: float, attach: Callable[[Run], None] | None, saved: Saved | None) -> Cell:
+    run = Run(technique, parameters, saved=saved)
     if attach is not None:
         attach(run)
     declared = run.kind.unfaithful(run.workload, parameters)
     exit_code: int | None = None
     error: str | None = None
     try:
-        stop = run.go()
+        stop = run.ended = run.go()
         exit_code = stop.exit_code
         waited = run.dialogue.waits_for if run.dialogue is not None else None
-        if waited is not None and stop.reason is not StopReason.REQUESTED:
+        if waited is not None:
             error = f"{stop.reason.value} before it said {waited!r}; its last line: {_last_line(run.machine.console)}"
         elif stop.reason is StopReason.HALTED:
             error = "the guest halted with nothing left to wake it"

@@ -1,12 +1,13 @@
 """A dialogue with a guest on its serial port: wait for a text, send one, and so on.
 
-What is sent arrives at the moment at which the guest sent the last character of what was waited for, so that a run with a dialogue
-is the same on every host. Written as ``expect "$ " send "ls\\n" expect "$ "``.
+What is sent arrives at the first block boundary behind the last character of what was waited for: a run with a dialogue is the same on
+every host, and one that is saved there and goes on another time is the same too. Written as ``expect "$ " send "ls\\n" expect "$ "``.
 """
 
 from __future__ import annotations
 
 import codecs
+import functools
 import shlex
 from collections.abc import Sequence
 from typing import Literal
@@ -61,8 +62,9 @@ class Dialogue:
 
     def _speak(self) -> None:
         """Send what comes before the next text to wait for."""
+        timeline = self._machine.timeline
         while self._steps and self._steps[0][0] == "send":
-            self._machine.uart.receive(self._steps.pop(0)[1].encode("latin-1"))
+            timeline.at(timeline.now, functools.partial(self._machine.uart.receive, self._steps.pop(0)[1].encode("latin-1")))
 
     def _heard(self, character: int) -> None:
         if not self._steps:

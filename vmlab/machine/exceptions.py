@@ -8,7 +8,7 @@ got there by a real exception at a real privilege level.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unicorn import unicorn_const as uc_const
 
@@ -190,6 +190,17 @@ class Interrupts:
         self.update()
         self._machine.events["interrupt.delivered"] += 1
         self._exceptions.deliver(2, None, external=True)
+
+    def state(self) -> dict[str, Any]:
+        retired = sum(self._machine.counter.irets)
+        return {"requested": self._requested, "nmi": self._nmi, "nmi_since": None if self._nmi_since is None else self._nmi_since - retired}
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        """IRETs are counted from this machine's own start."""
+        since = state["nmi_since"]
+        self._requested, self._nmi = state["requested"], state["nmi"]
+        self._nmi_since = None if since is None else since + sum(self._machine.counter.irets)
+        self.update()
 
     def update(self) -> None:
         """The pin may have changed."""

@@ -62,7 +62,7 @@ class Instructions:
             "sysenter": self._sysenter, "syscall": self._syscall,
             "mov_to_cr": self._mov_to_cr8, "mov_from_cr": self._mov_from_cr8,
         }
-        self._msrs = Msrs(machine)
+        self.msrs = Msrs(machine)
         machine.engine.hook(uc_const.UC_HOOK_INSN, IN_CALLBACK, self._string_in, instruction=x86.UC_X86_INS_IN)
         machine.engine.hook(uc_const.UC_HOOK_INSN, OUT_CALLBACK, self._string_out, instruction=x86.UC_X86_INS_OUT)
 
@@ -214,7 +214,7 @@ class Instructions:
             cpu.set_gpr(RAX, tsc)
             cpu.set_gpr(RDX, tsc >> 32)
             if op == "rdtscp":
-                cpu.set_gpr(RCX, self._msrs.tsc_aux)
+                cpu.set_gpr(RCX, self.msrs.tsc_aux)
             self._complete(address, instruction)
 
     # ---- model-specific registers: above ring 0 Unicorn raises #GP by itself
@@ -222,7 +222,7 @@ class Instructions:
         cpu = self._cpu
         if cpu.cpl or self._intercepted(address, "rdmsr", instruction):
             return
-        value = self._msrs.read(cpu.gpr(RCX) & 0xFFFFFFFF, address)
+        value = self.msrs.read(cpu.gpr(RCX) & 0xFFFFFFFF, address)
         if value is not None:
             cpu.set_gpr(RAX, value)
             cpu.set_gpr(RDX, value >> 32)
@@ -232,7 +232,7 @@ class Instructions:
         cpu = self._cpu
         if cpu.cpl or self._intercepted(address, "wrmsr", instruction):
             return
-        if self._msrs.write(cpu.gpr(RCX) & 0xFFFFFFFF, cpu.gpr(RAX) & 0xFFFFFFFF | (cpu.gpr(RDX) & 0xFFFFFFFF) << 32, address):
+        if self.msrs.write(cpu.gpr(RCX) & 0xFFFFFFFF, cpu.gpr(RAX) & 0xFFFFFFFF | (cpu.gpr(RDX) & 0xFFFFFFFF) << 32, address):
             self._complete(address, instruction)
 
     # ---- system calls

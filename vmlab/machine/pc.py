@@ -62,6 +62,8 @@ class Machine(Running):
         super().__init__()
         # What was counted, what the world saw, who is in charge.
         self.events = Counts("machine")
+        #: What an earlier machine counted whose state this one was given (saved.py).
+        self.earlier = Snapshot()
         self.console = bytearray()
         #: Each is told of each character that leaves the serial port, at once.
         self.console_listeners: list[Callable[[int], None]] = []
@@ -256,7 +258,8 @@ class Machine(Running):
         events = dict(counted.events)
         for kind, n in self.events.items():
             events[kind] = events.get(kind, 0) + n
-        return Snapshot(events, counted.user, counted.kernel, counted.machine)
+        found = Snapshot(events, counted.user, counted.kernel, counted.machine)
+        return found.plus(self.earlier) if self.earlier.events else found
 
 
 __all__ = ["CR4_TSD", "Machine", "Monitor", "Stop", "StopReason", "cpuid", "port_operands"]

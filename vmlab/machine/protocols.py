@@ -18,6 +18,7 @@ class StopReason(enum.Enum):
     RESET = "the guest reset the machine"
     SAID = "the guest said what was waited for"
     REQUESTED = "the monitor asked for it"
+    LEFT = "who looked on had seen enough"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vmlab.errors import GuestError
 from vmlab.ledger import Counts
 from vmlab.machine import state as hidden
-from vmlab.machine.code import Tags
+from vmlab.machine.code import Block, Tags
 from vmlab.machine.counter import Counter
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.decode import Instruction
@@ -53,15 +53,19 @@ class Running:
         #: Called with a new block's address; a translator answers with what its code stands for.
         self.tagger: Callable[[int, list[Instruction]], Tags | None] = lambda pc, instructions: None
         #: The time stamp counter's offset (a VMM may hide its own time; TSC_OFFSET of AMD-V).
-        self.tsc_offset = self._tsc_adjustment = 0
+        self.tsc_offset = self.tsc_adjustment = 0
         #: What the time stamp counter counts instead of virtual time; called with the address about to run (None: between two instructions).
         self.cycles: Callable[[int | None], int] | None = None
         self._failure: BaseException | None = None
         self._ended: Stop | None = None
-        self._idle_time = 0
+        #: The part of virtual time that was skipped in HLT, in nanoseconds.
+        self.idle_time = 0
+        #: The block that had just run when the last run ended between two blocks; None where it was left otherwise.
+        self.left_off: Block | None = None
         self._budget = _FOR_EVER
         self._stale_code = False
-        self._running = self._interrupted = False
+        self._running = self._interrupted = self._detoured = False
+        self._asked_for: Stop | None = None     # during a detour
         self._broken_off = (-1, -1)
 
     # ---- how a run ends
@@ -102,6 +106,7 @@ class Running:
         stop = self._go_on()
         while stop is None:
             stop = self._go_on()
+        self.left_off = self.counter.current
         self.counter.drop()
         return stop
 
@@ -143,7 +148,7 @@ class Running:
 
         Within the ``with`` statement the CPU's state is set up; at its end the CPU runs from there, with no monitor over
         it (exceptions and interrupts go through the IDT), until somebody stops the engine. Then the state of before is
-        restored, but for memory, devices and what was counted. A run that was ended meanwhile stays ended.
+        restored, but for memory, devices and what was counted. A run whose end was asked for meanwhile ends afterwards.
         """
         cpu, counter, inside = self.cpu, self.counter, self._running
         cpu.store()
@@ -159,13 +164,15 @@ class Running:
             yield cpu
             cpu.store()
             counter.set_cpl(cpu.cpl)
+            self._detoured = True
             error = self.engine.start(cpu.rip)
+            self._detoured = False
             if error:
                 cpu.load()
                 raise GuestError(f"the monitor's code could not go on at {cpu.rip:#x}: {self.engine.error_text(error)}")
         finally:
             self.monitor, self.guest_mode, self.on_attention, self.tagger = kept
-            self._stop = self._stop or before
+            self._stop, self._asked_for = self._asked_for or before, None
             self.engine.uc.context_restore(saved)
             self.engine.flush_tlb()
             cpu.load()
@@ -179,7 +186,10 @@ class Running:
             raise self.failure
 
     def stop(self, stop: Stop) -> None:
-        """End the run at the next instruction boundary the CPU reaches (for monitors and devices)."""
+        """End the run at the next instruction boundary the CPU reaches (for monitors and devices); a monitor's detour comes to its end first."""
+        if self._detoured:
+            self._asked_for = stop
+            return
         self._stop = stop
         self.engine.stop()
 
@@ -226,12 +236,7 @@ class Running:
     @property
     def last_moment(self) -> int:
         """The time at which the budget is spent."""
-        return self._budget + self._idle_time
-
-    @property
-    def idle_time(self) -> int:
-        """The part of virtual time that was skipped in HLT, in nanoseconds."""
-        return self._idle_time
+        return self._budget + self.idle_time
 
     def _set_limit(self) -> None:
         """Have the counter ask before the budget is spent or something is due, whichever comes first."""
@@ -241,18 +246,18 @@ class Running:
     def read_tsc(self, address: int | None = None) -> int:
         """The time stamp counter: virtual time (with the instruction at ``address`` about to run), and the offset."""
         if self.cycles is not None:
-            return (self.cycles(address) + self._tsc_adjustment + self.tsc_offset) & 0xFFFFFFFFFFFFFFFF
+            return (self.cycles(address) + self.tsc_adjustment + self.tsc_offset) & 0xFFFFFFFFFFFFFFFF
         time = self.counter.time
         block = self.counter.current
         if address is not None and block is not None:
             index = block.offsets.get(address - block.pc)
             if index is not None:
                 time -= block.guest_weight_from(index)
-        return (time * TSC_PER_NANOSECOND + self._tsc_adjustment + self.tsc_offset) & 0xFFFFFFFFFFFFFFFF
+        return (time * TSC_PER_NANOSECOND + self.tsc_adjustment + self.tsc_offset) & 0xFFFFFFFFFFFFFFFF
 
     def set_tsc(self, value: int, address: int) -> None:
         """The WRMSR at ``address`` sets the time stamp counter."""
-        self._tsc_adjustment += value - self.read_tsc(address)
+        self.tsc_adjustment += value - self.read_tsc(address)
 
     def idle(self) -> None:
         """The guest waits in HLT (a monitor calls this when it halts on its guest's behalf)."""
@@ -268,7 +273,7 @@ class Running:
                 return False
             skipped = max(due - self.counter.time, 0)
             self.counter.time += skipped
-            self._idle_time += skipped
+            self.idle_time += skipped
             self.timeline.run_due()
             if self._stop is not None:
                 return False

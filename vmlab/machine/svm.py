@@ -11,6 +11,7 @@ The host that enters guests is in svm_host.py; see also ``docs/hardware-assistan
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from vmlab.errors import TripleFault
 from vmlab.machine import task
@@ -65,6 +66,20 @@ class Svm(Host):
         machine.guest_mode = self
         machine.on_attention = self._attend
         super().__init__(machine)
+
+    # ---- to be saved
+    _FIELDS = ("_injected", "_virtual_interrupt", "_kicked", "_attention", "_code", "_sound", "in_guest")
+
+    def state(self) -> dict[str, Any]:
+        return {name.lstrip("_"): getattr(self, name) for name in self._FIELDS} | {"vmcb": self._vmcb.address}
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        for name in self._FIELDS:
+            setattr(self, name, state[name.lstrip("_")])
+        self._vmcb.address = state["vmcb"]
+        if self._native is not None and self.in_guest:
+            waits = self._injected or self._virtual_interrupt or self._kicked
+            self._native.entering(self._vmcb.address, self.machine.cpu.nested_root, not waits)
 
     # ---- VMRUN
     def run(self, address: int) -> Stop:

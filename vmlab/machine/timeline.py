@@ -59,6 +59,19 @@ class Timeline:
             handle.callback = None
             self._changed()
 
+    def pending(self) -> list[Handle]:
+        """What is due, in the order in which it will run."""
+        return sorted(handle for handle in self._heap if handle.callback is not None)
+
+    def reorder(self, handles: list[Handle]) -> None:
+        """Equal due times run in the order of ``handles`` from now on; these are all that are pending."""
+        for number, handle in enumerate(handles, self._asked + 1):
+            handle.order = number
+        self._asked += len(handles)
+        self._heap = list(handles)
+        heapq.heapify(self._heap)
+        self._changed()
+
     def run_due(self) -> None:
         """Run what is due by now, in order of due times; what that makes due by now runs as well."""
         while True:

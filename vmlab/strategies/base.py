@@ -12,7 +12,9 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
+from vmlab.errors import UnsupportedByStrategy
 from vmlab.guests import GuestImage
 from vmlab.ledger import Counts, Snapshot
 from vmlab.machine.cpu import Cpu
@@ -81,6 +83,27 @@ class Strategy(Technique, ABC):
     @abstractmethod
     def guest_state(self) -> GuestState:
         """The guest's state, precise at every stop."""
+
+    # ---- to be saved and go on elsewhere
+    def state(self) -> dict[str, Any]:
+        """What this VMM knows beside machine memory, as plain values.
+
+        :raises UnsupportedByStrategy: it cannot be saved, or not at this moment, and why.
+        """
+        raise UnsupportedByStrategy(f"a run under {self.name} cannot be saved; one that is native or hardware-assisted can")
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state` in place of :meth:`load`; the machine has its own state already."""
+        raise UnsupportedByStrategy(f"a run under {self.name} cannot be saved")
+
+    def _counted(self) -> dict[str, Any]:
+        """The part of the state that every technique has."""
+        return {"counts": dict(self.counts), "refused": list(self.refused)}
+
+    def _count_on(self, state: dict[str, Any]) -> None:
+        self.counts.clear()
+        self.counts.update(state["counts"])
+        self.refused[:] = state["refused"]
 
     # ---- what the lab asks of it
     def watch(self, address: int, callback: Callable[[int], None]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 from vmlab.errors import TripleFault
 from vmlab.guests import GuestImage, boot
@@ -357,6 +357,23 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         pic.set_line((vector - pic.master.base) & 7, True)
         if self.svm.in_guest:
             self.svm.kick()
+
+    # ---- to be saved
+    def state(self) -> dict[str, Any]:
+        self.cpu.settle()
+        return self._counted() | {
+            "svm": self.svm.state(), "mmu": self.mmu.state(), "cpu": self.cpu.state(), "registers": self.emulator.registers.state(),
+            "devices": self.platform_devices.state(), "memory": self.memory.pager.state(), "window": self._window.state(),
+            "nmi": (self._nmi, self._nmi_blocked),
+        }
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        parts: tuple[tuple[str, Any], ...] = (("svm", self.svm), ("mmu", self.mmu), ("cpu", self.cpu), ("registers", self.emulator.registers),
+                                              ("devices", self.platform_devices), ("memory", self.memory.pager), ("window", self._window))
+        for name, part in parts:
+            part.from_state(state[name])
+        self._nmi, self._nmi_blocked = state["nmi"]
+        self._count_on(state)
 
     # ---- state
     def guest_state(self) -> GuestState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vmlab.guests import GuestImage, boot
 from vmlab.machine.cpu import Segment
 from vmlab.strategies.base import GuestState, Strategy, physical_state
@@ -29,6 +31,13 @@ class Native(NativeTechnique, Strategy):
         """On the bare machine only a device interrupts: raise its line instead (``machine.pic.set_line``)."""
         irq = vector - self.machine.pic.master.base
         self.machine.pic.set_line(irq & 7, True)
+
+    def state(self) -> dict[str, Any]:
+        return self._counted()
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        """All else is the machine's."""
+        self._count_on(state)
 
     def guest_state(self) -> GuestState:
         return physical_state(self.machine.cpu)

@@ -45,6 +45,9 @@ class AssistedMemory(Protocol):
 
     exits: dict[int, Callable[[], None]]
 
+    @property
+    def pager(self) -> NestedPager | ShadowPager: ...
+
     def prepare(self, vmcb: v.Vmcb) -> int:
         """Fill in the VMCB for a guest that is about to start; returns bits for its intercept vector."""
 

@@ -40,6 +40,11 @@ class DiskDriver:
         """The disk's size, or None where there is none."""
         return None if self._machine.disk is None else self._machine.disk.sectors
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way or waits."""
+        return self._running is not None or bool(self._queue)
+
     def submit(self, request: Request) -> None:
         """Carry out a request when all before it are done."""
         self._queue.append(request)

@@ -8,6 +8,7 @@ exit need it, so that one emulator serves all VMMs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from vmlab.machine.cpu import IF, Cpu, Segment
 from vmlab.machine.paging import CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE
@@ -89,6 +90,16 @@ class GuestModeCpu:
         bit, view, index = self._at[field]
         if view[index] != value or not (self._read | self._kept) & bit:
             self.write(field, value)
+
+    def state(self) -> dict[str, Any]:
+        """Which fields of the VMCB are known already, and the registers that the VMM keeps. What was read or written so far is counted."""
+        return {"msrs": dict(self.msrs), "read": self._read, "kept": self._kept, "mmu_known": self._mmu_known, "loaded": dict(self._loaded)}
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        self.msrs.clear()
+        self.msrs.update(state["msrs"])
+        self._read, self._kept, self._written = state["read"], state["kept"], 0
+        self._mmu_known, self._loaded = state["mmu_known"], dict(state["loaded"])
 
     # ---- registers
     def gpr(self, number: int) -> int:

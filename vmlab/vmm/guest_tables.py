@@ -9,6 +9,7 @@ would have. Neither knows anything of shadow tables; who must hear of a store as
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from vmlab.ledger import Counts
 from vmlab.machine import paging
@@ -37,12 +38,13 @@ class GuestMemory:
         self.write_device: Callable[[int, int, int], None] = lambda gpa, size, value: None
         #: Told once of each frame beyond RAM that the guest made somebody reach for, and how: (gpa, verb).
         self.on_foreign: Callable[[int, str], None] = lambda gpa, verb: None
-        self._foreign: set[tuple[int, str]] = set()
+        #: Frames that were told of already, and how.
+        self.told: set[tuple[int, str]] = set()
 
     def foreign(self, gpa: int, verb: str) -> None:
         """Somebody was made to reach beyond RAM at ``gpa``; ``verb`` completes "the guest …"."""
-        if (gpa >> 12, verb) not in self._foreign:
-            self._foreign.add((gpa >> 12, verb))
+        if (gpa >> 12, verb) not in self.told:
+            self.told.add((gpa >> 12, verb))
             self.on_foreign(gpa, verb)
 
     def inside(self, gpa: int) -> bool:
@@ -94,6 +96,15 @@ class GuestMmu:
         self.cr0, self.cr3, self.cr4, self.efer = CR0_PE | CR0_ET, 0, 0, 0
         self._pdptes: tuple[int, ...] | None = None
         self._tables: Tables | None = None
+
+    def state(self) -> dict[str, Any]:
+        """The registers, and which frames beyond RAM were told of."""
+        return {"registers": (self.cr0, self.cr3, self.cr4, self.efer), "pdptes": self._pdptes, "foreign": sorted(self.memory.told)}
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        self.cr0, self.cr3, self.cr4, self.efer = state["registers"]
+        self._pdptes, self._tables = state["pdptes"], None
+        self.memory.told = {(frame, verb) for frame, verb in state["foreign"]}
 
     def enter_real_mode(self) -> None:
         """CR0 as it is at reset, for a guest that starts there."""

@@ -39,6 +39,14 @@ class InterruptWindow:
         self._vmcb["interrupt_control"] = control & ~(v.V_PRIORITY | v.V_IGNORE_TPR) | v.V_IRQ | wanted
         self._open = wanted
 
+    def state(self) -> int | None:
+        """What it is open for; None: closed."""
+        return self._open
+
+    def from_state(self, state: int | None) -> None:
+        """The VMCB is as it was."""
+        self._open = state
+
     def close(self) -> None:
         """It was reached, or nothing waits for it any more."""
         if self._open is not None:

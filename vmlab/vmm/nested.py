@@ -8,6 +8,7 @@ for the first time; after that it is not asked again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from vmlab.ledger import Counts
 from vmlab.machine.memory import PAGE
@@ -32,6 +33,13 @@ class NestedPager:
         #: Told of a frame beyond the guest's RAM when it is first reached.
         self.on_foreign: Callable[[int], None] = lambda gpa: None
         self.root = self._table()
+
+    def state(self) -> dict[str, Any]:
+        """The tables are in machine memory; this is how far the pool is used."""
+        return {"next": self._next}
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        self._next = state["next"]
 
     def _table(self) -> int:
         frame = self._next

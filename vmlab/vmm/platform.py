@@ -11,9 +11,11 @@ guest's controller.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.ledger import Counts
+from vmlab.machine import saved
 from vmlab.machine.board import CLOCK_IRQ, DISK_IRQ, IDE_IRQ, KEYBOARD_IRQ, PIT_IRQ, PIT_PORT, SYSTEM_PORT, UART_IRQ, line
 from vmlab.machine.devices import cmos, ioapic, lapic, testdev
 from vmlab.machine.devices.bus import PortBus
@@ -89,6 +91,29 @@ class VirtualPlatform:
             self._own.attach(self.disk, FIRST_PORT, PORT_COUNT)
         memory.read_device, memory.write_device = self._memory_read, self._memory_write
         program_physical_pic(machine, (PIT_IRQ, UART_IRQ, DISK_IRQ, KEYBOARD_IRQ, IDE_IRQ))
+
+    # ---- to be saved
+    def _devices(self) -> list[Any]:
+        """The VMM's own devices; interrupt controllers last, since the others pull at their lines."""
+        disk = [] if self.disk is None else [self.disk]
+        return [self.pit, self.clock, self.test_device, *disk, *(d for d in self._own.devices() if isinstance(d, SystemControl)),
+                self.ioapic, self.lapic, self.pic]
+
+    def state(self) -> dict[str, Any]:
+        """Raises UnsupportedByStrategy while the disk moves data: whom it tells is no plain value."""
+        if self._driver.busy:
+            raise UnsupportedByStrategy("the guest's disk is at work; it cannot be saved now")
+        return {"devices": [device.state() for device in self._devices()], "timer": self._timer.due, "level": self._level,
+                "due": saved.due(self.timeline, saved.owners(self._devices())), "unanswered": dict(self._own.unanswered)}
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        """The machine's own devices are as they were: nothing is asked of them."""
+        self._timer.due = 0     # sooner than anything: the physical timer is armed already
+        for device, of_device in zip(self._devices(), state["devices"], strict=True):
+            device.from_state(of_device)
+        saved.arrange(self.timeline, saved.owners(self._devices()), state["due"])
+        self._own.unanswered = dict(state["unanswered"])
+        self._timer.due, self._level = state["timer"], state["level"]
 
     # ---- the guest's accesses
     def port_read(self, port: int, size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.machine.cpu import SYSENTER_CS
@@ -73,6 +74,13 @@ class RegisterEmulator:
     def read_tsc(self) -> int:
         """The guest's time stamp counter."""
         return (self._machine.read_tsc() + self.tsc_offset) & _WORD
+
+    def state(self) -> dict[str, Any]:
+        """What is in neither the virtual CPU nor its MMU."""
+        return {"tsc_offset": self.tsc_offset, "debug": list(self.debug)}
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        self.tsc_offset, self.debug[:] = state["tsc_offset"], state["debug"]
 
     # ---- control registers
     def _mov_to_cr(self, instruction: Instruction) -> None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from typing import Any
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.ledger import Counts
@@ -34,6 +35,7 @@ from vmlab.machine.paging import CR4_PAE, NX, P, PageFault, Walk
 from vmlab.machine.paging import D as DIRTY
 from vmlab.vmm.guest_tables import GuestMmu
 from vmlab.vmm.shadow_page import ALL, CLEAN, FRAME, ShadowPage, View
+from vmlab.vmm.shadow_saved import pages_from, pages_of
 from vmlab.vmm.shadow_tables import RESERVE
 from vmlab.vmm.space import LARGE, StaticSpace
 from vmlab.vmm.tracing import Tracing
@@ -70,6 +72,32 @@ class ShadowPager(Tracing):
 
         if self.tracing:
             self._memory.on_write = told
+
+    # ---- to be saved
+    def state(self) -> dict[str, Any]:
+        """See :mod:`vmlab.vmm.shadow_saved`. What C has learned is left out: it learns it again."""
+        pages = list({id(page): page for page in (self._direct.root, *self._pages.values(), *self._roots.values())}.values())
+        number = {id(page): at for at, page in enumerate(pages)}
+        return {
+            "pages": pages_of(pages), "cached": [number[id(page)] for page in self._pages.values()],
+            "roots": [(cr3, view.name, number[id(page)]) for (cr3, view), page in self._roots.items()], "root": number[id(self._root)],
+            "free": list(self._free), "guarded": sorted(self.guarded), "foreign": sorted(self._foreign),
+            "leaves": [(gfn, sorted(at)) for gfn, at in self._leaves.items()], "view": self.view.name, "mode": self._mode, "stale": self.stale,
+        }
+
+    def from_state(self, state: dict[str, Any]) -> None:
+        self._void()
+        pages = pages_from(state["pages"])
+        self._direct.root, self._root = pages[0], pages[state["root"]]
+        self._pages = {pages[at].key: pages[at] for at in state["cached"]}
+        self._by_gfn = {}
+        for page in self._pages.values() if self.tracing else ():
+            if not page.direct:
+                self._by_gfn.setdefault(page.gfn, []).append(page)
+        self._roots = {(cr3, View[view]): pages[at] for cr3, view, at in state["roots"]}
+        self._free, self.guarded, self._foreign = list(state["free"]), set(state["guarded"]), set(state["foreign"])
+        self._leaves = {gfn: set(at) for gfn, at in state["leaves"]}
+        self.view, self._mode, self.stale = View[state["view"]], state["mode"], state["stale"]
 
     # ---- the guest's registers changed
     def reload(self, flush: bool) -> None:

@@ -35,6 +35,10 @@ class PortBus:
         for number in range(count):
             self._at[first + number] = (device, offset + number)
 
+    def devices(self) -> list[PortDevice]:
+        """Every attached device once, by its lowest port."""
+        return list({id(device): device for _, (device, _) in sorted(self._at.items(), key=lambda item: item[0])}.values())
+
     def answers(self, port: int) -> bool:
         """Whether a device is attached at this port."""
         return port in self._at

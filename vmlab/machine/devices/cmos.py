@@ -6,6 +6,7 @@ The clock shows virtual time from midnight of :data:`EPOCH` on, so that every ru
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -112,7 +113,7 @@ class Cmos:
                 self._handles[cause] = None
             elif handle is None or handle.callback is None:
                 due = (self._timeline.now // period + 1) * period
-                self._handles[cause] = self._timeline.at(due, lambda cause=cause: self._event(cause))  # type: ignore[misc]
+                self._handles[cause] = self._timeline.at(due, functools.partial(self._event, cause))
 
     def _event(self, cause: int) -> None:
         self._handles[cause] = None
