@@ -28,7 +28,7 @@ class Row:
     def as_dict(self) -> dict[str, object]:
         """For programs."""
         return {"name": self.name, "ratio": round(self.ratio, 4), "limit": self.limit, "better": self.better,
-                "spread": [round(value, 4) for value in self.spread], **({"note": self.note} if self.note else {})}
+                "spread": [round(value, 4) for value in self.spread]}
 
     def text(self) -> str:
         """For a terminal."""
@@ -36,6 +36,18 @@ class Row:
         verdict = {True: "met", False: "MISSED", None: ""}[self.met]
         spread = f"{self.spread[0]:.3g} to {self.spread[1]:.3g}"
         return f"{self.name:54} {self.ratio:9.3f}  {limit:8} {verdict:7} {spread:20} {self.note}".rstrip()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that cannot be measured on this host, and why."""
+
+    name: str
+    reason: str
+
+    def text(self) -> str:
+        """For a terminal."""
+        return f"{self.name:54} skipped: {self.reason}"
 
 
 def row(name: str, ratios: Sequence[float], limit: float | None, better: str, note: str = "") -> Row:

@@ -1,6 +1,7 @@
 """The lab's speed, as ratios measured within one run.
 
     python benchmarks/run.py [--json FILE] [--rounds N] [--scale X] [--only WORDS] [--table]
+    python benchmarks/run.py --only "computing loop" --rounds 3      for example
 
 Each row is the median of several rounds, in which the two sides are timed in turn, so that a busy host disturbs the spread more
 than the median. Host time belongs to no ledger. The exit status is 1 where a row misses its limit, 0 otherwise.
@@ -16,13 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import emulators
 import events
 import programs
-from rows import Row, table
+from rows import Row, Skipped, table
 
 #: Each gives its rows: (rounds, scale, which names are wanted).
-GROUPS: tuple[Callable[[int, float, Callable[[str], bool]], Iterator[Row]], ...] = (
-    events.events, events.loops, events.boots, programs.commands, programs.experiments)
+GROUPS: tuple[Callable[[int, float, Callable[[str], bool]], Iterator[Row | Skipped]], ...] = (
+    events.loops, events.events, events.boots, emulators.emulators, programs.commands, programs.experiments)
 
 
 def main() -> int:
@@ -36,11 +38,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.rounds < 1 or not 0 < options.scale <= 100:
         parser.error("--rounds: at least 1; --scale: above 0, at most 100")
-    rows = []
+    found: list[Row | Skipped] = []
     for group in GROUPS:
         for row in group(options.rounds, options.scale, lambda name: options.only.lower() in name.lower()):
-            rows.append(row)
+            found.append(row)
             print(row.text(), flush=True)
+    if not found:
+        parser.error(f"--only: no row's name contains {options.only!r}")
+    rows = [row for row in found if isinstance(row, Row)]
     if options.json:
         Path(options.json).write_text(json.dumps([row.as_dict() for row in rows], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.table:
