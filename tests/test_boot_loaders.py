@@ -13,7 +13,7 @@ import pytest
 from machinelab import PATHS, asm
 
 from vmlab import guests, strategies
-from vmlab.errors import ConfigError, GuestImageError, UnsupportedByStrategy
+from vmlab.errors import ConfigError, GuestImageError
 from vmlab.guests import boot, bzimage, files, lz4
 from vmlab.guests.boot import firmware, pvh, sector
 from vmlab.guests.boot.layout import RAM
@@ -100,7 +100,7 @@ def test_linux64_enters_in_long_mode(technique: str, parameters: dict[str, str |
     assert ended(guest, technique, parameters) == 4 + 3
 
 
-@pytest.mark.parametrize(("technique", "parameters"), TECHNIQUES[:2])
+@pytest.mark.parametrize(("technique", "parameters"), TECHNIQUES)
 def test_a_boot_sector_starts_in_real_mode(technique: str, parameters: dict[str, str | int]) -> None:
     code = asm("mov ax, dx; add ax, sp; sub ax, 0x7c00; movzx eax, al; mov dx, 0xf4; out dx, eax; hlt", sector.AT, 16)
     disk = code.ljust(510, b"\0") + b"\x55\xaa" + bytes(100)
@@ -108,12 +108,6 @@ def test_a_boot_sector_starts_in_real_mode(technique: str, parameters: dict[str,
     assert guest.protocol == "sector"
     assert len(guest.drives[0]) == 1024
     assert ended(guest, technique, parameters) == sector.FIRST_DISK
-
-
-def test_a_deprivileging_vmm_says_why_it_has_no_real_mode() -> None:
-    guest = files.parse("disk.img", b"\xf4".ljust(510, b"\0") + b"\x55\xaa")
-    with pytest.raises(UnsupportedByStrategy, match="real mode"):
-        ended(guest, "trap-and-emulate")
 
 
 def test_who_calls_the_firmware_is_told_so() -> None:

@@ -115,7 +115,7 @@ def test_a_truncated_image_and_another_machines(image: str, tmp_path: Path, caps
 
 def test_a_technique_that_cannot_carry_an_image_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "disk.img").write_bytes(b"\xf4".ljust(510, b"\0") + b"\x55\xaa")
-    assert vm(["run", str(tmp_path / "disk.img"), "--technique", "binary-translation"]) == 0
+    assert vm(["run", str(tmp_path / "disk.img"), "--technique", "paravirtualization"]) == 0
     assert "unsupported" in capsys.readouterr().err
 
 

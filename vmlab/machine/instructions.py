@@ -22,7 +22,7 @@ from vmlab.machine.engine import IN_CALLBACK, OUT_CALLBACK
 from vmlab.machine.msr import Msrs
 from vmlab.machine.operands import far_selector
 from vmlab.machine.paging import NestedFault, PageFault
-from vmlab.machine.state import HF_CS32, HF_CS64, HF_SHADOW, RAX, RCX, RDX
+from vmlab.machine.state import HF_SHADOW, RAX, RCX, RDX
 from vmlab.machine.svm_tasks import switch_in_guest
 from vmlab.machine.syscalls import syscall, sysenter
 
@@ -292,4 +292,4 @@ def port_encoding(instruction: Instruction) -> tuple[int | None, int, int]:
 def port_operands(instruction: Instruction, cpu: Cpu) -> tuple[int, int]:
     """(port, size in bytes) of IN, OUT, INS or OUTS, with the CPU at it."""
     port, size, size16 = port_encoding(instruction)
-    return cpu.gpr(RDX) & 0xFFFF if port is None else port, size if cpu.hflags & (HF_CS32 | HF_CS64) else size16
+    return cpu.gpr(RDX) & 0xFFFF if port is None else port, size16 if instruction.bits == 16 else size

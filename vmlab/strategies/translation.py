@@ -28,7 +28,6 @@ from vmlab.vmm.translation.forms import LONG, NARROW
 from vmlab.vmm.translation.layout import GATE, OLD_FLAGS, PENDING, SITE, TARGET
 from vmlab.vmm.translation.pages import CodePages
 from vmlab.vmm.translation.priority import Priority
-from vmlab.vmm.translation.translator import read_instruction
 from vmlab.vmm.translation.user_return import UserReturns
 from vmlab.vmm.translation.vcpu import CACHE_CS, TranslatedCpu
 from vmlab.vmm.translation.windows import Windows
@@ -77,7 +76,7 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
         self._site_at, self._pending_at, self._old_flags_at = (self.space.hole_frame(at) for at in (SITE, PENDING, OLD_FLAGS))
         self._state = State(0)
         self._new_space = False      # the guest has just changed its address space
-        self._interpreting = False   # the guest's kernel is in code that is not translated
+        self._interpreting = False   # the guest's kernel is in code that is not translated: real mode, or not 64-bit in long mode
         self._at_work = False        # a callout is being carried out
 
     def warm_up(self) -> list[dict[str, int]]:
@@ -92,7 +91,8 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
         cpu.load()
         cpu.set_segment(CS, CACHE_CS)
         cpu.set_cpl(KERNEL_RING)
-        self.vcpu.rip = cpu.rip
+        if self.vcpu.interpreted is None:
+            self.vcpu.rip = cpu.rip
         self.resume()
         cpu.store()
 
@@ -139,7 +139,11 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
         :param site: the callout that is being returned from.
         """
         vcpu, cpu = self.vcpu, self.machine.cpu
-        self._interpreting = False
+        self._interpreting = vcpu.interpreted is not None
+        if self._interpreting:
+            cpu.rip = self._door
+            self.follow_tables()
+            return
         if vcpu.cpl == 3:
             if self.space.in_hole(cpu.rip) or cpu.rip != vcpu.rip:
                 self.counts["bt.direct.enter"] += 1
@@ -193,29 +197,6 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
         """The gate's linear address."""
         return self.translator.forms.linear(GATE)
 
-    def _interpret(self) -> None:
-        """One instruction of 16- or 32-bit kernel code in long mode, of which a kernel has a few between CR0.PG and its far jump."""
-        vcpu = self.vcpu
-        try:
-            instruction, fault = read_instruction(vcpu.fetch, (vcpu.segment(CS).base + vcpu.rip) & 0xFFFFFFFF, vcpu.bits)
-            if isinstance(fault, PageFault):
-                raise Fault(14, fault.error_code, fault.address)
-            if fault is not None:
-                raise fault
-            if instruction is None:
-                raise Fault(6)
-            if instruction.op is None:
-                self.stores.carry_out(vcpu, instruction, vcpu.rip)
-            elif instruction.op in _TRAPS:
-                self.software_interrupt(instruction)
-            elif self.emulator.knows(instruction.op):
-                self.emulate(instruction)
-            else:
-                raise Fault(6)
-        except Fault as fault_of_guest:
-            self.reflect(fault_of_guest)
-        self.resume()
-
     # ---- out of the cache: a callout
     def _gate(self) -> None:
         """Translated code left for the VMM."""
@@ -229,7 +210,8 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
         """SITE says why translated code left."""
         self.priority.take()
         if self._interpreting:
-            self._interpret()
+            self.interpret()
+            self.resume()
             return
         site = self.translator.sites.get(self.machine.ram.read32(self._site_at))
         if site is None:

@@ -16,6 +16,7 @@ from vmlab.parameters import Value
 from vmlab.strategies.techniques import TrapAndEmulateTechnique
 from vmlab.vmm.long_mode import LongModeCpu
 from vmlab.vmm.long_monitor import LongModeMonitor
+from vmlab.vmm.real_monitor import INTERPRETER
 from vmlab.vmm.vcpu import KERNEL_RING
 
 #: Sensitive and unprivileged on x86 (Robin & Irvine, USENIX Security 2000, §3), as far as the lab makes
@@ -37,6 +38,7 @@ class TrapAndEmulate(TrapAndEmulateTechnique, LongModeMonitor):
         self.true_selectors = trap
         super().__init__(machine, parameters)
         self._holding_back = False
+        machine.gate(INTERPRETER, self._interpret)
         if trap:
             machine.trapping = SENSITIVE
         # A technique of somebody's own may do more at a CLI than this one does.
@@ -58,6 +60,10 @@ class TrapAndEmulate(TrapAndEmulateTechnique, LongModeMonitor):
             self.machine.counter.user_from = 4 if kernel else 3
         super().follow_tables()
 
+    def _interpret(self) -> None:
+        self.interpret()
+        self.follow_tables()
+
     def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
         if self._holding_back:      # the instruction in the shadow trapped
             self._holding_back = False
@@ -71,7 +77,7 @@ class TrapAndEmulate(TrapAndEmulateTechnique, LongModeMonitor):
         """
         injected = super().inject_pending()
         vcpu = self.vcpu
-        if not injected and vcpu.shadow_at is not None and vcpu.shadow_at == vcpu.rip and self.platform_devices.pending:
+        if not injected and vcpu.shadow_at is not None and vcpu.shadow_at == vcpu.rip and self.platform_devices.pending and vcpu.interpreted is None:
             self._holding_back = True
             self.machine.cpu.hflags |= HF_SHADOW
         return injected

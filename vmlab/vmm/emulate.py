@@ -28,6 +28,8 @@ from vmlab.vmm.vcpu import CHANGEABLE, VirtualCpu
 CPUID_OSXSAVE, CR4_OSXSAVE = 1 << 27, 1 << 18
 GP, PF = 13, 14
 _EMULATED = {op: f"emulate.{op}" for op in (*SYSTEM_INSTRUCTIONS, "other")}
+#: Segment-override prefixes.
+_OVERRIDES = {0x26: ES, 0x2E: CS, 0x36: SS, 0x3E: DS, 0x64: FS, 0x65: GS}
 
 
 class Emulator:
@@ -239,6 +241,11 @@ class Emulator:
     def _outs(self, instruction: Instruction) -> None:
         self._string_io(instruction, RSI)
 
+    def _string_base(self, instruction: Instruction, pointer: int) -> int:
+        """INS stores through ES, OUTS reads through DS or what a prefix says; in 64-bit code only FS and GS have a base."""
+        segment = ES if pointer == RDI else _OVERRIDES.get(instruction.cs.prefix[1], DS)
+        return 0 if self.vcpu.bits == 64 and segment not in (FS, GS) else int(self.vcpu.segment(segment).base)
+
     def _string_io(self, instruction: Instruction, pointer: int) -> None:
         """INS and OUTS, with REP to the end: one element at a time through memory and bus."""
         vcpu = self.vcpu
@@ -248,8 +255,10 @@ class Emulator:
         mask = (1 << (8 * width)) - 1
         left = vcpu.gpr(RCX) & mask if instruction.rep else 1
         step = -size if vcpu.eflags & DF else size
+        limit = 0xFFFFFFFFFFFFFFFF if vcpu.bits == 64 else 0xFFFFFFFF
+        base = self._string_base(instruction, pointer)
         while left:
-            address = vcpu.gpr(pointer) & mask
+            address = (base + (vcpu.gpr(pointer) & mask)) & limit
             vcpu.mmu.translate(address, write=pointer == RDI, user=vcpu.cpl == 3)   # a fault must come before the device is touched
             self.counts["vmm.device"] += 1
             if pointer == RDI:
@@ -257,7 +266,7 @@ class Emulator:
                 vcpu.write_linear(address, value.to_bytes(size, "little"), user=vcpu.cpl == 3)
             else:
                 self.platform.port_write(port, size, int.from_bytes(vcpu.read_linear(address, size, user=vcpu.cpl == 3), "little"))
-            vcpu.set_gpr(pointer, address + step, width)
+            vcpu.set_gpr(pointer, vcpu.gpr(pointer) + step, width)
             self.counts["emulate.string"] += 1
             left -= 1
             if instruction.rep:

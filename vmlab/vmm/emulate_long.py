@@ -1,6 +1,6 @@
 """System instructions of 64-bit code, where they differ from 32-bit code: operand sizes, stacks, frames, descriptors.
 
-In other code :class:`LongEmulator` is an :class:`~vmlab.vmm.emulate.Emulator`.
+In other code :class:`LongEmulator` is a :class:`~vmlab.vmm.emulate_real.RealModeEmulator`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from vmlab.machine.msr import CSTAR, EFER_SCE, FS_BASE, GS_BASE, KERNEL_GS_BASE,
 from vmlab.machine.pc import Machine
 from vmlab.machine.state import CS, GS, R11, RAX, RCX, RDX, RSP, SS
 from vmlab.vmm.descriptors import DescriptorEmulator
-from vmlab.vmm.emulate import GP, Emulator
+from vmlab.vmm.emulate import GP
+from vmlab.vmm.emulate_real import RealModeEmulator
 from vmlab.vmm.long_mode import LongModeCpu, canonical
 from vmlab.vmm.operands import CONTROL, SEGMENTS, effective_address, operand_size, read_operand, write_operand
 from vmlab.vmm.platform import VirtualPlatform
@@ -36,7 +37,7 @@ def far_size(instruction: Instruction) -> int:
     return 8 if instruction.cs.rex & _REX_W else operand_size(instruction)
 
 
-class LongEmulator(Emulator):
+class LongEmulator(RealModeEmulator):
     """Emulation for guests that may enter long mode."""
 
     vcpu: LongModeCpu

@@ -163,6 +163,10 @@ class LongModeCpu(VirtualCpu):
         self.cpu.set_segment(number, Segment(old.selector, base, old.limit, old.flags))
 
     # ---- guest memory
+    def fetch(self, address: int, size: int) -> bytes:
+        self._check(address, size)
+        return super().fetch(address, size)
+
     def read_linear(self, address: int, size: int, *, user: bool = False) -> bytes:
         self._check(address, size)
         return super().read_linear(address, size, user=user)

@@ -1,6 +1,6 @@
 """A VMM over a guest that may be a 64-bit one: what trap-and-emulate and binary translation have in common there.
 
-Every guest begins in legacy mode, as :class:`~vmlab.vmm.monitor.DeprivilegingMonitor` has it. When it enters long mode, the CPU does
+Every guest begins in legacy mode, as :class:`~vmlab.vmm.real_monitor.RealModeMonitor` has it. When it enters long mode, the CPU does
 too, and from then on the guest's kernel is at CPL 3 (:mod:`vmlab.vmm.long_mode`): the hole moves to the end of the 64-bit
 space, each way between kernel and users changes the view of the address space, and users' SYSCALL leads to doors of the VMM's.
 """
@@ -12,22 +12,20 @@ from collections.abc import Mapping
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import Fault
-from vmlab.machine.memory import PAGE
 from vmlab.machine.pc import Machine
 from vmlab.parameters import Value
 from vmlab.strategies.base import GuestState
 from vmlab.vmm.emulate_long import LongEmulator
 from vmlab.vmm.long_mode import LongModeCpu
-from vmlab.vmm.monitor import DeprivilegingMonitor
+from vmlab.vmm.real_monitor import DOORS, RealModeMonitor
 from vmlab.vmm.shadow_page import View
-from vmlab.vmm.space import HOLE, hole_address
+from vmlab.vmm.space import hole_address
 
-#: The page of the doors, and where in it SYSCALL leads, from 64- and from 32-bit code.
-DOORS = HOLE + 0x14000
+# Where in the page of the doors SYSCALL leads, from 64- and from 32-bit code.
 _SYSCALL = {hole_address(DOORS, 64): 64, hole_address(DOORS + 0x10, 64): 32}
 
 
-class LongModeMonitor(DeprivilegingMonitor):
+class LongModeMonitor(RealModeMonitor):
     """Base of the techniques that deprivilege the guest's kernel, in legacy and in long mode."""
 
     vcpu: LongModeCpu
@@ -36,7 +34,6 @@ class LongModeMonitor(DeprivilegingMonitor):
         super().__init__(machine, parameters)
         self.in_long_mode = False
         self.emulator.registers.on_paging = self._registers_written
-        machine.ram.write(self.space.map_hole(DOORS, PAGE), b"\xcc" * 0x20)     # never executed: the machine's hooks are here
         for door in _SYSCALL:
             machine.gate(door, self._system_call)
 
@@ -54,6 +51,8 @@ class LongModeMonitor(DeprivilegingMonitor):
     def _enter_long_mode(self) -> None:
         if self.in_long_mode:
             raise UnsupportedByStrategy(f"the guest left long mode at {self.vcpu.rip:#x}, and this VMM does not go back with it")
+        if self.vcpu.interpreted is not None:
+            raise UnsupportedByStrategy(f"the guest enters long mode from 16-bit code at {self.vcpu.rip:#x}; this VMM wants it in 32-bit code first")
         self.prepare_long_mode()
         self.in_long_mode = True
         self.space.set_bits(64)

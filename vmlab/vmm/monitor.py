@@ -6,10 +6,11 @@ emulated or reflected; a virtual interrupt controller; interrupts injected when 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import NoReturn
 
-from vmlab.errors import GuestRefused, UnsupportedByStrategy
+from vmlab.errors import GuestRefused
 from vmlab.guests import GuestImage, boot
 from vmlab.machine import task
 from vmlab.machine.cpu import IF, Segment
@@ -78,9 +79,6 @@ class DeprivilegingMonitor(Strategy):
     def load(self, image: GuestImage, command_line: str) -> None:
         machine = self.machine
         begin = boot.start(image, command_line, self.guest_memory)
-        if begin.real_mode:
-            raise UnsupportedByStrategy(f"guest {image.name!r} starts in real mode, which has no privilege levels: its code cannot be "
-                                        "deprivileged (use hardware-assisted, or an image with a 32-bit entry)")
         for gpa, data in begin.pieces:
             self.mmu.memory.write(gpa, data)
         cpu = machine.cpu
@@ -96,7 +94,13 @@ class DeprivilegingMonitor(Strategy):
         cpu.eflags = 2 | IF
         for number, value in begin.registers.items():
             cpu.set_gpr(number, value)
+        if begin.real_mode:
+            self.start_in_real_mode(begin.rip)
         cpu.store()
+
+    @abstractmethod
+    def start_in_real_mode(self, rip: int) -> None:
+        """The guest begins in real mode, at offset ``rip`` of a code segment whose base is 0 (see real_monitor.py)."""
 
     def frame_address(self, gpa: int) -> int:
         return GUEST_FRAMES + gpa
@@ -202,6 +206,8 @@ class DeprivilegingMonitor(Strategy):
     def page_fault(self, error_code: int) -> None:
         """#PF: hidden (the shadow lacked it), a store to a traced table, a reach for the VMM's pages, or the guest's own."""
         address = self.machine.cpu.cr2
+        if error_code & PF_WRITE and self.space.in_hole(address) and self._mark_accessed(address):
+            return
         if not self.mmu.paging and self.space.in_hole(address):
             self.refuse(f"{'store to' if error_code & PF_WRITE else 'fetch from' if error_code & PF_FETCH else 'access to'} "
                         f"the VMM's memory at {address:#x}")
@@ -219,6 +225,16 @@ class DeprivilegingMonitor(Strategy):
             return
         if outcome is not Outcome.HIDDEN:
             self.carry_out(address)
+
+    def _mark_accessed(self, address: int) -> bool:
+        """Whether the CPU was about to note in a shadow descriptor that it is used; then that is done, and the load runs again."""
+        try:
+            noted = self.vcpu.mark_accessed(address)
+        except PageFault as fault:
+            self.reflect(Fault(14, fault.error_code, fault.address))
+            return True
+        self.counts["vmm.shadow_descriptor"] += noted
+        return noted
 
     def carry_out(self, address: int) -> None:
         """The instruction at RIP accesses ``address``, where the CPU must not: the VMM does all of it."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import capstone
 from capstone import x86_const as cs_x86
 
-from vmlab.machine.decode import Instruction
+from vmlab.errors import GuestRefused
+from vmlab.machine.decode import Instruction, decode
+from vmlab.machine.delivery import Fault
 from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import CS, DS, ES, FS, GS, RBP, RSP, SS
 
+#: Reads guest code: (address, size); raises what fetching there would.
+Fetch = Callable[[int, int], bytes]
 _NAMES = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
 #: Capstone register → (number, size in bytes, shift).
 REGISTERS: dict[int, tuple[int, int, int]] = {}
@@ -64,6 +69,22 @@ def fetch(cpu: Registers, address: int) -> bytes:
         with contextlib.suppress(PageFault):
             raw += cpu.read_linear(address + inside, 15 - inside)
     return raw
+
+
+def read_instruction(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, PageFault | GuestRefused | Fault | None]:
+    """What lies at ``at``: (instruction, None), (None, None) for bytes that are none, (None, what fetching raised).
+
+    The next page is looked at only by an instruction that reaches into it, as the CPU would.
+    """
+    inside = min(15, PAGE - at % PAGE)
+    try:
+        raw = fetch(at, inside)
+        found = decode(raw, bits)
+        if found is None and inside < 15:
+            found = decode(raw + fetch((at + inside) & (1 << bits) - 1, 15 - inside), bits)
+    except (PageFault, GuestRefused, Fault) as fault:
+        return None, fault
+    return found, None
 
 
 def effective_address(cpu: Registers, instruction: Instruction, operand: Any) -> int:
@@ -121,5 +142,5 @@ def reads_what_it_writes(instruction: Instruction) -> bool:
 
 
 def operand_size(instruction: Instruction) -> int:
-    """Bytes: 4, or 2 with the operand-size prefix."""
-    return 2 if 0x66 in bytes(instruction.cs.prefix) else 4
+    """Bytes: 4, or 2 with the operand-size prefix; the other way round in 16-bit code (SDM Vol. 1 §3.6)."""
+    return 2 if (0x66 in bytes(instruction.cs.prefix)) != (instruction.bits == 16) else 4

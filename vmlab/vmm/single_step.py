@@ -25,7 +25,7 @@ from vmlab.machine.memory import FOUR_GIB, PAGE
 from vmlab.machine.paging import EFER_LMA, PageFault
 from vmlab.machine.pc import Machine
 from vmlab.machine.state import CS, HF_CPL, HF_LMA, HF_PE, RCX
-from vmlab.vmm.guest_tables import GuestMmu
+from vmlab.vmm.guest_tables import CR0_PE, GuestMmu
 
 _HF_TASK, _HF_FXSR = 7 << 9, 1 << 22        # MP, EM, TS of CR0; OSFXSR of CR4 (QEMU target/i386/cpu.h)
 _CR4_OSFXSR = 1 << 9
@@ -145,7 +145,8 @@ class SingleStep:
         long_mode = bool(mmu.efer & EFER_LMA)
         own.forget_exception()
         own.hflags2 = 1     # GIF; nothing of guest mode
-        own.hflags = (HF_PE | (HF_LMA if long_mode else 0) | (mmu.cr0 << 8) & _HF_TASK | (_HF_FXSR if mmu.cr4 & _CR4_OSFXSR else 0))
+        own.hflags = ((HF_PE if mmu.cr0 & CR0_PE else 0) | (HF_LMA if long_mode else 0)
+                      | (mmu.cr0 << 8) & _HF_TASK | (_HF_FXSR if mmu.cr4 & _CR4_OSFXSR else 0))
         u64 = window.u64
         for word in range(_SVM_WORDS):      # with #PF intercepted Unicorn leaves CR2 alone and stores the address at vm_vmcb, guest mode or not
             u64[self._layout.vm_vmcb // 8 + word] = 0

@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from vmlab.errors import GuestRefused
 from vmlab.machine.cpu import AC, IF, IOPL, NT, RF, TF, VM, Cpu, Segment, unpack_descriptor
+from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import CS, SS
 from vmlab.vmm.guest_tables import GuestMmu
@@ -29,6 +31,14 @@ _NO_TABLE = Segment(0, 0, 0, 0)
 # translator notes INTR, and that of its callout's number; then the flags themselves.
 FLAGS_AT, _SHADOW_AT, _PENDING, NOTED_AT, SITE_AT, _OWN_FLAGS = range(6)
 _NO_SHADOW = 0xFFFFFFFFFFFFFFFF
+
+
+@dataclass
+class Interpreted:
+    """What is virtual while the VMM interprets the guest's code: RIP and the segments, as the guest knows them."""
+
+    rip: int
+    segments: dict[int, Segment]
 
 
 def _no_registers(number: int, value: int) -> None:
@@ -64,6 +74,8 @@ class VirtualCpu:
         self.ldt = Segment(0, 0, 0, 0x8200)
         self.tr = Segment(0, 0, 0, 0x8900)
         self.hidden_loads = 0
+        #: The guest is in a mode that the CPU cannot run it in, and the VMM carries out its every instruction (real_monitor.py).
+        self.interpreted: Interpreted | None = None
         #: Writes a control register with all that follows; whoever emulates registers puts itself here.
         self.write_cr: Callable[[int, int], None] = _no_registers
 
@@ -116,11 +128,14 @@ class VirtualCpu:
 
     @property
     def rip(self) -> int:
-        return self.cpu.rip
+        return self.cpu.rip if self.interpreted is None else self.interpreted.rip
 
     @rip.setter
     def rip(self, value: int) -> None:
-        self.cpu.rip = value
+        if self.interpreted is None:
+            self.cpu.rip = value
+        else:
+            self.interpreted.rip = value
 
     def advance(self, size: int) -> int:
         """RIP behind an instruction of ``size`` bytes."""
@@ -198,6 +213,8 @@ class VirtualCpu:
         return selector
 
     def selector(self, number: int) -> int:
+        if self.interpreted is not None:
+            return self.interpreted.segments[number].selector
         physical = self.cpu.selector(number)
         return self.shown_selector(physical) if number in (CS, SS) else physical
 
@@ -207,24 +224,42 @@ class VirtualCpu:
         return shown & 0xFFFC if number in (CS, SS) and shown & 3 == KERNEL_RING else shown
 
     def segment(self, number: int) -> Segment:
-        return self.cpu.segment(number)
+        return self.cpu.segment(number) if self.interpreted is None else self.interpreted.segments[number]
 
     def set_segment(self, number: int, value: Segment) -> None:
         """Load a segment with the guest's descriptor: CS and SS of ring 0 become ring 1."""
+        if self.interpreted is not None:
+            self.interpreted.segments[number] = value
+            return
         if number in (CS, SS) and value.selector & 3 == 0:
             value = Segment(value.selector | KERNEL_RING, value.base, value.limit, value.flags)
         self.cpu.set_segment(number, compress(value))
 
     def set_segment_base(self, number: int, base: int) -> None:
         """FS or GS base, written through its MSR."""
-        old = self.cpu.segment(number)
-        self.cpu.set_segment(number, Segment(old.selector, base & 0xFFFFFFFF, old.limit, old.flags))
+        old = self.segment(number)
+        new = Segment(old.selector, base & 0xFFFFFFFF, old.limit, old.flags)
+        if self.interpreted is None:
+            self.cpu.set_segment(number, new)
+        else:
+            self.interpreted.segments[number] = new
 
     def physical_selector(self, selector: int) -> int:
         """The selector to load into CS or SS for what the guest calls ``selector``."""
         return selector | KERNEL_RING if selector & 3 == 0 and selector & 0xFFFC else selector
 
     # ---- guest memory by linear address, through the guest's own tables
+    def fetch(self, address: int, size: int) -> bytes:
+        """Guest code; raises the PageFault that fetching it at CPL 0 would, and GuestRefused in the VMM's own pages."""
+        self._refuse_hole(address, size, "fetched from")
+        limit = 0xFFFFFFFFFFFFFFFF if self.long_mode else 0xFFFFFFFF
+        code = b""
+        while len(code) < size:
+            at = (address + len(code)) & limit
+            n = min(size - len(code), PAGE - at % PAGE)
+            code += self.mmu.memory.read(self.mmu.translate(at, fetch=True), n)
+        return code
+
     def read_linear(self, address: int, size: int, *, user: bool = False) -> bytes:
         """Fetch for the guest; raises its own PageFault."""
         self._refuse_hole(address, size, "reached")
@@ -271,6 +306,23 @@ class VirtualCpu:
         if (int.from_bytes(old, "little") | accessed << 32) == (int.from_bytes(new, "little") | accessed << 32):
             return False
         self.space.ram.write(at, new)
+        return True
+
+    def mark_accessed(self, address: int) -> bool:
+        """The CPU, loading a segment, could not note so in the shadow table at linear ``address``: note it there and in the guest's own.
+
+        False where that is not what happened. Raises the guest's PageFault where its table cannot be written (SDM Vol. 3A §3.4.5.1).
+        """
+        index = (address - self.space.base) // 8
+        if not 0 <= index < (self.gdt.limit + 1) // 8:
+            return False
+        at = self.space.hole_frame(SHADOW_GDT) + 8 * index + 5
+        access = self.space.ram.read(at, 1)[0]
+        if access & 1 or not access & _CODE_OR_DATA >> 8:
+            return False
+        mine = self.gdt.base + 8 * index + 5
+        self.write_linear(mine, bytes((self.read_linear(mine, 1)[0] | 1,)))
+        self.space.ram.write(at, bytes((access | 1,)))
         return True
 
     def guest_descriptor(self, selector: int) -> Segment | None:

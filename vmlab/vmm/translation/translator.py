@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from vmlab.errors import GuestRefused
 from vmlab.ledger import Counts
 from vmlab.machine.code import Tag, Tags
-from vmlab.machine.decode import Instruction, decode
+from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import Fault
-from vmlab.machine.memory import PAGE
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import RCX
+from vmlab.vmm.operands import Fetch, read_instruction
 from vmlab.vmm.space import StaticSpace
 from vmlab.vmm.translation import relative
 from vmlab.vmm.translation.cache import Cache
@@ -31,8 +31,6 @@ from vmlab.vmm.translation.steady import Learning
 from vmlab.vmm.translation.units import Kind, Mode, Site, State, Unit
 
 UNIT_LIMIT = 12
-#: Reads guest code: (address, size); raises what fetching there would.
-Fetch = Callable[[int, int], bytes]
 
 _SYSTEM_CAUSES = frozenset({"cli", "sti", "pushf", "popf", "iret", "in", "out", "cpuid", "rdtsc", "hlt"})
 _SEGMENT_OPS = frozenset({"mov_to_seg", "mov_from_seg", "push_seg", "pop_seg", "load_far"})
@@ -366,20 +364,4 @@ class Translator:
         return after is not None and after.op != "sti"
 
 
-def read_instruction(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | None, PageFault | GuestRefused | Fault | None]:
-    """What lies at ``at``: (instruction, None), (None, None) for bytes that are none, (None, what fetching raised).
-
-    The next page is looked at only by an instruction that reaches into it, as the CPU would.
-    """
-    inside = min(15, PAGE - at % PAGE)
-    try:
-        raw = fetch(at, inside)
-        found = decode(raw, bits)
-        if found is None and inside < 15:
-            found = decode(raw + fetch((at + inside) & (1 << bits) - 1, 15 - inside), bits)
-    except (PageFault, GuestRefused, Fault) as fault:
-        return None, fault
-    return found, None
-
-
-__all__ = ["Options", "Translator", "read_instruction"]
+__all__ = ["Options", "Translator"]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmlab.errors import UnsupportedByStrategy
 from vmlab.machine.cpu import IF, IOPL, Cpu, Segment
-from vmlab.machine.memory import PAGE
 from vmlab.machine.state import CS, SS
 from vmlab.vmm.guest_tables import GuestMmu
 from vmlab.vmm.long_mode import LongModeCpu, uncompressed
 from vmlab.vmm.space import StaticSpace
 from vmlab.vmm.translation.layout import NEGATIVE_STACK, PENDING, SITE, VIRTUAL_CR, VIRTUAL_FLAGS
-from vmlab.vmm.vcpu import FLAGS_AT, KERNEL_RING, NOTED_AT, SITE_AT
+from vmlab.vmm.vcpu import FLAGS_AT, KERNEL_RING, NOTED_AT, SITE_AT, Interpreted
 
 #: CS while the cache runs: flat, ring 1; its selector is never shown to anybody.
 CACHE_CS = Segment(0xFFF8 | KERNEL_RING, 0, 0xFFFFFFFF, 0x00CF9B00 | KERNEL_RING << 13)
@@ -64,39 +62,32 @@ class TranslatedCpu(LongModeCpu):
     def _limit(self) -> int:
         return 0xFFFFFFFFFFFFFFFF if self.long_mode else 0xFFFFFFFF
 
-    def fetch(self, address: int, size: int) -> bytes:
-        """Guest code; raises the PageFault that fetching it at CPL 0 would, and GuestRefused in the VMM's own pages."""
-        self._refuse_hole(address, size, "fetched from")
-        self._check(address, size)
-        code = b""
-        while len(code) < size:
-            at = (address + len(code)) & self._limit
-            n = min(size - len(code), PAGE - at % PAGE)
-            code += self.mmu.memory.read(self.mmu.translate(at, fetch=True), n)
-        return code
-
     def load_gdt(self, base: int, limit: int) -> int:
         made = super().load_gdt(base, limit)
         self.on_gdt()
         return made
 
     def selector(self, number: int) -> int:
-        if number == CS and self.cpl == 0 and not self.long_mode:
-            return self.kernel_cs.selector
-        return super().selector(number)
+        return self.kernel_cs.selector if number == CS and self._in_cache else super().selector(number)
 
     def segment(self, number: int) -> Segment:
-        return self.kernel_cs if number == CS and self.cpl == 0 and not self.long_mode else super().segment(number)
+        return self.kernel_cs if number == CS and self._in_cache else super().segment(number)
+
+    @property
+    def _in_cache(self) -> bool:
+        """Whether the CPU's own CS is the cache's."""
+        return self.cpl == 0 and not self.long_mode and self.interpreted is None
 
     def set_segment(self, number: int, value: Segment) -> None:
-        """As the guest says; raises :class:`UnsupportedByStrategy` for kernels whose code or stack is not flat 32-bit."""
-        if self.long_mode:
+        """As the guest says. A kernel whose code or stack is not flat 32-bit is interpreted as long as it is so."""
+        if self.long_mode or self.interpreted is not None:
             super().set_segment(number, value)
             return
         kernel = value.selector & 3 == 0
         if number in (CS, SS) and kernel and (value.base or not value.flags & _BIG):
-            raise UnsupportedByStrategy(f"the translator carries flat 32-bit kernels only; this guest's {'CS' if number == CS else 'SS'} "
-                                        f"({value.selector:#x}) has base {value.base:#x}{'' if value.flags & _BIG else ' and is 16-bit'}")
+            segments = {other: uncompressed(self.segment(other)) for other in range(6)}
+            self.interpreted = Interpreted(self.rip, segments | {number: value})
+            return
         if number == CS and kernel:
             self.kernel_cs = value
             self.cpu.set_segment(CS, CACHE_CS)
