@@ -13,11 +13,11 @@ from vmlab.machine.msr import CSTAR, EFER_SCE, FS_BASE, GS_BASE, KERNEL_GS_BASE,
 from vmlab.machine.pc import Machine
 from vmlab.machine.state import CS, GS, R11, RAX, RCX, RDX, RSP, SS
 from vmlab.vmm.descriptors import DescriptorEmulator
-from vmlab.vmm.emulate import GP
 from vmlab.vmm.emulate_real import RealModeEmulator
 from vmlab.vmm.long_mode import LongModeCpu, canonical
 from vmlab.vmm.operands import CONTROL, SEGMENTS, effective_address, operand_size, read_operand, write_operand
 from vmlab.vmm.platform import VirtualPlatform
+from vmlab.vmm.transfers import GP
 
 _WORD = 0xFFFFFFFFFFFFFFFF
 _ID = 1 << 21
