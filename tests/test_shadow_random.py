@@ -1,7 +1,8 @@
 """Random page-table edits and accesses: under every memory scheme the guest sees what it sees on the bare machine.
 
 A case is a list of operations on a window of a few pages: edit an entry or a directory entry (flushing as an operating
-system must), read or write as kernel or as user, alias the page table itself into the window, toggle CR0.WP. Compared are
+system must, with global pages or without), read or write as kernel or as user, alias the page table itself into the window, toggle
+CR0.WP. Compared are
 every page fault (error code, CR2, where), the registers and all memory, the guest's tables with their A and D bits
 included, and the number of guest instructions.
 """
@@ -17,7 +18,7 @@ from machinelab import GDT, STACK3, USER_CODE, USER_DATA, asm
 from paginglab import LOG, SCHEMES, bare, boot, layout, raw_kernel, raw_origin
 
 from vmlab.guests import GuestImage
-from vmlab.machine.paging import NX, PS, RW, US, A, D, P
+from vmlab.machine.paging import NX, PS, RW, US, A, D, G, P
 from vmlab.machine.pc import Stop, StopReason
 from vmlab.strategies.base import Strategy
 
@@ -76,8 +77,11 @@ _STUBS = {"read": "mov eax, [{r}di]; int 0x30", "write": "mov [{r}di], ebx; int 
 _LANDING = b"\x90\x90\xcd\x30"       # at 0xFF8 of every page: where a fetch goes
 
 
-def assemble(mode: str, operations: list[object]) -> GuestImage:
-    """The kernel that does these operations one after another. EBP is where to go on after a fault or a user's INT 0x30."""
+def assemble(mode: str, operations: list[object], pge: bool) -> GuestImage:
+    """The kernel that does these operations one after another. EBP is where to go on after a fault or a user's INT 0x30.
+
+    :param pge: CR4.PGE is on, and every other page is global: INVLPG voids those, a CR3 load does not.
+    """
     where, bits = layout(mode), 64 if mode == "64" else 32
     r = "r" if bits == 64 else "e"
     stubs, at = {}, USER_STUBS
@@ -90,22 +94,27 @@ def assemble(mode: str, operations: list[object]) -> GuestImage:
         code.extend(asm(text, origin + len(code), bits))
 
     reload = f"mov {r}ax, cr3; mov cr3, {r}ax;"
+    everything = reload
+    if pge:
+        on = f"mov {r}ax, cr4; or eax, 0x80; mov cr4, {r}ax;"
+        everything = f"mov {r}ax, cr4; and eax, 0xffffff7f; mov cr4, {r}ax;" + on
+        emit(on)
     window = "mov edi, {:#x};"
     aliased = False             # the window shows its own table: stores to it must be flushed too
     for number, op in enumerate(operations):
         emit(f"mov ebx, {FRAMES[number % 4] | P | RW | US | A | D:#x};")
         if isinstance(op, Edit):
             target = where.window & ~0xFFF if op.target == len(FRAMES) else FRAMES[op.target]
-            entry = target | op.flags | (NX if op.nx and mode != "32" else 0)
+            entry = target | op.flags | (NX if op.nx and mode != "32" else 0) | (G if pge and op.page % 2 else 0)
             emit(window.format(where.slot(op.page)))
             aliased |= op.target == len(FRAMES)
             if where.size == 8:
                 emit(f"mov dword ptr [{r}di + 4], {entry >> 32:#x};")
             emit(f"mov dword ptr [{r}di], {entry & 0xFFFFFFFF:#x};")
-            emit(reload if op.reload else window.format(where.base + 0x1000 * op.page) + f"invlpg [{r}di];")
+            emit((reload if op.reload else "") + (window.format(where.base + 0x1000 * op.page) + f"invlpg [{r}di];" if pge or not op.reload else ""))
         elif isinstance(op, Directory):
-            entry = (where.window & ~0xFFF if not op.large else 0x400000 | PS) | op.flags
-            emit(window.format(where.directory) + f"mov dword ptr [{r}di], {entry:#x};" + reload)
+            entry = (where.window & ~0xFFF if not op.large else 0x400000 | PS | (G if pge else 0)) | op.flags
+            emit(window.format(where.directory) + f"mov dword ptr [{r}di], {entry:#x};" + everything)
         elif isinstance(op, WriteProtect):
             emit(f"mov {r}ax, cr0; and eax, 0xfffeffff;" + ("or eax, 0x10000;" if op.on else "") + f"mov cr0, {r}ax;")
         else:
@@ -119,7 +128,7 @@ def assemble(mode: str, operations: list[object]) -> GuestImage:
             emit(f"mov ebp, {origin + len(code) + size:#x};")
             emit(body)
             if aliased:
-                emit(reload)
+                emit(everything)
     emit("xor eax, eax; mov edx, 0xf4; out dx, eax; hlt")
     data = {stubs[name]: asm(text.format(r=r), stubs[name], bits) for name, text in _STUBS.items()}
     data |= {frame + 0xFF8: _LANDING for frame in FRAMES} | {0x400FF8 + 0x1000 * i: _LANDING for i in range(PAGES_IN_WINDOW)}
@@ -134,8 +143,8 @@ def memory(mode: str, guest: Strategy) -> bytes:
     return guest.read_guest(0, entry) + guest.read_guest(entry + where.size, 0x600000 - entry - where.size)
 
 
-def agree(mode: str, operations: list[object], schemes: list[str]) -> None:
-    image = assemble(mode, operations)
+def agree(mode: str, operations: list[object], schemes: list[str], pge: bool = False) -> None:
+    image = assemble(mode, operations, pge)
     oracle = bare(image)
     assert oracle.run(20_000) == DONE
     expected = oracle.snapshot()
@@ -155,9 +164,9 @@ _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "dera
 
 @pytest.mark.parametrize("mode", ["32", "pae", "64"])
 @settings(max_examples=12, **_SETTINGS)
-@given(operations=_OPERATIONS)
-def test_random_edits_and_accesses_agree_with_the_bare_machine(mode: str, operations: list[object]) -> None:
-    agree(mode, operations, list(SCHEMES))
+@given(operations=_OPERATIONS, pge=st.booleans())
+def test_random_edits_and_accesses_agree_with_the_bare_machine(mode: str, operations: list[object], pge: bool) -> None:
+    agree(mode, operations, list(SCHEMES), pge)
 
 
 @pytest.mark.parametrize("mode", ["32", "pae", "64"])
@@ -170,6 +179,6 @@ def test_a_fault_of_the_second_cpu_is_the_guests_own(mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["32", "pae", "64"])
 @settings(max_examples=400, **_SETTINGS)
-@given(operations=_OPERATIONS)
-def test_many_random_edits_and_accesses_agree_with_the_bare_machine(mode: str, operations: list[object]) -> None:
-    agree(mode, operations, list(SCHEMES))
+@given(operations=_OPERATIONS, pge=st.booleans())
+def test_many_random_edits_and_accesses_agree_with_the_bare_machine(mode: str, operations: list[object], pge: bool) -> None:
+    agree(mode, operations, list(SCHEMES), pge)

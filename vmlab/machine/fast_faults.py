@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmlab.ledger import Counts
-from vmlab.machine.paging import RW, US
+from vmlab.machine.paging import RW, US, G
 
 if TYPE_CHECKING:
     from vmlab.machine.pc import Machine
@@ -28,16 +28,19 @@ class HiddenFaults:
         self._base, self._host = base, machine.ram.address
         self._used: set[int] = set()
 
-    def learn(self, address: int, uppers: Sequence[tuple[int, int]], size: int, table: int, leaves: int) -> None:
+    def learn(self, address: int, uppers: Sequence[tuple[int, int]], size: int, table: int, leaves: int, global_pages: bool) -> None:
         """The shadow page at ``leaves`` (hpa) gives what the guest's table does for the 2 MiB around ``address``.
 
         :param uppers: the guest's upper entries, which give their rights: (gpa, value).
         :param size: of an entry in bytes. :param table: gpa of the guest's entry of the first page.
+        :param global_pages: whether the G bit of an entry means something (CR4.PGE).
         """
         number = address >> 21 & _WINDOWS - 1
         access = RW | US
         for _, entry in uppers:
             access &= entry
+        if global_pages:
+            access |= G
         places = [self._host + self._base + gpa for gpa, _ in uppers]
         values = [entry for _, entry in uppers]
         at = _HEAD + number * _SIZE

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 CR0_PG, CR0_WP = 1 << 31, 1 << 16
-CR4_PSE, CR4_PAE = 1 << 4, 1 << 5
-CR4_FLUSHING = CR4_PSE | CR4_PAE | 1 << 7   # with PGE: a change of these voids the TLB and loads the PDPTEs (SDM Vol. 3A §4.4.1, §4.10.4.1)
+CR4_PSE, CR4_PAE, CR4_PGE = 1 << 4, 1 << 5, 1 << 7
+CR4_FLUSHING = CR4_PSE | CR4_PAE | CR4_PGE   # a change of these voids the TLB and loads the PDPTEs (SDM Vol. 3A §4.4.1, §4.10.4.1)
 EFER_LME, EFER_LMA, EFER_NXE = 1 << 8, 1 << 10, 1 << 11
-P, RW, US, A, D, PS, NX = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7, 1 << 63
+P, RW, US, A, D, PS, G, NX = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7, 1 << 8, 1 << 63
 _FRAME = 0x000FFFFFFFFFF000
 _PAT_LARGE = 1 << 12
 _PDPTE_RESERVED = 0xFFF00000000001E6    # SDM Vol. 3A table 4-8, with a physical address of 52 bits

@@ -52,7 +52,7 @@ class DirectMap:
 
     def __init__(self, memory: GuestMemory, nowhere: int, is_device: Callable[[int], bool], holes: HoleTables, allocate: Callable[[], int]) -> None:
         self._ram, self._allocate = memory.ram, allocate
-        self.root = ShadowPage((0, 3, 0, ALL, True, False, View.ONE), allocate())
+        self.root = ShadowPage((0, 3, 0, ALL, True, False, View.ONE, 0), allocate())
         for slot in range(4):
             directory = allocate()
             entries = []

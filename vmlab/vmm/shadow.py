@@ -11,8 +11,8 @@ Three ways to keep them in step with the guest's:
 * ``tracing``: shadow pages are cached for all address spaces, and the guest's tables that they stand for are mapped
   read-only everywhere. A store to one is a *trace fault*: the VMM carries it out and corrects the derived entries.
   A table that is written while no current address space uses it is given up (its frame was recycled).
-* ``lazy``: the shadow is a big TLB. A guest must flush after it takes rights away; CR3 loads drop everything, INVLPG one
-  page. The guest's tables stay writable.
+* ``lazy``: the shadow is a big TLB. A guest must flush after it takes rights away; CR3 loads drop everything but global pages
+  (CR4.PGE), INVLPG one page. The guest's tables stay writable.
 * ``none``: filled on first use and never corrected: the shadow goes stale.
 
 A 64-bit guest of a deprivileging VMM has its kernel at CPL 3, beside its users, and so each address space has two shadows: what the
@@ -31,10 +31,10 @@ from typing import Any
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.ledger import Counts
 from vmlab.machine.fast_faults import HiddenFaults
-from vmlab.machine.paging import CR4_PAE, NX, P, PageFault, Walk
+from vmlab.machine.paging import CR4_PAE, CR4_PGE, NX, G, P, PageFault, Walk
 from vmlab.machine.paging import D as DIRTY
 from vmlab.vmm.guest_tables import GuestMmu
-from vmlab.vmm.shadow_page import ALL, CLEAN, FRAME, ShadowPage, View
+from vmlab.vmm.shadow_page import ALL, CLEAN, FRAME, GLOBAL, TABLE, ShadowPage, View
 from vmlab.vmm.shadow_saved import pages_from, pages_of
 from vmlab.vmm.shadow_tables import RESERVE
 from vmlab.vmm.space import LARGE, StaticSpace
@@ -106,10 +106,12 @@ class ShadowPager(Tracing):
         mode = self._current_mode()
         if mode[0] and self.scheme == "static":
             raise UnsupportedByStrategy("memory=static carries unpaged guests only; this guest turned paging on")
-        if mode != self._mode or (flush and self.scheme == "lazy"):
+        if mode != self._mode or (flush and self.scheme == "lazy" and not mode[2] & CR4_PGE):
             self._mode = mode
             self.drop_all()
         else:
+            if flush and self.scheme == "lazy":
+                self._drop_local()
             self._choose_root()
         self.stale = True
         if self._space is not None and mode[0]:
@@ -144,10 +146,37 @@ class ShadowPager(Tracing):
         self._pages.clear()
         self._by_gfn.clear()
         self._leaves.clear()
+        self._local.clear()
         self._roots.clear()
         self._root = self._direct.root
         self._choose_root()
         self.stale = True
+
+    def _drop_local(self) -> None:
+        """MOV to CR3 voids all translations but the global ones (SDM Vol. 3A §4.10.2.4, §4.10.4.1), whatever tables led to those."""
+        self._void()
+        local = list(self._local)
+        self._local.clear()
+        for page in local:
+            if self._pages.get(page.key) is not page:
+                continue
+            entries = TABLE.unpack_from(self._ram.bytes, page.frame)
+            if any(entry & GLOBAL for entry in entries):
+                for index, entry in enumerate(entries):
+                    if entry and not entry & GLOBAL:
+                        self._set_leaf(page, index, 0)
+            else:
+                self._discard(page)
+        for key, root in list(self._roots.items()):
+            if not root.children:
+                self._forget_root(key)
+
+    def _discard(self, page: ShadowPage) -> None:
+        """Take a page out wherever it is linked, and tables above that have nothing else."""
+        for at, parent in list(page.parents.items()):
+            self._unlink(parent, (at - parent.frame) // 8)
+            if not parent.children:
+                self._discard(parent)
 
     def _choose_root(self) -> None:
         mmu = self.mmu
@@ -163,9 +192,9 @@ class ShadowPager(Tracing):
             if len(self._free) < RESERVE:
                 self._make_room(None)
             if kind == "64":
-                root = self._page((cr3 >> 12, 4, 0, ALL, False, self._space is not None, self.view))
+                root = self._page((cr3 >> 12, 4, 0, ALL, False, self._space is not None, self.view, 0))
             else:
-                root = ShadowPage((0, 3, 0, ALL, False, False, View.ONE), self._allocate())
+                root = ShadowPage((0, 3, 0, ALL, False, False, View.ONE, 0), self._allocate())
                 self._holes.put(root, 3, long_mode=self.long_mode)
         elif kind == "pae":
             for slot, child in list(root.children.items()):
@@ -186,9 +215,8 @@ class ShadowPager(Tracing):
         """INVLPG: under ``lazy`` the page's translation is dropped; a traced shadow is in step anyway."""
         if self.scheme != "lazy" or not self.mmu.paging:
             return
-        for root in list(self._roots.values()):
-            if self._is_current(root):
-                self._drop_translation(root, address)
+        for root in list(self._roots.values()):     # a global one goes too, and may be in every address space (SDM Vol. 3A §4.10.4.1)
+            self._drop_translation(root, address)
 
     def _drop_translation(self, page: ShadowPage, address: int) -> None:
         while page.level > 1:
@@ -233,7 +261,8 @@ class ShadowPager(Tracing):
         old = self._ram.read64(page.frame + 8 * index)
         kernel_write = write and not user and not walk.writable     # CR0.WP = 0 lets the kernel
         entry = self._leaf(gpa, page.view, writable=walk.writable, user=walk.user, no_execute=walk.no_execute,
-                           dirty=bool(walk.steps[-1].entry & DIRTY), kernel_write=kernel_write)
+                           dirty=bool(walk.steps[-1].entry & DIRTY), kernel_write=kernel_write,
+                           is_global=bool(walk.steps[-1].entry & G and self._mode[2] & CR4_PGE))
         if not traced:      # else it was the store that ended the tracing, and runs now
             dirty = bool(old & P and old & CLEAN and write)
             self._counts["shadow.fault.dirty" if dirty else "shadow.fault.hidden"] += 1
@@ -255,7 +284,9 @@ class ShadowPager(Tracing):
         if (walk.shift == 12 and above and len(above) <= 2 and not page.direct and not walk.no_execute and not self.long_mode
                 and page.view is View.ONE and not self.guarded and all(self._memory.inside(step.at) for step in walk.steps)):
             first = last.at - last.size * (address >> 12 & 511)
-            faults.learn(address, [(step.at, step.entry) for step in above], last.size, first, page.frame)
+            if self._mode[2] & CR4_PGE:
+                self._local[page] = None        # what C fills is not told
+            faults.learn(address, [(step.at, step.entry) for step in above], last.size, first, page.frame, bool(self._mode[2] & CR4_PGE))
 
     def _descend(self, address: int, walk: Walk) -> ShadowPage:
         """The shadow page at level 1 for this walk, made and linked as far as it is missing."""
@@ -280,7 +311,8 @@ class ShadowPager(Tracing):
                 gfn = (walk.frame | address & ((1 << walk.shift) - 1)) & ~span
                 gfn >>= 12
             hole = level > 1 and self._leads_to_hole(address, 9 * level + 12)
-            page = self._link(page, self._index(page, address), (gfn, level, quadrant, access, table is None, hole, self._root.view))
+            base = address & -1 << 9 * level + 12 if self.scheme == "lazy" else 0
+            page = self._link(page, self._index(page, address), (gfn, level, quadrant, access, table is None, hole, self._root.view, base))
         return page
 
     def _leads_to_hole(self, address: int, shift: int) -> bool:

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from vmlab.ledger import Counts
 from vmlab.machine.fast_faults import HiddenFaults
 from vmlab.machine.memory import PAGE
-from vmlab.machine.paging import CR4_PAE, CR4_PSE, EFER_LMA, EFER_NXE, NX, RW, US, A, P
+from vmlab.machine.paging import CR4_PAE, CR4_PGE, CR4_PSE, EFER_LMA, EFER_NXE, NX, RW, US, A, P
 from vmlab.machine.paging import D as DIRTY
 from vmlab.vmm.fixed_tables import DirectMap, HoleTables
 from vmlab.vmm.guest_tables import GuestMmu
-from vmlab.vmm.shadow_page import ALL, CLEAN, FRAME, LAST, TABLE, Key, ShadowPage, View
+from vmlab.vmm.shadow_page import ALL, CLEAN, FRAME, GLOBAL, LAST, TABLE, Key, ShadowPage, View
 from vmlab.vmm.space import LARGE, POOL, StaticSpace
 
 RESERVE = 8                         # frames that one fault may need
@@ -51,6 +51,7 @@ class ShadowTables:
         self._by_gfn: dict[int, list[ShadowPage]] = {}
         self._leaves: dict[int, set[int]] = {}          # guest frame -> addresses of shadow leaves that map it
         self._roots: dict[tuple[int, View], ShadowPage] = {}    # by CR3, least recently used first
+        self._local: dict[ShadowPage, None] = {}        # under lazy: pages at level 1 with entries that a CR3 load voids
         self._holes = HoleTables(self._ram, space, self._allocate)
         self._direct = DirectMap(self._memory, self._nowhere, is_device, self._holes, self._allocate)
         self._root = self._direct.root
@@ -73,7 +74,8 @@ class ShadowTables:
 
     def _current_mode(self) -> tuple[bool, bool, int, int]:
         mmu = self.mmu
-        return mmu.paging, mmu.write_protect, mmu.cr4 & (CR4_PAE | CR4_PSE), mmu.efer & (EFER_NXE | EFER_LMA)
+        bits = CR4_PAE | CR4_PSE | (CR4_PGE if self.scheme == "lazy" else 0)
+        return mmu.paging, mmu.write_protect, mmu.cr4 & bits, mmu.efer & (EFER_NXE | EFER_LMA)
 
     # ---- pages
     def _allocate(self) -> int:
@@ -182,7 +184,8 @@ class ShadowTables:
     def _index(page: ShadowPage, address: int) -> int:
         return address >> (9 * page.level + 3) & 511
 
-    def _leaf(self, gpa: int, view: View, *, writable: bool, user: bool, no_execute: bool, dirty: bool, kernel_write: bool = False) -> int:
+    def _leaf(self, gpa: int, view: View, *, writable: bool, user: bool, no_execute: bool, dirty: bool, kernel_write: bool = False,
+              is_global: bool = False) -> int:
         """A 4 KiB shadow entry; 0 for a page that is not in this view."""
         if view is View.USER and not user:
             return 0
@@ -194,6 +197,8 @@ class ShadowTables:
             if gpa >> 12 not in self._foreign:
                 self._foreign.add(gpa >> 12)
                 self.on_foreign(gpa & ~(PAGE - 1))
+        if is_global:
+            entry |= GLOBAL
         if kernel_write:
             # Writable for the kernel means not for users: their next access takes this back (Linux: kvm/mmu, "emulating cr0.wp").
             return entry | (0 if traced else RW) | (US if view is View.KERNEL else 0) | (NX if no_execute else 0)
@@ -213,6 +218,8 @@ class ShadowTables:
         # Any change but more rights to the same frame must reach the CPU's TLB.
         if old & P and (not entry & P or (old ^ entry) & FRAME or old & ~entry & (RW | US) or entry & ~old & NX):
             self.stale = True
+        if self._mode[2] & CR4_PGE and entry and not entry & GLOBAL:
+            self._local[page] = None
         if self._tracks_leaves:
             self._note_leaf(at, old, entry)
 

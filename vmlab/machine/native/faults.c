@@ -15,7 +15,9 @@
 #define US 4ull
 #define A (1ull << 5)
 #define D (1ull << 6)
-#define CLEAN (1ull << 9) /* _CLEAN of shadow.py */
+#define G (1ull << 8)
+#define CLEAN (1ull << 9) /* CLEAN of shadow_page.py */
+#define GLOBAL_AT 2        /* GLOBAL of shadow_page.py is so many bits above G */
 #define FRAME 0x000FFFFFFFFFF000ull
 #define UPPER_HALF 0xFFF0000000000000ull
 
@@ -52,7 +54,7 @@ int vmlab_hidden_fault(const state *s, uint32_t error_code)
     if ((error_code & WRITE && !(entry & w->access & RW)) || (error_code & USER && !(entry & w->access & US)))
         return 0;
     marked = entry | A | (error_code & WRITE ? D : 0);
-    new = (f->memory_base + (entry & FRAME)) | P | A | D | (entry & w->access & US);
+    new = (f->memory_base + (entry & FRAME)) | P | A | D | (entry & w->access & US) | (entry & w->access & G) << GLOBAL_AT;
     if (entry & w->access & RW)
         new |= marked & D ? RW : CLEAN;
     old = *AT(const uint64_t *, w->leaves + 8 * index);

@@ -147,7 +147,7 @@ typedef struct {
     uint64_t size;           /* of a guest's entry: 4 or 8 */
     uint64_t uppers, upper_at[2], upper[2]; /* the guest's upper entries: where, and what they were */
     uint64_t table;          /* address of the guest entry of the first page */
-    uint64_t access;         /* the rights that the upper entries give, RW and US */
+    uint64_t access;         /* the rights that the upper entries give, RW and US; and G where the CPU has global pages on */
     uint64_t leaves;         /* address of the shadow page */
 } window;
 
