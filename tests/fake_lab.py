@@ -70,6 +70,9 @@ class FakeLab(Lab):
             raise GuestImageError(f"{guest}: no such image")
         return self.image_hash
 
+    def file(self, path: str, what: str) -> str:
+        raise GuestImageError(f"no {what} at {path!r}")
+
     def profiles(self) -> list[str]:
         return ["old-cpu", "new-cpu"]
 

@@ -15,6 +15,7 @@ from fake_lab import FakeLab
 
 from vmlab.errors import ConfigError, ExperimentError, GuestImageError
 from vmlab.experiment import schema, store, yamlfile
+from vmlab.experiment.matrix import Cell
 from vmlab.experiment.runner import Options, Outcome, Run
 
 TEXT = """\
@@ -171,6 +172,19 @@ def test_a_damaged_image_is_found_before_anything_is_written(tmp_path: Path) -> 
     with pytest.raises(GuestImageError):
         start(lab=Damaged())
     assert not (tmp_path / "results").exists()
+
+
+def test_what_is_beside_a_guest_is_part_of_a_cells_identity_by_its_content() -> None:
+    def content(initrd: str, drives: str, files: dict[str, str]) -> str:
+        return store.content_hash(Cell("native", {"guest": "k", "initrd": initrd, "drives": drives, "append": ""}), "0" * 64, {}, files)
+
+    assert store.files_beside(Cell("native", {"initrd": "i", "drives": "a,b"})) == {"i": "initrd", "a": "disk image", "b": "disk image"}
+    assert store.files_beside(Cell("native", {"guest": "nano"})) == {}
+    plain = content("i", "a,b", {"i": "1", "a": "2", "b": "3"})
+    assert plain == content("j", "c,d", {"j": "1", "c": "2", "d": "3"})     # elsewhere, the same
+    others = [content("i", "a,b", {"i": "9", "a": "2", "b": "3"}), content("i", "a,b", {"i": "1", "a": "3", "b": "2"}),
+              content("", "a,b", {"a": "2", "b": "3"}), content("i", "", {"i": "1"})]
+    assert len({plain, *others}) == 5
 
 
 def test_an_interrupted_run_keeps_its_cells_and_resumes() -> None:

@@ -75,7 +75,9 @@ class Gatherer:
     def _content(self, cells: Sequence[Cell]) -> dict[str, str]:
         versions = self.lab.versions()
         images = {guest: self.lab.image(guest) for guest in sorted({str(cell.parameters["guest"]) for cell in cells})}
-        return {cell.id: store.content_hash(cell, images[str(cell.parameters["guest"])], versions) for cell in cells}
+        beside = {path: what for cell in cells for path, what in store.files_beside(cell).items()}
+        files = {path: self.lab.file(path, what) for path, what in beside.items()}
+        return {cell.id: store.content_hash(cell, images[str(cell.parameters["guest"])], versions, files) for cell in cells}
 
 
 def kept(results: Path, folder: str, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -105,6 +105,12 @@ class Lab:
 
         return guests.digest(guest)
 
+    def file(self, path: str, what: str) -> str:
+        """SHA-256 of a file that a guest needs beside its image. :raises GuestImageError: missing."""
+        from vmlab.guests import files
+
+        return hashlib.sha256(files.read(path, what)).hexdigest()
+
     def profiles(self) -> list[str]:
         """Names of the cost profiles."""
         from vmlab import costs

@@ -67,13 +67,16 @@ class Run:
         # An image that is missing or broken is found here, before anything is written.
         guests = sorted({str(cell.parameters["guest"]) for cell in experiment.cells})
         self.images = {guest: lab.image(guest) for guest in guests}
+        beside = {path: what for cell in experiment.cells for path, what in store.files_beside(cell).items()}
+        self.files = {path: lab.file(path, what) for path, what in sorted(beside.items())}
         self.config_hash = experiment.hash()
         #: Finished cells: id → status and machine path. Their records are in the directory.
         self.done: dict[str, tuple[str, str | None]] = {}
         #: Those of them that an earlier run finished: id → its file there.
         self.taken: dict[str, Path] = {}
         self.directory = self._directory()
-        self.contents = {cell.id: store.content_hash(cell, self.images[str(cell.parameters["guest"])], self.versions) for cell in experiment.cells}
+        self.contents = {cell.id: store.content_hash(cell, self.images[str(cell.parameters["guest"])], self.versions, self.files)
+                         for cell in experiment.cells}
         self.reused = self._resume()
         if options.reuse:
             self._take_from_earlier_runs()
@@ -244,7 +247,7 @@ class Run:
         manifest = {
             "schema_version": store.SCHEMA_VERSION, "experiment": self.experiment.name, "state": state,
             "config_hash": self.config_hash, "quick": self.options.quick,
-            "versions": self.versions, "images": {Path(name).name: sha for name, sha in self.images.items()},
+            "versions": self.versions, "images": {Path(name).name: sha for name, sha in {**self.images, **self.files}.items()},
             "seeds": self.lab.seeds(), "machine_path": sorted(paths), "host": host(), "jobs": self.options.jobs,
             "cells": {"total": len(self.experiment.cells), **dict(sorted(statuses.items()))},
             "reused": list(self.taken),

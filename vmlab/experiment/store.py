@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 from vmlab.errors import ConfigError, ExperimentError
@@ -85,9 +86,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def content_hash(cell: Cell, image: str, versions: Mapping[str, str]) -> str:
-    """The cell's identity for reuse. The guest counts by its image, not by its name or path."""
+def files_beside(cell: Cell) -> dict[str, str]:
+    """The files that a cell's guest needs beside its image: path → what it is."""
+    found = {path: "disk image" for path in str(cell.parameters.get("drives", "")).split(",") if path}
+    initrd = str(cell.parameters.get("initrd", ""))
+    return {**found, **({initrd: "initrd"} if initrd else {})}
+
+
+def content_hash(cell: Cell, image: str, versions: Mapping[str, str], files: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The cell's identity for reuse. The guest and what is beside it count by their content, not by name or path.
+
+    :param files: SHA-256 of each of :func:`files_beside`.
+    """
     parameters = {k: v for k, v in cell.parameters.items() if k != "guest"}
+    if parameters.get("initrd"):
+        parameters["initrd"] = files[str(parameters["initrd"])]
+    if parameters.get("drives"):
+        parameters["drives"] = ",".join(files[path] for path in str(parameters["drives"]).split(",") if path)
     identity: dict[str, Any] = {"technique": cell.technique, "parameters": parameters, "image": image, "versions": dict(versions)}
     if (prices := clock.fingerprint(parameters)) is not None:
         identity["clock"] = prices

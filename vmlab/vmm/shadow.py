@@ -83,6 +83,7 @@ class ShadowPager(Tracing):
             "roots": [(cr3, view.name, number[id(page)]) for (cr3, view), page in self._roots.items()], "root": number[id(self._root)],
             "free": list(self._free), "guarded": sorted(self.guarded), "foreign": sorted(self._foreign),
             "leaves": [(gfn, sorted(at)) for gfn, at in self._leaves.items()], "view": self.view.name, "mode": self._mode, "stale": self.stale,
+            "local": [number[id(page)] for page in self._local if self._pages.get(page.key) is page],
         }
 
     def from_state(self, state: dict[str, Any]) -> None:
@@ -94,6 +95,7 @@ class ShadowPager(Tracing):
         for page in self._pages.values() if self.tracing else ():
             if not page.direct:
                 self._by_gfn.setdefault(page.gfn, []).append(page)
+        self._local = {pages[at]: None for at in state["local"]}
         self._roots = {(cr3, View[view]): pages[at] for cr3, view, at in state["roots"]}
         self._free, self.guarded, self._foreign = list(state["free"]), set(state["guarded"]), set(state["foreign"])
         self._leaves = {gfn: set(at) for gfn, at in state["leaves"]}
@@ -160,7 +162,7 @@ class ShadowPager(Tracing):
         for page in local:
             if self._pages.get(page.key) is not page:
                 continue
-            entries = TABLE.unpack_from(self._ram.bytes, page.frame)
+            entries = TABLE.unpack_from(self._ram.bytes, page.frame) if page.has_global else ()
             if any(entry & GLOBAL for entry in entries):
                 for index, entry in enumerate(entries):
                     if entry and not entry & GLOBAL:
@@ -285,7 +287,7 @@ class ShadowPager(Tracing):
                 and page.view is View.ONE and not self.guarded and all(self._memory.inside(step.at) for step in walk.steps)):
             first = last.at - last.size * (address >> 12 & 511)
             if self._mode[2] & CR4_PGE:
-                self._local[page] = None        # what C fills is not told
+                self._local[page], page.has_global = None, True     # what C fills is not told
             faults.learn(address, [(step.at, step.entry) for step in above], last.size, first, page.frame, bool(self._mode[2] & CR4_PGE))
 
     def _descend(self, address: int, walk: Walk) -> ShadowPage:

@@ -26,11 +26,13 @@ class View(enum.Enum):
 class ShadowPage:
     """One page of shadow table. ``key`` says what it stands for; ``parents`` maps entry addresses to the pages they are in."""
 
-    __slots__ = ("access", "base", "children", "direct", "frame", "gfn", "hole", "key", "level", "parents", "quadrant", "view")
+    __slots__ = ("access", "base", "children", "direct", "frame", "gfn", "has_global", "hole", "key", "level", "parents", "quadrant", "view")
 
     def __init__(self, key: Key, frame: int) -> None:
         self.key, self.frame = key, frame
         self.gfn, self.level, self.quadrant, self.access, self.direct, self.hole, self.view, self.base = key
+        #: Whether an entry may be global. One that is filled without a word to Python must be taken for such.
+        self.has_global = False
         self.parents: dict[int, ShadowPage] = {}
         self.children: dict[int, ShadowPage] = {}
 

@@ -218,8 +218,11 @@ class ShadowTables:
         # Any change but more rights to the same frame must reach the CPU's TLB.
         if old & P and (not entry & P or (old ^ entry) & FRAME or old & ~entry & (RW | US) or entry & ~old & NX):
             self.stale = True
-        if self._mode[2] & CR4_PGE and entry and not entry & GLOBAL:
-            self._local[page] = None
+        if self._mode[2] & CR4_PGE and entry:
+            if entry & GLOBAL:
+                page.has_global = True
+            else:
+                self._local[page] = None
         if self._tracks_leaves:
             self._note_leaf(at, old, entry)
 
