@@ -111,7 +111,8 @@ class Blocks:
         return True
 
     def _wants_hook(self, instruction: Instruction) -> bool:
-        return (carried_out(instruction) or instruction.op in self._machine.trapping or instruction.search or self._may_switch_tasks(instruction)
+        return (carried_out(instruction) or instruction.op in self._machine.trapping or instruction.search or instruction.undefined
+                or self._may_switch_tasks(instruction)
                 or (bool(self._ambiguous or self._machine.accesses is not None) and flushes(instruction)))
 
     def _may_switch_tasks(self, instruction: Instruction) -> bool:
@@ -215,5 +216,7 @@ class Blocks:
                 self._instructions.carry_out(address, instruction)
             elif instruction is not None and instruction.search:
                 self._instructions.search_element(instruction)
+            elif instruction is not None and instruction.undefined:
+                self._instructions.undefined(address)
         except BaseException as failure:  # noqa: BLE001
             machine.fail(failure)

@@ -57,7 +57,7 @@ class Code:
         self.iret = bool(last and last.op == "iret")
         #: Those that somebody may have to step in at: (offset, instruction).
         self.system = [(offset, instructions[i]) for offset, i in self.offsets.items()
-                       if i < len(instructions) and (instructions[i].op is not None or instructions[i].search)]
+                       if i < len(instructions) and (instructions[i].op is not None or instructions[i].search or instructions[i].undefined)]
         self._wholes: list[Counted | None] = [None, None]
 
     def whole(self, user: int) -> Counted:

@@ -6,6 +6,7 @@ is kept by its bytes, since a guest runs few distinct instructions many times.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import capstone
@@ -42,6 +43,8 @@ _STRING = {cs_x86.X86_INS_MOVSB, cs_x86.X86_INS_MOVSW, cs_x86.X86_INS_MOVSQ, cs_
 _STRING_OR_SSE = {cs_x86.X86_INS_MOVSD, cs_x86.X86_INS_CMPSD}  # the mnemonic also names an SSE instruction
 _MULDIV = {"mul", "imul", "div", "idiv"}
 _NO_ACCESS = {"lea", "nop"}
+_MOVBE = b"\x0f\x38"
+_MOVBE_OF_REGISTERS = re.compile(rb"[\x26\x2e\x36\x3e\x64-\x67]*[\x40-\x4f]?\x0f\x38[\xf0\xf1][\xc0-\xff]", re.DOTALL)
 _LOOPS = {"loop", "loope", "loopne"}  # Capstone does not put them into its group of jumps
 
 #: Instructions after which the CPU may be in another ring without the machine having been told.
@@ -53,15 +56,17 @@ class Instruction:
 
     ``op`` is a name of :data:`vmlab.ledger.SYSTEM_INSTRUCTIONS` or None; ``kind`` a class of
     :data:`vmlab.ledger.CLASSES` or ``jcc`` (a branch when taken, else alu); ``search`` says REP SCAS or REP CMPS:
-    besides ECX the flags end it.
+    besides ECX the flags end it. ``undefined``: Unicorn would run it, and a CPU raises #UD; ``cs`` then shows a defined
+    neighbour of the same length.
     """
 
-    __slots__ = ("_cs", "bits", "kind", "op", "raw", "rep", "search", "size", "string")
+    __slots__ = ("_cs", "bits", "kind", "op", "raw", "rep", "search", "size", "string", "undefined")
 
     def __init__(self, raw: bytes, bits: int, op: str | None, kind: str, *, rep: bool, string: bool, search: bool) -> None:
         self.raw, self.size, self.bits = raw, len(raw), bits
         self.op, self.kind, self.rep, self.string, self.search = op, kind, rep, string, search
         self._cs: capstone.CsInsn | None = None
+        self.undefined = False
 
     @property
     def cs(self) -> capstone.CsInsn:
@@ -104,12 +109,29 @@ def _decode(raw: bytes, bits: int, count: int) -> list[Instruction]:
 def decode(raw: bytes, bits: int) -> Instruction | None:
     """Decode the first instruction of ``raw`` (up to 15 bytes are looked at); None where there is none."""
     found = _decode(raw[:15], bits, 1)
-    return found[0] if found else None
+    return found[0] if found else _movbe_of_registers(raw, bits)
 
 
 def decode_block(raw: bytes, bits: int) -> list[Instruction]:
     """All instructions of a straight line; stops at the first bytes that do not decode."""
-    return _decode(raw, bits, 0)
+    found = _decode(raw, bits, 0)
+    if _MOVBE in raw:
+        at = sum(instruction.size for instruction in found)
+        if (undefined := _movbe_of_registers(raw[at:], bits)) is not None:
+            return [*found, undefined, *decode_block(raw[at + undefined.size:], bits)]
+    return found
+
+
+def _movbe_of_registers(raw: bytes, bits: int) -> Instruction | None:
+    """MOVBE has a memory operand (SDM Vol. 2); with a register Unicorn runs it all the same."""
+    if (found := _MOVBE_OF_REGISTERS.match(raw)) is None:
+        return None
+    like = _decode(raw[:found.end() - 1] + b"\0", bits, 1)
+    if not like or like[0].size != found.end():
+        return None
+    instruction = Instruction(raw[:found.end()], bits, None, "alu", rep=False, string=False, search=False)
+    instruction.undefined, instruction._cs = True, like[0].cs
+    return instruction
 
 
 def _system_name(found: Facts) -> str | None:

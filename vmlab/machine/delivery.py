@@ -16,7 +16,7 @@ from vmlab.machine.cpu import IF, NT, RF, TF, VM, Segment, unpack_descriptor
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSP, SS
 
-DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK_FAULT, GENERAL_PROTECTION, PAGE_FAULT = 8, 10, 11, 12, 13, 14
+INVALID_OPCODE, DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK_FAULT, GENERAL_PROTECTION, PAGE_FAULT = 6, 8, 10, 11, 12, 13, 14
 HAS_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17})
 _CONTRIBUTORY = frozenset({0, 10, 11, 12, 13})
 _INTERRUPT_GATES = (0x6, 0xE)

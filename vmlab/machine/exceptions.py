@@ -18,8 +18,9 @@ from vmlab.machine import state as hidden
 from vmlab.machine import task
 from vmlab.machine.cpu import IF
 from vmlab.machine.decode import Instruction
-from vmlab.machine.delivery import HAS_ERROR_CODE, deliver
+from vmlab.machine.delivery import GENERAL_PROTECTION, HAS_ERROR_CODE, STACK_FAULT, deliver
 from vmlab.machine.engine import INTR_CALLBACK, INVALID_CALLBACK
+from vmlab.machine.long_checks import back_to_transfer, canonical, is_stack_fault
 
 if TYPE_CHECKING:
     from vmlab.machine.pc import Machine
@@ -60,6 +61,9 @@ class Exceptions:
             elif software:
                 self._software_interrupt(vector, counter.instruction_before(cpu.rip + cpu.segment(hidden.CS).base))
             else:
+                lost = vector == GENERAL_PROTECTION and not error_code and cpu.hflags & hidden.HF_CS64 and not canonical(cpu.rip)
+                if lost and counter.current is not None:
+                    back_to_transfer(cpu, counter.current)
                 self.faulting = self._leave()
                 cpu.forget_exception()      # again: behind an IRET, leaving its block read the state anew
                 self.take(vector, error_code)
@@ -131,6 +135,9 @@ class Exceptions:
     def take(self, vector: int, error_code: int | None, *, software: bool = False) -> None:
         """An exception goes to the monitor, or through the IDT."""
         machine = self._machine
+        if (vector == GENERAL_PROTECTION and not error_code and machine.cpu.hflags & hidden.HF_CS64 and self.faulting is not None
+                and is_stack_fault(machine.cpu, self.faulting)):
+            vector = STACK_FAULT
         if machine.monitor is not None and not machine.in_guest:
             name = "int" if software else EXCEPTIONS.get(vector, "mc")
             machine.events[f"trap.{name}"] += 1

@@ -17,10 +17,10 @@ from vmlab.machine import state as hidden
 from vmlab.machine import task
 from vmlab.machine.cpu import IOPL, Cpu
 from vmlab.machine.decode import Instruction
-from vmlab.machine.delivery import GENERAL_PROTECTION, PAGE_FAULT, Fault
+from vmlab.machine.delivery import GENERAL_PROTECTION, INVALID_OPCODE, PAGE_FAULT, Fault
 from vmlab.machine.engine import IN_CALLBACK, OUT_CALLBACK
 from vmlab.machine.msr import Msrs
-from vmlab.machine.operands import far_selector
+from vmlab.machine.operands import effective_address, far_selector, number_of
 from vmlab.machine.paging import NestedFault, PageFault
 from vmlab.machine.state import HF_SHADOW, RAX, RCX, RDX
 from vmlab.machine.svm_tasks import switch_in_guest
@@ -38,8 +38,9 @@ _CR8 = x86_capstone.X86_REG_CR8
 
 def carried_out(instruction: Instruction) -> bool:
     """Whether the machine has something to do at this instruction."""
-    return instruction.op in _CARRIED_OUT or (
-        instruction.op in ("mov_to_cr", "mov_from_cr") and any(operand.reg == _CR8 for operand in instruction.cs.operands))
+    op = instruction.op
+    return op in _CARRIED_OUT or (op in ("mov_to_cr", "mov_from_cr") and any(operand.reg == _CR8 for operand in instruction.cs.operands)) or (
+        op == "mov_to_seg" and instruction.cs.operands[0].reg == x86_capstone.X86_REG_SS)
 
 
 _PAGING_REGISTERS = {x86_capstone.X86_REG_CR0: 0, x86_capstone.X86_REG_CR3: 3, x86_capstone.X86_REG_CR4: 4}
@@ -60,7 +61,7 @@ class Instructions:
             "rdtsc": self._rdtsc, "rdtscp": self._rdtsc, "rdmsr": self._rdmsr, "wrmsr": self._wrmsr,
             **dict.fromkeys(task.INSTRUCTIONS, self._may_switch_tasks),
             "sysenter": self._sysenter, "syscall": self._syscall,
-            "mov_to_cr": self._mov_to_cr8, "mov_from_cr": self._mov_from_cr8,
+            "mov_to_cr": self._mov_to_cr8, "mov_from_cr": self._mov_from_cr8, "mov_to_seg": self._mov_to_ss,
         }
         self.msrs = Msrs(machine)
         machine.engine.hook(uc_const.UC_HOOK_INSN, IN_CALLBACK, self._string_in, instruction=x86.UC_X86_INS_IN)
@@ -101,6 +102,28 @@ class Instructions:
             change = switch_in_guest if machine.in_guest else task.switch
             change(cpu, selector, None, cpu.rip + instruction.size & 0xFFFFFFFF, reason)
             self._transferred(address)
+
+    def _mov_to_ss(self, address: int, instruction: Instruction) -> None:
+        """In 64-bit code above ring 3 a null SS may be loaded, with the ring as its RPL (SDM Vol. 2, MOV): Unicorn does not look at that."""
+        cpu, source = self._cpu, instruction.cs.operands[1]
+        if not cpu.hflags & HF_CS64:
+            return
+        if source.type == x86_capstone.X86_OP_REG:
+            selector = cpu.gpr(number_of(source.reg)) & 0xFFFF
+        else:
+            try:
+                pieces = cpu.pieces(effective_address(cpu, instruction, source), 2, write=False, user=cpu.cpl == 3)
+            except (PageFault, NestedFault):
+                return              # Unicorn comes upon it as well
+            selector = int.from_bytes(b"".join(self._machine.engine.uc.mem_read(at, n) for at, n in pieces), "little")
+        if not selector & 0xFFFC and selector != cpu.cpl:
+            raise Fault(GENERAL_PROTECTION, 0)
+
+    def undefined(self, address: int) -> None:
+        """Unicorn would run it, and no CPU does."""
+        self._cpu.load()
+        self._cpu.rip = address - self._cpu.segment(hidden.CS).base
+        self._fault(address, INVALID_OPCODE, None)
 
     def search_element(self, instruction: Instruction) -> None:
         """Before each element of REP SCAS or CMPS. Blocks do not tell their number: unless ECX is used up, the flags end them."""

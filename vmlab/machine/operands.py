@@ -38,6 +38,11 @@ def effective_address(cpu: Cpu, instruction: Instruction, operand: Any) -> int:
     return int(cpu.segment(segment).base + offset) & 0xFFFFFFFF
 
 
+def number_of(register: int) -> int:
+    """The number of the general register that Capstone calls ``register``."""
+    return _REGISTERS[register][0]
+
+
 def far_selector(cpu: Cpu, instruction: Instruction) -> int:
     """The selector of a far JMP or CALL; raises :class:`~vmlab.machine.paging.PageFault` where it cannot be read."""
     operands = instruction.cs.operands

@@ -76,7 +76,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self.memory: AssistedMemory = (
             Nested(self, str(self.chosen["nested_page"]), self.platform_devices.is_device) if self._nested
             else Shadowed(self, ShadowPager(self.mmu, self.counts, scheme=scheme, space=None, is_device=self.platform_devices.is_device)))
-        self.stores = Stores(machine, self.mmu, self.emulator, self.memory.forget)
+        self.stores = Stores(machine, self.mmu, self.emulator, self.memory.forget, own_tables=True)
         self._window = InterruptWindow(self.vmcb, self.counts)
         self._priority = TaskPriority(self.cpu, self.platform_devices.lapic)
         self.platform_devices.before_access, self.platform_devices.after_store = self._priority.take, self._priority.show

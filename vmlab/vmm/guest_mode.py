@@ -215,9 +215,12 @@ class GuestModeCpu:
         return Segment(0, self.read(f"{name}r.base"), self.read(f"{name}r.limit"), 0)
 
     def set_table(self, name: str, value: Segment) -> None:
-        """The task register is in the CPU: #VMEXIT leaves it there."""
-        assert name == "tr"
-        self._physical.set_table(name, value)
+        """The task register and LDTR are in the CPU: #VMEXIT leaves them there."""
+        if name in ("tr", "ldt"):
+            self._physical.set_table(name, value)
+            return
+        self.write(f"{name}r.base", value.base)
+        self.write(f"{name}r.limit", value.limit)
 
     def set_cr(self, number: int, value: int) -> None:
         self.write_cr(number, value)

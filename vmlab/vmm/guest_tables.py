@@ -22,6 +22,16 @@ CR0_PE, CR0_NW, CR0_CD = 1, 1 << 29, 1 << 30
 CR0_BITS, CR0_ET = 0xE005003F, 0x10
 
 
+def _accesses(gpa: int, size: int) -> list[tuple[int, int]]:
+    """The accesses to a device that one of ``size`` bytes makes: eight, four, two or one at a time (a far pointer: its offset, then its selector)."""
+    found = []
+    while size:
+        n = min(8, 1 << size.bit_length() - 1)
+        found.append((gpa, n))
+        gpa, size = gpa + n, size - n
+    return found
+
+
 class GuestMemory:
     """``size`` bytes of guest RAM at hpa ``base``. Addresses are guest-physical (gpa).
 
@@ -53,8 +63,8 @@ class GuestMemory:
 
     def read(self, gpa: int, size: int) -> bytes:
         inside = max(0, min(size, self.size - gpa))
-        if not inside and size in (1, 2, 4, 8):
-            return self.read_device(gpa, size).to_bytes(size, "little")
+        if not inside:
+            return b"".join(self.read_device(at, n).to_bytes(n, "little") for at, n in _accesses(gpa, size))
         return self.ram.read(self.base + gpa, inside) + b"\xff" * (size - inside)
 
     def write(self, gpa: int, data: bytes) -> None:
@@ -63,8 +73,9 @@ class GuestMemory:
         if inside:
             self.ram.write(self.base + gpa, inside)
             self.on_write(gpa, len(inside))
-        elif len(data) in (1, 2, 4, 8):
-            self.write_device(gpa, len(data), int.from_bytes(data, "little"))
+        else:
+            for at, n in _accesses(gpa, len(data)):
+                self.write_device(at, n, int.from_bytes(data[at - gpa:at - gpa + n], "little"))
 
     # ---- what the walker needs; its accessed and dirty bits are no news to anybody
     def read32(self, gpa: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from unicorn import unicorn_const as uc_const
@@ -19,14 +20,20 @@ from vmlab.errors import GuestError
 from vmlab.machine import state as hidden
 from vmlab.machine.cpu import ARITHMETIC, DF, IOPL, Cpu, Segment
 from vmlab.machine.decode import Instruction
-from vmlab.machine.delivery import HAS_ERROR_CODE, Fault
+from vmlab.machine.delivery import GENERAL_PROTECTION, HAS_ERROR_CODE, Fault
 from vmlab.machine.engine import CODE_CALLBACK, INTR_CALLBACK, INVALID_CALLBACK, MEMORY_CALLBACK, Engine
+from vmlab.machine.long_checks import canonical
 from vmlab.machine.memory import FOUR_GIB, PAGE
 from vmlab.machine.paging import EFER_LMA, PageFault
 from vmlab.machine.pc import Machine
-from vmlab.machine.state import CS, HF_CPL, HF_LMA, HF_PE, RCX
+from vmlab.machine.state import CS, HF_CPL, HF_CS64, HF_LMA, HF_PE, RCX, SS
 from vmlab.vmm.guest_tables import CR0_PE, GuestMmu
 
+#: Instructions that load a segment register or a table, and may find in memory what they load.
+LOADS = frozenset({"mov_to_seg", "pop_seg", "load_far", "jmp_far", "call_far", "ret_far", "iret", "ltr", "lldt", "lgdt", "lidt"})
+#: Instructions that load or store one, besides.
+_OF_TABLES = LOADS | {"sgdt", "sidt", "sldt", "str"}
+_TABLES = ("gdt", "idt", "ldt", "tr")
 _HF_TASK, _HF_FXSR = 7 << 9, 1 << 22        # MP, EM, TS of CR0; OSFXSR of CR4 (QEMU target/i386/cpu.h)
 _CR4_OSFXSR = 1 << 9
 _SVM_WORDS = 6                              # from vm_vmcb to nested_cr3
@@ -48,6 +55,14 @@ class SteppingCpu(Protocol):
     def set_gpr(self, number: int, value: int, size: int = 4) -> None: ...
 
     def segment(self, number: int) -> Segment: ...
+
+    def set_segment(self, number: int, value: Segment) -> None: ...
+
+    def table(self, name: str) -> Segment: ...
+
+    def set_table(self, name: str, value: Segment) -> None: ...
+
+    def set_cpl(self, cpl: int) -> None: ...
 
 
 class SingleStep:
@@ -110,16 +125,20 @@ class SingleStep:
             self._failure = failure
 
     # ---- one instruction
-    def step(self, cpu: SteppingCpu, instruction: Instruction, near: int) -> None:
+    def step(self, cpu: SteppingCpu, instruction: Instruction, near: int, *, own_tables: bool = False) -> None:
         """Execute ``instruction``, which is at ``cpu``'s RIP; :attr:`elements` says how many string elements it moved.
 
         Stores have been told to the guest's memory (:attr:`GuestMemory.on_write`) when this returns or raises.
 
         :param near: the linear address at which the physical CPU faulted.
+        :param own_tables: the guest runs with segment registers and descriptor tables of its own, so that the instruction may load and store them.
         :raises Fault: what the guest's own machine would have raised; elements moved before it stay moved.
         """
         before = cpu.gpr(RCX)
         self._enter(cpu)
+        tables = own_tables and instruction.op in _OF_TABLES
+        if tables:
+            self._enter_tables(cpu)
         self._at, self._begun = cpu.segment(CS).base + cpu.rip, False
         self._fault = self._failure = None
         self._stores.clear()
@@ -130,7 +149,12 @@ class SingleStep:
             raise self._failure
         if error and self._fault is None:
             raise GuestError(f"the instruction at {cpu.rip:#x} ({instruction.text}) reaches where no memory is: {self._engine.error_text(error)}")
+        if self._refused(instruction):
+            self._fault = Fault(GENERAL_PROTECTION, 0)
+            raise self._fault
         self._leave(cpu)
+        if tables and self._fault is None:
+            self._leave_tables(cpu)
         for gpa, size in self._stores:
             self._tell(gpa, size, near)
         mask = (1 << (8 * instruction.cs.addr_size)) - 1
@@ -173,6 +197,35 @@ class SingleStep:
             cpu.set_gpr(number, own.gpr(number), 8)
         cpu.eflags = own.eflags
         cpu.rip = own.rip
+
+    def _refused(self, instruction: Instruction) -> bool:
+        """What a CPU refuses in 64-bit mode and Unicorn does not (vmlab.machine.long_checks, vmlab.machine.instructions): nothing has changed yet."""
+        own = self._cpu
+        if not own.hflags & HF_CS64:
+            return False
+        null_stack = instruction.op == "mov_to_seg" and not own.selector(SS) & 0xFFFC and own.selector(SS) != own.cpl
+        return not canonical(own.rip) or null_stack     # a transfer to where nothing can be: its own #GP, or that of the fetch there
+
+    def _enter_tables(self, cpu: SteppingCpu) -> None:
+        """The descriptor tables that the instruction reads, loads or stores."""
+        for name in _TABLES:
+            self._cpu.set_table(name, cpu.table(name))
+        self._window.store()
+
+    def _leave_tables(self, cpu: SteppingCpu) -> None:
+        """Segment registers, tables and ring as the instruction loaded them."""
+        own = self._cpu
+        for number in range(6):
+            if own.segment(number) != cpu.segment(number):
+                cpu.set_segment(number, own.segment(number))
+        for name in _TABLES:
+            loaded, before = own.table(name), cpu.table(name)
+            if name == "tr":        # the cache keeps the type of an available TSS (vmlab.machine.task)
+                loaded = replace(loaded, flags=loaded.flags & ~0x200)
+            if loaded != before:
+                cpu.set_table(name, loaded)
+        if own.cpl != cpu.cpl:
+            cpu.set_cpl(own.cpl)
 
     def _forget_old_code(self, address: int, instruction: Instruction) -> None:
         """The second CPU does not see what the first one writes: translate anew where the code has changed."""

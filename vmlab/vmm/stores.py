@@ -18,7 +18,7 @@ from vmlab.machine.pc import Machine
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_tables import GuestMmu
 from vmlab.vmm.operands import REGISTERS, Registers, effective_address, read_operand, write_operand
-from vmlab.vmm.single_step import SingleStep, SteppingCpu
+from vmlab.vmm.single_step import LOADS, SingleStep, SteppingCpu
 
 
 class StoringCpu(Registers, SteppingCpu, Protocol):
@@ -26,10 +26,14 @@ class StoringCpu(Registers, SteppingCpu, Protocol):
 
 
 class Stores:
-    """Carries out one instruction that touches memory which the CPU may not."""
+    """Carries out one instruction that touches memory which the CPU may not.
 
-    def __init__(self, machine: Machine, mmu: GuestMmu, emulator: Emulator, on_foreign_write: Callable[[], None]) -> None:
-        self._machine, self._mmu, self._emulator = machine, mmu, emulator
+    :param own_tables: the guest's segment registers and descriptor tables are those that the CPU runs it with.
+    """
+
+    def __init__(self, machine: Machine, mmu: GuestMmu, emulator: Emulator, on_foreign_write: Callable[[], None], *,
+                 own_tables: bool = False) -> None:
+        self._machine, self._mmu, self._emulator, self._own_tables = machine, mmu, emulator, own_tables
         self._on_foreign_write = on_foreign_write
         self._second: SingleStep | None = None
 
@@ -42,6 +46,10 @@ class Stores:
 
     def carry_out(self, cpu: StoringCpu, instruction: Instruction, near: int) -> None:
         """Do ``instruction``, which is at ``cpu``'s RIP and faulted at linear ``near``; RIP moves on. Raises Fault as the bare machine would."""
+        op = instruction.op
+        if self._system(op):
+            self._emulator.emulate(instruction)
+            return
         user = cpu.cpl == 3
         if _is_plain_store(instruction):
             target, source = instruction.cs.operands
@@ -61,11 +69,15 @@ class Stores:
         else:
             step = self.single_step
             try:
-                step.step(cpu, instruction, near)
+                step.step(cpu, instruction, near, own_tables=self._own_tables)
             finally:
                 if step.elements:
                     self._emulator.counts["emulate.string"] += step.elements
-        self._emulator.count("other", user)
+        self._emulator.count(op if op is not None and self._own_tables else "other", user)
+
+    def _system(self, op: str | None) -> bool:
+        """Whether this is the emulator's: LMSW writes a control register, and what a deprivileged guest loads is not what its CPU has."""
+        return op == "lmsw" or (op in LOADS and not self._own_tables and self._emulator.knows(op))
 
 
 def _is_plain_load(instruction: Instruction) -> bool:
