@@ -106,7 +106,7 @@ class Instructions:
     def _mov_to_ss(self, address: int, instruction: Instruction) -> None:
         """In 64-bit code above ring 3 a null SS may be loaded, with the ring as its RPL (SDM Vol. 2, MOV): Unicorn does not look at that."""
         cpu, source = self._cpu, instruction.cs.operands[1]
-        if not cpu.hflags & HF_CS64:
+        if not cpu.hflags & hidden.HF_CS64:
             return
         if source.type == x86_capstone.X86_OP_REG:
             selector = cpu.gpr(number_of(source.reg)) & 0xFFFF

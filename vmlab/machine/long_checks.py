@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from capstone import x86_const as cs_x86
 
-from vmlab.machine.counter import Block
+from vmlab.machine.code import Block
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.decode import Instruction
 from vmlab.machine.operands import effective_address
