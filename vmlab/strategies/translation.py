@@ -16,17 +16,16 @@ from vmlab.machine.delivery import Fault
 from vmlab.machine.fast_events import Shortcuts
 from vmlab.machine.paging import PageFault
 from vmlab.machine.pc import Machine
-from vmlab.machine.state import CS, DS, RSP
+from vmlab.machine.state import CS, DS
 from vmlab.parameters import Value
-from vmlab.strategies.base import GuestState
 from vmlab.strategies.techniques import BinaryTranslationTechnique
-from vmlab.vmm.long_monitor import LongModeMonitor
 from vmlab.vmm.operands import effective_address, fetch
 from vmlab.vmm.translation import Mode, Options, Site, State, Translator, Unit
 from vmlab.vmm.translation.adapt import Adaptation, accessed
 from vmlab.vmm.translation.forms import LONG, NARROW
-from vmlab.vmm.translation.layout import GATE, OLD_FLAGS, PENDING, SITE, TARGET
+from vmlab.vmm.translation.layout import GATE, TARGET
 from vmlab.vmm.translation.pages import CodePages
+from vmlab.vmm.translation.precise import PreciseMonitor
 from vmlab.vmm.translation.priority import Priority
 from vmlab.vmm.translation.user_return import UserReturns
 from vmlab.vmm.translation.vcpu import CACHE_CS, TranslatedCpu
@@ -36,11 +35,10 @@ from vmlab.vmm.vcpu import KERNEL_RING
 _TRAPS = frozenset({"int", "int3", "into", "int1"})
 
 
-class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
+class BinaryTranslation(BinaryTranslationTechnique, PreciseMonitor):
     """A VMM after VMware's (Adams & Agesen, ASPLOS 2006)."""
 
     trap_tsc = False
-    vcpu: TranslatedCpu
 
     def __init__(self, machine: Machine, parameters: Mapping[str, Value] | None = None) -> None:
         self._watched: dict[int, Callable[[int], None]] = {}
@@ -73,11 +71,7 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
         if native is not None:
             self._shortcuts = native.offer(self.counts, self.vcpu.words_at, door=GATE, on_callouts=self._called_out)
             self.translator.on_drop = self._dropped
-        self._site_at, self._pending_at, self._old_flags_at = (self.space.hole_frame(at) for at in (SITE, PENDING, OLD_FLAGS))
-        self._state = State(0)
         self._new_space = False      # the guest has just changed its address space
-        self._interpreting = False   # the guest's kernel is in code that is not translated: real mode, or not 64-bit in long mode
-        self._at_work = False        # a callout is being carried out
 
     def warm_up(self) -> list[dict[str, int]]:
         return self.translator.learning.curve(self.machine.time)
@@ -192,11 +186,6 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
                 unit = self.translator.find(self.vcpu.rip)
         return unit
 
-    @property
-    def _door(self) -> int:
-        """The gate's linear address."""
-        return self.translator.forms.linear(GATE)
-
     # ---- out of the cache: a callout
     def _gate(self) -> None:
         """Translated code left for the VMM."""
@@ -282,63 +271,7 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
         self.machine.cpu.rip = unit.start
         self.follow_tables()
 
-    # ---- out of the cache: an exception or interrupt
-    def _where(self) -> State:
-        """The guest's state where the physical CPU is; sets the virtual RIP, changes nothing else."""
-        self.priority.take()
-        rip = self.machine.cpu.rip
-        if self.vcpu.cpl == 3:
-            state: State | None = State(rip)     # also where a user jumped to the VMM's pages, which it cannot execute
-        elif rip == self._door:
-            state = State(self.vcpu.rip)         # the VMM was running
-            if not self._at_work and not self._interpreting:
-                # No: an interrupt came just before, and waits until the callout is done, as if it had come a moment later.
-                site = self.translator.sites.get(self.machine.ram.read32(self._site_at))
-                state = None if site is None else State(site.guest, shadow=True)
-        else:
-            state = self.translator.states.get(rip) if self.space.in_hole(rip) else State(rip)
-        if state is None:
-            raise UnsupportedByStrategy(f"the CPU is in the translation cache at {rip:#x}, where no instruction was emitted")
-        self._state = state
-        self.vcpu.rip = self.translator.read_word(TARGET) if state.rip is None else state.rip
-        return state
-
-    def _undo(self) -> None:
-        """Take back what a template did so far: from here on the physical registers are the guest's."""
-        state, cpu = self._state, self.machine.cpu
-        if state.template:
-            self.counts["bt.undo"] += 1
-            if state.early_flags:
-                self.vcpu.flags = self.machine.ram.read32(self._old_flags_at)
-            for register, at in state.saved:
-                cpu.set_gpr(register, self.translator.read_word(at), 8)
-            cpu.set_gpr(RSP, cpu.gpr(RSP) + state.esp, self.translator.forms.word)
-        self._state = State(self.vcpu.rip)
-        if self.space.in_hole(cpu.rip):
-            cpu.rip = self._door   # not in a template any more; :meth:`resume` says where to go on
-
-    def exception(self, vector: int, error_code: int | None, *, software: bool) -> None:
-        self._where()
-        self._undo()
-        if vector == 6 and self._calls_system():
-            self.follow_tables()
-        else:
-            super().exception(vector, error_code, software=software)
-        self.resume()
-
-    def _system_call(self) -> None:
-        self.priority.take()
-        super()._system_call()
-        self.resume()
-
-    def _calls_system(self) -> bool:
-        """SYSCALL in user code of a 32-bit guest: the CPU's EFER.SCE is off, so it is an undefined instruction until the VMM has looked at it."""
-        instruction = self.machine.faulting if self.vcpu.cpl == 3 and not self.in_long_mode else None
-        if instruction is None or instruction.op != "syscall":
-            return False
-        self.emulate(instruction)
-        return True
-
+    # ---- out of the cache: a store that the VMM has to see
     def carry_out(self, address: int) -> None:
         """A store to translated code or a traced table, or a device's register."""
         if self.mmu.peek(address) >> 12 in self.pager.guarded:
@@ -371,64 +304,3 @@ class BinaryTranslation(BinaryTranslationTechnique, LongModeMonitor):
             return super().decode_at(rip)
         self.counts["vmm.decode"] += 1
         return decode(fetch(self.vcpu, rip), self.vcpu.bits)
-
-    def interrupt(self) -> None:
-        if self._at_door:
-            self.platform_devices.physical_interrupt()      # injected when the system call is done
-            return
-        state = self._where()
-        self.platform_devices.physical_interrupt()
-        if state.shadow:
-            self._note_pending()     # the check behind the shadowed instruction finds it
-            self.machine.request_attention(self.machine.cpu.rip == self._door)
-        elif state.early_flags:
-            self.machine.request_attention(True)    # before the user's first instruction, which comes next
-        elif self.inject_pending():
-            self.resume()
-        self.follow_tables()
-
-    def attend(self) -> bool:
-        if self._at_door:
-            return False     # a user's SYSCALL is done when the VMM has seen it
-        state = self._where()
-        if state.early_flags:
-            return False
-        if state.shadow:
-            self._note_pending()
-            self.machine.request_attention(self.machine.cpu.rip == self._door)      # before a callout: ask again behind it
-            return False
-        if not super().attend():
-            return False
-        self.resume()
-        return True
-
-    def inject(self, vector: int) -> None:
-        self._undo()
-        super().inject(vector)
-
-    def inject_pending(self) -> bool:
-        injected = super().inject_pending()
-        self._note_pending()
-        return injected
-
-    def _note_pending(self) -> None:
-        """Translated STI, POPF and IRET look here."""
-        self.machine.ram.write32(self._pending_at, int(self.platform_devices.pending))
-        self.priority.show()
-
-    def guest_state(self) -> GuestState:
-        """The guest's registers, also where the run was stopped in the middle of a template; it may be continued."""
-        cpu = self.machine.cpu
-        cpu.load()
-        if self._at_door:
-            self._system_call()
-        state, before = self._where(), cpu.rip
-        self._undo()
-        cpu.store()     # it is loaded again to be looked at
-        found = super().guest_state()
-        if state.template:
-            self.resume()
-        else:
-            cpu.rip = before
-        cpu.store()
-        return found

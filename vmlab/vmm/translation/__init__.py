@@ -3,7 +3,7 @@
 Read in this order: ``units`` (what is made: units, sites, states), ``forms`` (how instructions are encoded, for 32 and 64
 bits), ``emitter`` (writes one unit), ``sensitive`` and ``control`` (the templates), ``relative`` (operands relative to RIP),
 ``cache`` (memory, chains, look-up table, invalidation), ``translator`` (decides), ``pages`` (guest code that the guest
-writes). :mod:`vmlab.strategies.translation` runs what they make. docs/binary-translation.md tells the whole.
+writes), ``precise`` (interrupted anywhere). :mod:`vmlab.strategies.translation` runs what they make. docs/binary-translation.md tells the whole.
 """
 
 from vmlab.vmm.translation.translator import Options, Translator
