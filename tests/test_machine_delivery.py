@@ -251,6 +251,24 @@ def test_sti_cli_lets_no_interrupt_in(path: str) -> None:
     assert "interrupt.delivered" not in bench.counts().events
 
 
+def test_a_masked_interrupt_waits_through_blocks_and_strings(path: str) -> None:
+    """It comes when IF is on, as always; where C can see IF, Python is not asked at each block until then."""
+    bench = interruptible("mov ecx, 500; l: dec ecx; jnz l; mov edi, 0x5000; mov ecx, 300; cld; rep stosb; sti; nop; jmp n; n: cli; hlt", path,
+                          "mov ebx, ecx; mov al, 0x20; out 0x20, al; iretd")
+    interrupts, asked = bench.machine.interrupts, list[int]()
+    attend = interrupts.attend
+
+    def counted(pc: int, size: int) -> bool:
+        asked.append(pc)
+        return attend(pc, size)
+
+    interrupts.attend = counted  # type: ignore[method-assign]
+    halt(bench)
+    assert bench.counts().events["interrupt.delivered"] == 1
+    assert bench.counts().events["machine.string"] == 300
+    assert len(asked) < 10 if bench.machine.native_events is not None else len(asked) > 800
+
+
 def test_sti_hlt_is_woken_and_goes_on_behind_hlt(path: str) -> None:
     bench = interruptible("sti; hlt; inc ebx; cli; hlt", path, "mov ecx, [esp]; inc edi; mov al, 0x20; out 0x20, al; iretd")
     halt(bench)

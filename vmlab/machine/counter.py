@@ -20,6 +20,9 @@ from vmlab.ledger import Snapshot
 from vmlab.machine.code import Block, total
 from vmlab.machine.decode import Instruction
 
+#: Who looks at block starts: always, or only while EFLAGS.IF is on, for what waits is an interrupt that it masks. Who cannot see IF looks always.
+ALWAYS, WHEN_ENABLED = 1, 2
+
 
 class Counter:
     """Counts per block; see the module's text. ``time`` is virtual time: guest instructions so far."""
@@ -33,8 +36,8 @@ class Counter:
         self.user_from = 3
         self.time = 0
         self.limit = 1 << 62
-        #: The next block start needs a look (an interrupt waits); what is outside Python reads it here.
-        self.attention = False
+        #: The next block start needs a look (an interrupt waits); what is outside Python reads it here: 0, :data:`ALWAYS` or :data:`WHEN_ENABLED`.
+        self.attention = 0
         self.current: Block | None = None
         self._irets = [0, 0]
         self._by_page: dict[int, dict[int, Block]] = {}

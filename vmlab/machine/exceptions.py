@@ -16,6 +16,7 @@ from vmlab.errors import UnsupportedHost
 from vmlab.ledger import EXCEPTIONS
 from vmlab.machine import state as hidden
 from vmlab.machine import task
+from vmlab.machine.counter import ALWAYS, WHEN_ENABLED
 from vmlab.machine.cpu import IF
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import GENERAL_PROTECTION, HAS_ERROR_CODE, STACK_FAULT, deliver
@@ -165,16 +166,16 @@ class Interrupts:
 
     def __init__(self, machine: Machine, exceptions: Exceptions) -> None:
         self._machine, self._exceptions = machine, exceptions
-        self.attention = self._requested = False
+        self.attention = self._requested = self._masked = False
         self._nmi = False
         #: IRETs that had retired when an NMI was taken: until the next one another waits (SDM Vol. 3A §6.7.1). None: none is under way.
         self._nmi_since: int | None = None
         #: A monitor that asked by :meth:`request` is called at block starts; True when it moved RIP.
         self.on_attention: Callable[[], bool] = lambda: False
 
-    def request(self, on: bool) -> None:
-        """A monitor wants to be asked (``on_attention``) before the next block runs."""
-        self._requested = on
+    def request(self, on: bool, *, masked: bool = False) -> None:
+        """A monitor wants to be asked (``on_attention``) before the next block runs; ``masked``: it has nothing to do while EFLAGS.IF is off."""
+        self._requested, self._masked = on, on and masked
         self.update()
 
     def raise_nmi(self) -> None:
@@ -200,19 +201,23 @@ class Interrupts:
 
     def state(self) -> dict[str, Any]:
         retired = sum(self._machine.counter.irets)
-        return {"requested": self._requested, "nmi": self._nmi, "nmi_since": None if self._nmi_since is None else self._nmi_since - retired}
+        return {"requested": self._requested, "masked": self._masked, "nmi": self._nmi,
+                "nmi_since": None if self._nmi_since is None else self._nmi_since - retired}
 
     def from_state(self, state: dict[str, Any]) -> None:
         """IRETs are counted from this machine's own start."""
         since = state["nmi_since"]
-        self._requested, self._nmi = state["requested"], state["nmi"]
+        self._requested, self._masked, self._nmi = state["requested"], state["masked"], state["nmi"]
         self._nmi_since = None if since is None else since + sum(self._machine.counter.irets)
         self.update()
 
     def update(self) -> None:
         """The pin may have changed."""
-        self.attention = self._requested or self._nmi or self._machine.intr.pending
-        self._machine.counter.attention = self.attention
+        machine = self._machine
+        pin = machine.intr.pending
+        self.attention = self._requested or self._nmi or pin
+        at_once = self._nmi or (self._requested and not self._masked) or (pin and machine.guest_mode is not None)
+        machine.counter.attention = ALWAYS if at_once else WHEN_ENABLED if self.attention else 0
 
     @property
     def recognised(self) -> bool:

@@ -107,12 +107,12 @@ class FastCounter(Counter):
         self.state[_USER_FROM] = value
 
     @property
-    def attention(self) -> bool:
-        return bool(self.state[_ATTENTION])
+    def attention(self) -> int:
+        return self.state[_ATTENTION]
 
     @attention.setter
-    def attention(self, value: bool) -> None:
-        self.state[_ATTENTION] = value
+    def attention(self, value: int) -> None:
+        self.state[_ATTENTION] = value if self.events is not None else bool(value)  # else C cannot see EFLAGS
 
     @property
     def current(self) -> Block | None:

@@ -192,9 +192,9 @@ class Machine(Running):
         """Code in ``start <= address < end`` was changed by the host or the guest: decode it anew."""
         self.blocks.forget(start, end)
 
-    def request_attention(self, on: bool) -> None:
-        """A monitor wants to be asked (``on_attention``) before the next block runs."""
-        self.interrupts.request(on)
+    def request_attention(self, on: bool, *, masked: bool = False) -> None:
+        """A monitor wants to be asked (``on_attention``) before the next block runs; ``masked``: it has nothing to do while EFLAGS.IF is off."""
+        self.interrupts.request(on, masked=masked)
 
     def flush_guest(self) -> None:
         """A VMM asks for the guest's translations to be flushed at the next VMRUN (TLB_CONTROL; APM Vol. 2 §15.16.2)."""

@@ -172,6 +172,7 @@ class Running:
                 raise GuestError(f"the monitor's code could not go on at {cpu.rip:#x}: {self.engine.error_text(error)}")
         finally:
             self.monitor, self.guest_mode, self.on_attention, self.tagger = kept
+            self.interrupts.update()
             self._stop, self._asked_for = self._asked_for or before, None
             self.engine.uc.context_restore(saved)
             self.engine.flush_tlb()

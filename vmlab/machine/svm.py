@@ -16,6 +16,7 @@ from typing import Any
 from vmlab.errors import TripleFault
 from vmlab.machine import task
 from vmlab.machine import vmcb as v
+from vmlab.machine.counter import ALWAYS, WHEN_ENABLED
 from vmlab.machine.cpu import IF, Segment
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import PAGE_FAULT, Fault, deliver
@@ -50,7 +51,7 @@ class Svm(Host):
         self._injected = 0
         self._virtual_interrupt = False
         self._kicked = False
-        self._attention = False
+        self._attention = 0
         self._code = 0              # of the last exit
         #: The instruction that exited, where the machine knows it: the bytes are those that a fetch would give.
         self.exiting: Instruction | None = None
@@ -127,10 +128,10 @@ class Svm(Host):
         return True
 
     def _want_attention(self) -> None:
-        wanted = bool(self._injected or self._virtual_interrupt or self._kicked)
+        wanted = ALWAYS if self._injected or self._kicked else WHEN_ENABLED if self._virtual_interrupt else 0
         if wanted != self._attention:
             self._attention = wanted
-            self.machine.request_attention(wanted)
+            self.machine.request_attention(bool(wanted), masked=wanted == WHEN_ENABLED)
 
     @staticmethod
     def _consistent(vmcb: Vmcb) -> bool:

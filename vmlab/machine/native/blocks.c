@@ -5,6 +5,9 @@
  */
 #include "machine.h"
 
+#define EFLAGS 136 /* in CPUX86State */
+#define IF 0x200
+
 static uint64_t find(const state *s, uint64_t pc, uint32_t size)
 {
     const place *places = AT(const place *, s->places);
@@ -19,9 +22,15 @@ static uint64_t find(const state *s, uint64_t pc, uint32_t size)
     }
 }
 
+/* An interrupt that EFLAGS.IF masks waits for many blocks, and for each element of a string instruction: no need to ask about each. */
+static inline int asks(const state *s)
+{
+    return s->attention && (s->attention != WHEN_ENABLED || *AT(const volatile uint64_t *, s->env + EFLAGS) & IF);
+}
+
 static inline int needs_python(const state *s, uint64_t number)
 {
-    return !number || s->attention || s->time + (uint32_t)AT(record *, s->records)[number].traits > s->limit;
+    return !number || asks(s) || s->time + (uint32_t)AT(record *, s->records)[number].traits > s->limit;
 }
 
 /* The block is known and runs now. Record 0 stands for "no block before": what it collects is never read. */

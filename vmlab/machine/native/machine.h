@@ -38,7 +38,7 @@ typedef struct {
 typedef struct {
     uint64_t time, limit;    /* guest instructions */
     uint64_t user;           /* 1 at CPL user_from and above */
-    uint64_t attention;      /* ask Python at the next block */
+    uint64_t attention;      /* ask Python at the next block; WHEN_ENABLED: if EFLAGS.IF is on then */
     uint64_t current;        /* number of the block that runs; 0: none */
     uint64_t places, mask;   /* the hash table: address, number of places - 1 */
     uint64_t records;        /* address; number 0 stays unused */
@@ -70,6 +70,7 @@ typedef struct {
 } state;
 
 #define FAILED 1
+#define WHEN_ENABLED 2
 #define NO_GATE 0xFF
 #define NONE 0xFFFFFFFFu
 
