@@ -10,8 +10,8 @@ from vmlab.machine.memory import PAGE
 from vmlab.machine.pc import Machine, Stop
 from vmlab.strategies.paravirtual import Paravirtualization
 from vmlab.vmm import xen
-from vmlab.vmm.xen_domain64 import WideDomain
-from vmlab.vmm.xen_frames import TABLES, Kind
+from vmlab.vmm.xen.domain64 import WideDomain
+from vmlab.vmm.xen.frames import TABLES, Kind
 
 ENTRY, PAGE_VA, DATA, STACK = 0x100040, 0x101000, 0x102000, 0x104000
 EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI = range(8)

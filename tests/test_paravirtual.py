@@ -18,7 +18,7 @@ from vmlab.strategies.base import Strategy
 from vmlab.strategies.native import Native
 from vmlab.strategies.paravirtual import Paravirtualization
 from vmlab.vmm import xen
-from vmlab.vmm.xen_abi import NARROW, SharedInfo
+from vmlab.vmm.xen.abi import NARROW, SharedInfo
 
 ITERATIONS, DENSITY = 13, 100
 PIC_PORTS = {0x20, 0x21, 0xA0, 0xA1}

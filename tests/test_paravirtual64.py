@@ -16,11 +16,11 @@ from vmlab.errors import GuestError, GuestFault, GuestRefused, UnsupportedByStra
 from vmlab.machine.pc import Machine, Stop
 from vmlab.strategies.paravirtual import Paravirtualization
 from vmlab.vmm import xen
-from vmlab.vmm.xen_abi import WIDE, SharedInfo
-from vmlab.vmm.xen_domain import GUEST_FRAMES
-from vmlab.vmm.xen_domain64 import ENTRY as SYSCALL_ENTRY
-from vmlab.vmm.xen_frames import Kind
-from vmlab.vmm.xen_ring3 import WideHypervisor
+from vmlab.vmm.xen.abi import WIDE, SharedInfo
+from vmlab.vmm.xen.domain import GUEST_FRAMES
+from vmlab.vmm.xen.domain64 import ENTRY as SYSCALL_ENTRY
+from vmlab.vmm.xen.frames import Kind
+from vmlab.vmm.xen.ring3 import WideHypervisor
 
 P, RW, US = 1, 2, 4
 PIN_L1, PIN_L4, UNPIN, NEW_BASE, NEW_USER_BASE = 0, 3, 4, 5, 15

@@ -11,7 +11,7 @@ from vmlab.machine.devices import disk as d
 from vmlab.machine.pc import Machine
 from vmlab.strategies.paravirtual import Paravirtualization
 from vmlab.vmm import xen
-from vmlab.vmm.xen_ring import RING_SIZE
+from vmlab.vmm.xen.ring import RING_SIZE
 
 ARGUMENT, RING, BUFFER = DATA + 0x800, 0x300, 0x310     # an address, and two frames (pfn)
 SECTORS = 64

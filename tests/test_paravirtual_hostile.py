@@ -18,7 +18,7 @@ from vmlab.machine.pc import Machine
 from vmlab.strategies.paravirtual import Paravirtualization
 from vmlab.strategies.techniques import GUEST_MEMORY
 from vmlab.vmm import xen
-from vmlab.vmm.xen_domain import GUEST_FRAMES
+from vmlab.vmm.xen.domain import GUEST_FRAMES
 
 M2P = 4 << 20
 #: What the hypervisor itself changes (hpa), by width: accessed bits of its page tables, the M2P on request, TSS, IDT, shared_info.

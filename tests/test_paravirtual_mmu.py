@@ -11,7 +11,7 @@ from pvlab import DATA, EAX, ENTRY, ESP, EXIT_WITH_EAX, Asking, call, check_coun
 
 from vmlab.errors import GuestError
 from vmlab.vmm import xen
-from vmlab.vmm.xen_frames import Kind
+from vmlab.vmm.xen.frames import Kind
 
 P, RW, US = 1, 2, 4
 PIN_L1, PIN_L2, PIN_L3, UNPIN, NEW_BASE, FLUSH = 0, 1, 2, 4, 5, 6

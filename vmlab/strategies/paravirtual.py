@@ -18,11 +18,11 @@ from vmlab.strategies.base import GuestState, Strategy, physical_state
 from vmlab.strategies.techniques import ParavirtualizationTechnique
 from vmlab.vmm.host import PHYSICAL_BASE, physical_bus
 from vmlab.vmm.xen import SIF_PRIVILEGED, SIF_SERVICES
-from vmlab.vmm.xen_domain import Domain
-from vmlab.vmm.xen_domain64 import WideDomain
-from vmlab.vmm.xen_hypervisor import Hypervisor
-from vmlab.vmm.xen_ring1 import NarrowHypervisor
-from vmlab.vmm.xen_ring3 import WideHypervisor
+from vmlab.vmm.xen.domain import Domain
+from vmlab.vmm.xen.domain64 import WideDomain
+from vmlab.vmm.xen.hypervisor import Hypervisor
+from vmlab.vmm.xen.ring1 import NarrowHypervisor
+from vmlab.vmm.xen.ring3 import WideHypervisor
 
 
 class Paravirtualization(ParavirtualizationTechnique, Strategy):

@@ -20,8 +20,8 @@ from vmlab.machine.pc import Machine
 from vmlab.machine.state import CS, FS, GS, R8, R10, R11, RAX, RCX, RDI, RDX, RSI, RSP, SS
 from vmlab.vmm import xen
 from vmlab.vmm.host import PhysicalBus
-from vmlab.vmm.xen_domain64 import ENTRY, ENTRY32, WideDomain
-from vmlab.vmm.xen_hypervisor import PAGE_FAULT, Hypervisor
+from vmlab.vmm.xen.domain64 import ENTRY, ENTRY32, WideDomain
+from vmlab.vmm.xen.hypervisor import PAGE_FAULT, Hypervisor
 
 _UD = 6
 _SYSCALL_SIZE = 2

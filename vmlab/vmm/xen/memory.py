@@ -6,7 +6,7 @@ import struct
 
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.paging import PageFault
-from vmlab.vmm.xen_abi import Abi
+from vmlab.vmm.xen.abi import Abi
 
 
 class GuestMemory:

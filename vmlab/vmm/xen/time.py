@@ -15,8 +15,8 @@ from vmlab.machine.pc import Machine
 from vmlab.vmm import xen
 from vmlab.vmm.host import PhysicalBus
 from vmlab.vmm.timer import PhysicalTimer
-from vmlab.vmm.xen_abi import Abi
-from vmlab.vmm.xen_memory import GuestMemory
+from vmlab.vmm.xen.abi import Abi
+from vmlab.vmm.xen.memory import GuestMemory
 
 
 class GuestTimers:

@@ -3,8 +3,8 @@
 Machine memory (hpa): the hypervisor below 16 MiB, the guest's frames above, so that machine frame numbers differ
 from the guest's own. The guest's linear space (gva) is its pseudo-physical memory one to one (VIRT_BASE 0),
 mapped by tables that lie in its own frames, read-only to it; its changes to them go through the hypercalls of
-:mod:`vmlab.vmm.xen_mmu`. The hypervisor's hole at the top of 32 bits is supervisor and read-only: ring 1 is supervisor to
-paging, and CR0.WP = 1 makes read-only hold for it (SDM Vol. 3A §4.6). In 64 bits (:mod:`vmlab.vmm.xen_domain64`) the
+:mod:`vmlab.vmm.xen.mmu`. The hypervisor's hole at the top of 32 bits is supervisor and read-only: ring 1 is supervisor to
+paging, and CR0.WP = 1 makes read-only hold for it (SDM Vol. 3A §4.6). In 64 bits (:mod:`vmlab.vmm.xen.domain64`) the
 guest's kernel is in ring 3, and supervisor pages are out of its reach altogether.
 Start of day follows xen/include/public/xen.h, "Start-of-day memory layout".
 """
@@ -23,10 +23,10 @@ from vmlab.machine.memory import PAGE, Ram
 from vmlab.machine.paging import CR4_PAE, RW, US, P
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSI, RSP, SS
 from vmlab.vmm.xen import FLAT_RING1_CS, FLAT_RING1_DS, M2P_START, SIF_PRIVILEGED
-from vmlab.vmm.xen_abi import NARROW, Abi, SharedInfo
-from vmlab.vmm.xen_descriptors import GDT_AT, IDT_AT, PRIVATE, TSS_AT, TSS_SELECTOR, TSS_SIZE, DescriptorTables
-from vmlab.vmm.xen_frames import FrameTable, Refused
-from vmlab.vmm.xen_tables import PAE, Format, HoleEntries
+from vmlab.vmm.xen.abi import NARROW, Abi, SharedInfo
+from vmlab.vmm.xen.descriptors import GDT_AT, IDT_AT, PRIVATE, TSS_AT, TSS_SELECTOR, TSS_SIZE, DescriptorTables
+from vmlab.vmm.xen.frames import FrameTable, Refused
+from vmlab.vmm.xen.tables import PAE, Format, HoleEntries
 
 GUEST_FRAMES = 16 << 20             # hpa of the guest's first frame
 
@@ -150,14 +150,14 @@ class Domain:
         self.ram.write64(self.machine(table) + 8 * index, entry)
 
     def set_base(self, mfn: int) -> None:
-        """Make this the root that CR3 will name. Raises :class:`~vmlab.vmm.xen_frames.Refused`."""
+        """Make this the root that CR3 will name. Raises :class:`~vmlab.vmm.xen.frames.Refused`."""
         self.frames.get(mfn, self.format.root)
         if self.root:
             self.frames.put(self.root >> 12)
         self.root = mfn << 12
 
     def set_user_base(self, mfn: int) -> None:
-        """Only a 64-bit kernel has a root apart for its users. Raises :class:`~vmlab.vmm.xen_frames.Refused`."""
+        """Only a 64-bit kernel has a root apart for its users. Raises :class:`~vmlab.vmm.xen.frames.Refused`."""
         raise Refused("there is one root for kernel and users")
 
     # ---- the physical CPU

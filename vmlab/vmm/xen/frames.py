@@ -4,7 +4,7 @@ Under direct paging the guest's own page tables are the machine's. A frame is a 
 writable, or neither; never two of these at once, so the guest can write no table. Each use is counted, and a frame
 changes its type only when nothing counts on the old one (Barham et al., SOSP 2003 §3.3.3; mm.c of Xen calls these
 ``PGT_l1_page_table`` … ``PGT_writable_page``). A frame is checked, entry by entry, when it becomes a table.
-What tables look like at the guest's width is in :mod:`vmlab.vmm.xen_tables`.
+What tables look like at the guest's width is in :mod:`vmlab.vmm.xen.tables`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from vmlab.ledger import Counts
 from vmlab.machine.memory import PAGE, Ram
 from vmlab.machine.paging import RW, P
-from vmlab.vmm.xen_tables import FRAME, PAE, TABLES, Format, HoleEntries, Kind
+from vmlab.vmm.xen.tables import FRAME, PAE, TABLES, Format, HoleEntries, Kind
 
 __all__ = ["TABLES", "FrameTable", "Kind", "Refused"]
 

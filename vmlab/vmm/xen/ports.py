@@ -14,9 +14,9 @@ from vmlab.machine.devices.disk import FIRST_PORT, PORT_COUNT
 from vmlab.vmm import xen
 from vmlab.vmm.disk import DiskDriver, VirtualDisk
 from vmlab.vmm.host import PhysicalBus
-from vmlab.vmm.xen_domain import Domain
-from vmlab.vmm.xen_events import EventChannels
-from vmlab.vmm.xen_frames import Kind, Refused
+from vmlab.vmm.xen.domain import Domain
+from vmlab.vmm.xen.events import EventChannels
+from vmlab.vmm.xen.frames import Kind, Refused
 
 _HYPERVISORS = frozenset((0x20, 0x21, 0xA0, 0xA1, *range(PIT_PORT, PIT_PORT + 4), SYSTEM_PORT))
 

@@ -17,8 +17,8 @@ from vmlab.machine.memory import PAGE, Ram
 from vmlab.machine.paging import P
 from vmlab.vmm import xen
 from vmlab.vmm.xen import FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING3_CS, FLAT_RING3_DS, HYPERVISOR_START
-from vmlab.vmm.xen_abi import Trap
-from vmlab.vmm.xen_frames import FrameTable, Kind, Refused
+from vmlab.vmm.xen.abi import Trap
+from vmlab.vmm.xen.frames import FrameTable, Kind, Refused
 
 # The hypervisor's pages (hpa), and where its hole shows them (linear).
 GDT, IDT, TSS = 0x20000, 0x30000, 0x31000

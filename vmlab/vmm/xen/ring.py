@@ -17,10 +17,10 @@ from vmlab.machine.devices import disk as d
 from vmlab.machine.memory import PAGE, Ram
 from vmlab.vmm import xen
 from vmlab.vmm.disk import DiskDriver, Request
-from vmlab.vmm.xen_abi import Abi
-from vmlab.vmm.xen_events import EventChannels
-from vmlab.vmm.xen_frames import FrameTable, Kind, Refused
-from vmlab.vmm.xen_memory import GuestMemory
+from vmlab.vmm.xen.abi import Abi
+from vmlab.vmm.xen.events import EventChannels
+from vmlab.vmm.xen.frames import FrameTable, Kind, Refused
+from vmlab.vmm.xen.memory import GuestMemory
 
 RING_SIZE = 32                      # (4096 - 64) / 108, or / 112 in 64 bits, down to a power of two
 _HEADER = 64

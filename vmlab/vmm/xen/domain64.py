@@ -15,10 +15,10 @@ from vmlab.machine.msr import CSTAR, EFER_LME, EFER_SCE, LSTAR, SFMASK, STAR
 from vmlab.machine.paging import CR4_PAE, RW, US, P
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSI, RSP, SS
 from vmlab.vmm import xen
-from vmlab.vmm.xen_abi import WIDE
-from vmlab.vmm.xen_descriptors import PRIVATE_PAGES, WideDescriptorTables
-from vmlab.vmm.xen_domain import CR0, M2P_L1, PRIVATE_L1, Domain, StartOfDay
-from vmlab.vmm.xen_tables import FOUR_LEVEL
+from vmlab.vmm.xen.abi import WIDE
+from vmlab.vmm.xen.descriptors import PRIVATE_PAGES, WideDescriptorTables
+from vmlab.vmm.xen.domain import CR0, M2P_L1, PRIVATE_L1, Domain, StartOfDay
+from vmlab.vmm.xen.tables import FOUR_LEVEL
 
 # The hypervisor's pages (hpa).
 _L3S, _L2S, _ENTRIES = (0x5000, 0x6000), (0x7000, 0x8000), 0x33000
@@ -62,7 +62,7 @@ class WideDomain(Domain):
         self.ram.write64(self.root + 8 * _M2P_SLOT, _L3S[0] | US | P)
 
     def set_user_base(self, mfn: int) -> None:
-        """The root on which the guest's users run. Raises :class:`~vmlab.vmm.xen_frames.Refused`."""
+        """The root on which the guest's users run. Raises :class:`~vmlab.vmm.xen.frames.Refused`."""
         self.frames.get(mfn, self.format.root)
         if self.user_root:
             self.frames.put(self.user_root >> 12)

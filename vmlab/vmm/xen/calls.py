@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from vmlab.machine.board import UART_PORT
 from vmlab.machine.pc import Stop, StopReason
 from vmlab.vmm import xen
-from vmlab.vmm.xen_frames import Refused
+from vmlab.vmm.xen.frames import Refused
 
 if TYPE_CHECKING:
-    from vmlab.vmm.xen_hypervisor import Hypervisor
+    from vmlab.vmm.xen.hypervisor import Hypervisor
 
 #: A hypercall: five words in, EAX out. May raise :class:`~vmlab.machine.paging.PageFault`, which is -EFAULT.
 Call = Callable[[int, int, int, int, int], int]

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmlab.vmm import xen
-from vmlab.vmm.xen_abi import SharedInfo
-from vmlab.vmm.xen_memory import GuestMemory
+from vmlab.vmm.xen.abi import SharedInfo
+from vmlab.vmm.xen.memory import GuestMemory
 
 _IRQS = 16
 

@@ -14,11 +14,11 @@ from vmlab.ledger import Counts
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.paging import PageFault
 from vmlab.vmm import xen
-from vmlab.vmm.xen_abi import Abi
-from vmlab.vmm.xen_domain import Domain
-from vmlab.vmm.xen_frames import Kind, Refused
-from vmlab.vmm.xen_memory import GuestMemory
-from vmlab.vmm.xen_tables import FRAME
+from vmlab.vmm.xen.abi import Abi
+from vmlab.vmm.xen.domain import Domain
+from vmlab.vmm.xen.frames import Kind, Refused
+from vmlab.vmm.xen.memory import GuestMemory
+from vmlab.vmm.xen.tables import FRAME
 
 #: Xen goes on with a longer list after a look at other domains; here there are none, and one list has an end.
 MAX_BATCH = 2048

@@ -12,7 +12,7 @@ from vmlab.machine.cpu import IF, IOPL, NT, RF, TF, VM, Segment
 from vmlab.machine.paging import PageFault
 from vmlab.machine.state import CS, RAX, RBX, RCX, RDI, RDX, RSI, RSP, SS
 from vmlab.vmm import xen
-from vmlab.vmm.xen_hypervisor import PAGE_FAULT, Hypervisor
+from vmlab.vmm.xen.hypervisor import PAGE_FAULT, Hypervisor
 
 
 class NarrowHypervisor(Hypervisor):

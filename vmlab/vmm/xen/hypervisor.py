@@ -3,8 +3,8 @@
 The guest's kernel never executes a sensitive instruction; it asks. What reaches this file are hypercalls, exceptions of
 the guest to pass on, and the machine's own interrupts, which become events. On every way back pending events are
 delivered, if the guest lets them (xen/include/public/event_channel.h). What depends on the ring that the kernel runs in
-is in :mod:`vmlab.vmm.xen_ring1` (32 bits) and :mod:`vmlab.vmm.xen_ring3` (64). The hypercalls themselves are in
-:mod:`vmlab.vmm.xen_calls`, :mod:`vmlab.vmm.xen_mmu` and :mod:`vmlab.vmm.xen_events`.
+is in :mod:`vmlab.vmm.xen.ring1` (32 bits) and :mod:`vmlab.vmm.xen.ring3` (64). The hypercalls themselves are in
+:mod:`vmlab.vmm.xen.calls`, :mod:`vmlab.vmm.xen.mmu` and :mod:`vmlab.vmm.xen.events`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from vmlab.vmm import xen
 from vmlab.vmm.disk import DiskDriver
 from vmlab.vmm.host import PhysicalBus
 from vmlab.vmm.platform import program_physical_pic
-from vmlab.vmm.xen_abi import Trap
-from vmlab.vmm.xen_calls import Call, Calls
-from vmlab.vmm.xen_domain import Domain
-from vmlab.vmm.xen_events import EventChannels
-from vmlab.vmm.xen_memory import GuestMemory
-from vmlab.vmm.xen_mmu import Mmu
-from vmlab.vmm.xen_ports import GuestPorts
-from vmlab.vmm.xen_ring import BlockRing
-from vmlab.vmm.xen_time import GuestTimers
+from vmlab.vmm.xen.abi import Trap
+from vmlab.vmm.xen.calls import Call, Calls
+from vmlab.vmm.xen.domain import Domain
+from vmlab.vmm.xen.events import EventChannels
+from vmlab.vmm.xen.memory import GuestMemory
+from vmlab.vmm.xen.mmu import Mmu
+from vmlab.vmm.xen.ports import GuestPorts
+from vmlab.vmm.xen.ring import BlockRing
+from vmlab.vmm.xen.time import GuestTimers
 
 _UD, _NM, PAGE_FAULT = 6, 7, 14
 _CR0_TS = 1 << 3

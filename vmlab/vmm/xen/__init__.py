@@ -1,6 +1,9 @@
-"""The paravirtual interface as numbers. What depends on the guest's width is in :mod:`vmlab.vmm.xen_abi`.
+"""A paravirtual hypervisor with Xen's interface. This file is the interface as numbers, named with the public header that has each
+(xen/include/public/…); nothing here acts. What depends on the guest's width is in ``abi``.
 
-Facts from Xen's public headers, named at each item (xen/include/public/…). Nothing here acts.
+Read in this order: ``domain`` and ``domain64`` (a guest's memory at its start), ``tables`` and ``frames`` (what its frames are used
+for), ``hypervisor`` (what reaches it, and the way back), ``ring1`` and ``ring3`` (the same by width), ``calls``, ``mmu``,
+``events``, ``time``, ``ring``, ``ports`` (hypercalls), ``descriptors`` and ``memory`` (what they stand on).
 """
 
 from __future__ import annotations
