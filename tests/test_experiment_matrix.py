@@ -9,7 +9,7 @@ import yaml
 from fake_lab import FakeLab
 
 from vmlab.errors import ConfigError
-from vmlab.experiment import schema, yamlfile
+from vmlab.experiment import matrix, schema, yamlfile
 from vmlab.experiment.schema import Experiment
 
 
@@ -183,3 +183,17 @@ def test_bad_set(text: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(SWEEP, text)
     assert says in str(caught.value)
+
+
+def test_a_label_names_what_varies_and_no_two_cells_alike() -> None:
+    cells = load(SWEEP).cells
+    found = matrix.labels(cells)
+    assert len(set(found.values())) == len(cells)
+    constant = {key for key in cells[0].parameters if len({cell.parameters[key] for cell in cells if key in cell.parameters}) == 1}
+    assert constant and all(f" {key}=" not in label for label in found.values() for key in constant)
+    assert matrix.labels(cells[:1]) == {cells[0].id: cells[0].technique}
+
+
+def test_cells_that_a_label_does_not_tell_apart_keep_their_ids() -> None:
+    cells = [matrix.Cell("native", {"a": 1}), matrix.Cell("native", {"a": 1, "b": 2})]
+    assert matrix.labels(cells) == {cell.id: cell.id for cell in cells}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -104,6 +106,37 @@ def test_results_are_valid_json_whatever_their_size(monkeypatch: pytest.MonkeyPa
         assert on_disk["cells"] == list(outcome.results["cells"])
     assert without_times(large) == without_times(small)
     assert (small.directory / "results.csv").read_bytes() == (large.directory / "results.csv").read_bytes()
+
+
+def test_a_large_sweep_s_report_is_of_cells_from_all_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "IN_MEMORY", 12)
+    outcome, _ = sweep(TEXT.replace("[5, 6, 7]", str(list(range(5, 45)))))
+    shown, ids = outcome.shown["cells"], [cell["id"] for cell in outcome.results["cells"]]
+    assert outcome.shown["of"] == len(ids) > 12 >= len(shown) > 4
+    places = [ids.index(cell["id"]) for cell in shown]
+    assert places == sorted(places) and places[-1] > len(ids) / 2
+    for cell in shown:      # a ratio needs both
+        assert cell["technique"] == "native" or any(
+            other["technique"] == "native" and other["parameters"].items() <= cell["parameters"].items() for other in shown)
+
+
+def test_a_run_that_shares_files_with_an_earlier_one_outlives_it() -> None:
+    first, ran = sweep()
+    again, _ = sweep()
+    shutil.rmtree(first.directory)
+    assert len(list((again.directory / "cells").iterdir())) == len(ran)
+    assert json.loads((again.directory / "results.json").read_text())["cells"] == list(again.results["cells"])
+
+
+def test_where_files_cannot_be_shared_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    first, _ = sweep()
+    monkeypatch.setattr(os, "link", refuse)
+    again, _ = sweep()
+    assert without_times(again) == without_times(first)
+    assert {path.name for path in (again.directory / "cells").iterdir()} == {path.name for path in (first.directory / "cells").iterdir()}
 
 
 # ---- executors

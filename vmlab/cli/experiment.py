@@ -106,6 +106,7 @@ def _dry_run(experiment: Experiment, as_json: bool) -> int:
 
 def execute(experiment: Experiment, lab: Lab, arguments: argparse.Namespace) -> int:
     """Run a checked experiment with the options of the command line, and print how it ended."""
+    from vmlab.experiment.matrix import labels
     from vmlab.experiment.runner import Options, Run
 
     if arguments.strict and not experiment.expect:
@@ -118,9 +119,9 @@ def execute(experiment: Experiment, lab: Lab, arguments: argparse.Namespace) -> 
     found = run_.reused + len(run_.taken)
     kept = f", {found} kept from before" if found else ""
     print(f"{experiment.title}: {todo} cells to run{kept}, in {where}", file=sys.stderr)
-    progress = Progress(todo)
+    progress, called = Progress(todo), labels(experiment.cells)
     try:
-        outcome = run_.execute(progress.finished)
+        outcome = run_.execute(lambda cell, status, seconds: progress.finished(called[cell], status, seconds))
     except KeyboardInterrupt:
         progress.close()
         print(f"vmlab: interrupted; {len(run_.done)} of {len(experiment.cells)} cells are kept in {where}; "
@@ -149,9 +150,9 @@ def _executor(arguments: argparse.Namespace) -> Callable[[str, str], CellRunner]
 
 
 def _print(outcome: Outcome, lab: Lab) -> None:
-    print(lab.terminal_table(outcome.results))
+    print(lab.terminal_table(outcome.shown))
     print()
-    for sentence in lab.summary(outcome.results):
+    for sentence in lab.summary(outcome.shown):
         print(sentence)
     claims = outcome.results["claims"]
     if claims:

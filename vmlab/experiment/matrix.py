@@ -7,6 +7,8 @@ into one. A native cell that another needs for its slowdown and that nobody aske
 
 from __future__ import annotations
 
+import collections
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,15 +49,27 @@ class Cell:
     work: Mapping[str, Value] = field(default_factory=dict)
     added: bool = False
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """``<technique>/<k=v sorted, comma-joined>``."""
         return f"{self.technique}/{','.join(f'{k}={v}' for k, v in sorted(self.parameters.items()))}"
 
-    @property
+    @functools.cached_property
     def baseline(self) -> str:
         """The id of the native cell that this one is compared with."""
         return Cell(BASELINE, self.work).id
+
+
+def labels(cells: Sequence[Cell]) -> dict[str, str]:
+    """By id a name that says how a cell differs from the others: its technique, and the parameters that take several values."""
+    values: dict[str, set[Value]] = {}
+    for cell in cells:
+        for key, value in cell.parameters.items():
+            values.setdefault(key, set()).add(value)
+    found = {cell.id: " ".join([cell.technique, *(f"{key}={value}" for key, value in cell.parameters.items() if len(values[key]) > 1)])
+             for cell in cells}
+    alike = {label for label, n in collections.Counter(found.values()).items() if n > 1}
+    return {name: name if label in alike else label for name, label in found.items()}
 
 
 @dataclass

@@ -51,6 +51,8 @@ class Outcome:
 
     directory: Path
     results: dict[str, Any]
+    #: What a report is made of: the results, or of a large sweep a part that memory can hold.
+    shown: dict[str, Any]
     failed: list[dict[str, Any]]
     not_evaluated: list[dict[str, Any]]
     unexpected: list[str]
@@ -74,6 +76,8 @@ class Run:
         self.done: dict[str, tuple[str, str | None]] = {}
         #: Those of them that an earlier run finished: id → its file there.
         self.taken: dict[str, Path] = {}
+        #: Records of finished cells, of a run that memory can hold.
+        self._records: dict[str, Record] = {}
         self.directory = self._directory()
         self.contents = {cell.id: store.content_hash(cell, self.images[str(cell.parameters["guest"])], self.versions, self.files)
                          for cell in experiment.cells}
@@ -118,6 +122,12 @@ class Run:
 
     def _note(self, cell_id: str, record: Record) -> None:
         self.done[cell_id] = str(record.get("status")), record.get("machine_path")
+        if not self._large:
+            self._records[cell_id] = record
+
+    @property
+    def _large(self) -> bool:
+        return len(self.experiment.cells) > IN_MEMORY
 
     def _keep(self, cell: Cell, record: Record) -> None:
         whole = {"id": cell.id, "technique": cell.technique, "parameters": dict(cell.parameters)} | {
@@ -174,11 +184,13 @@ class Run:
     def _record(self, cell_id: str) -> Record | None:
         if cell_id not in self.done or cell_id not in self.contents:
             return None
+        if cell_id in self._records:
+            return self._records[cell_id]
         return store.read_json(self.taken.get(cell_id) or self.directory.path_of(self.contents[cell_id]))
 
     def _complete(self) -> Sequence[dict[str, Any]]:
         """Every cell priced and compared, in its file; in memory only as many as it can hold."""
-        large = len(self.experiment.cells) > IN_MEMORY
+        large = self._large
         cells: list[dict[str, Any]] = []
         native: tuple[str, Record | None] = ("", None)
         for cell in self.experiment.cells:
@@ -188,7 +200,9 @@ class Run:
             if native[0] != cell.baseline:      # cells of the same work often follow one another
                 native = cell.baseline, self._record(cell.baseline)
             completed = complete_one(cell, record, native[1], self.experiment.profiles, self.lab)
-            self.directory.write_cell(self.content(cell), completed)
+            taken = self.taken.get(cell.id)
+            if taken is None or completed != record or not self.directory.share_cell(self.content(cell), taken):
+                self.directory.write_cell(self.content(cell), completed)
             if not large:
                 cells.append(completed)
         if not large:
@@ -207,15 +221,24 @@ class Run:
         # The page quotes the manifest, so it has to be right by now; a report that fails sets it back to "stopped".
         failed = [cell for cell in cells if cell["status"] == "failed"]
         self._manifest("failed" if failed else "finished")
-        written = self.lab.write_report(path, results, self._resolved())
+        shown = results | self._sample(cells) if self._large else results
+        written = self.lab.write_report(path, shown, self._resolved())
         report = next((file for file in written if file.name == "report.html"), None)
         return Outcome(
-            path, results,
+            path, results, shown,
             failed=failed,
             not_evaluated=[claim for claim in claims if "error" in claim],
             unexpected=unexpected(claims, experiment.expect),
             reused=self.reused + len(self.taken), report=report,
         )
+
+    def _sample(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Cells from all over a large sweep, at even distances, each with the one that it is compared with: as many as memory can hold."""
+        finished = [cell for cell in self.experiment.cells if cell.id in self.done]
+        number = {cell.id: at for at, cell in enumerate(finished)}
+        distance = -(-2 * len(finished) // IN_MEMORY)
+        chosen = sorted({number[name] for cell in finished[::distance] for name in (cell.id, cell.baseline) if name in number})
+        return {"cells": [cells[at] for at in chosen], "of": len(finished)}
 
     def _judge(self, claim: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One verdict. A claim whose check breaks must not take the run's other results along."""

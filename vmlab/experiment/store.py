@@ -183,6 +183,15 @@ class RunDirectory:
         write(self.path_of(content), json.dumps(record) + "\n", lasting=False)
 
 
+    def share_cell(self, content: str, path: Path) -> bool:
+        """Have the file of an earlier run, which is never written again but as a whole, under this run's own name too. False where that cannot be."""
+        try:
+            os.link(path, self.path_of(content))
+        except OSError:     # another disk, a file system without links, or the file is there: it will be written
+            return False
+        return True
+
+
 def read_results(run: Path) -> dict[str, Any]:
     """The results of a finished run.
 

@@ -48,17 +48,20 @@ def draw(results: Mapping[str, Any], names: list[str] | None = None) -> dict[str
 
     :param names: the charts wanted, in this order; None or empty for all. A chart that the run has no data for is left out.
     """
-    from vmlab.report.canvas import our_settings, render
     from vmlab.report.charts import CHARTS, TITLES, drawable
     from vmlab.report.view import View
 
     view = View(results)
+    possible = drawable(view)
+    wanted = [name for name in names or possible if name in possible]
+    if not wanted:
+        return {}
+    from vmlab.report.canvas import our_settings, render
+
     made = {}
     with our_settings():
-        possible = drawable(view)
-        for name in names or possible:
-            if name in possible:
-                made[name] = (TITLES[name](view), render(CHARTS[name](view)))
+        for name in wanted:
+            made[name] = (TITLES[name](view), render(CHARTS[name](view)))
     return made
 
 

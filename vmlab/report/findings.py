@@ -233,6 +233,8 @@ def _verdicts(view: View) -> str:
     same = len(judged) - len(wrong)
     where = sorted({f"{name(view.variant(c))} on {view.work(c)}" for c in wrong})
     fidelity = f"{same} of {len(judged)} virtualized cells end exactly as the bare machine does"
+    if "of" in view.results:
+        fidelity += f" (of the {len(view.all)} that this looks at, from all over the sweep's {view.results['of']})"
     if where:
         fidelity += f" (not: {', '.join(where[:3])}{' and others' if len(where) > 3 else ''})"
     if not claims:

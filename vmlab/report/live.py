@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def cells(results: Mapping[str, Any], kinds: Mapping[str, int]) -> list[dict[str
 
     made = []
     everything = list(results.get("cells") or [])
+    native_of = _natives(everything)
     for cell in everything:
         priced = {name: [price["total"], price["low"], price["high"], price["breakdown"]]
                   for name, price in (cell.get("cycles") or {}).items() if "total" in price}
@@ -80,19 +81,28 @@ def cells(results: Mapping[str, Any], kinds: Mapping[str, int]) -> list[dict[str
         made.append({
             "id": str(cell.get("id")), "technique": str(cell.get("technique")), "status": str(cell.get("status")),
             "parameters": cell.get("parameters") or {}, "platform": str(cell.get("platform") or "x86"),
-            "events": flat(cell.get("events") or {}), "native": _native_of(cell, everything),
+            "events": flat(cell.get("events") or {}), "native": native_of(cell),
             "operations": int((cell.get("work") or {}).get("operations") or 0), "cycles": priced, "slowdown": slower,
         })
     return made
 
 
-def _native_of(cell: Mapping[str, Any], everything: Sequence[Mapping[str, Any]]) -> int | None:
-    """The number of the bare machine's run of the same work: the one all of whose parameters the cell shares."""
-    wanted = (cell.get("parameters") or {}).items()
+def _natives(everything: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], int | None]:
+    """What gives for a cell the number of the bare machine's run of the same work: the first all of whose parameters the cell shares."""
+    by_names: dict[tuple[str, ...], dict[tuple[Any, ...], int]] = {}
     for i, other in enumerate(everything):
-        if other.get("technique") == "native" and other.get("status") == "ok" and (other.get("parameters") or {}).items() <= wanted:
-            return i
-    return None
+        if other.get("technique") == "native" and other.get("status") == "ok":
+            parameters = other.get("parameters") or {}
+            names = tuple(sorted(parameters))
+            by_names.setdefault(names, {}).setdefault(tuple(parameters[name] for name in names), i)
+
+    def native_of(cell: Mapping[str, Any]) -> int | None:
+        parameters = cell.get("parameters") or {}
+        found = [numbers.get(tuple(parameters[name] for name in names))
+                 for names, numbers in by_names.items() if all(name in parameters for name in names)]
+        return min((i for i in found if i is not None), default=None)
+
+    return native_of
 
 
 def kinds_of(results: Mapping[str, Any]) -> list[str]:

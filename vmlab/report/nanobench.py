@@ -90,7 +90,8 @@ def operation(cell: Cell, per: int = 1) -> Quantity | None:
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """The papers' tables that this run has figures for, rows without any left out."""
-    cells = View(results).cells
+    named = {row["workload"] for paper in papers() for row in paper["rows"]}
+    cells = [cell for cell in View(results).cells if cell["parameters"].get("workload") in named]
     made = []
     for paper in papers():
         figures = [figure for row in paper["rows"] for figure in _row(paper, row, cells)]
