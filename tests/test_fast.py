@@ -294,7 +294,7 @@ def test_tables_follow_any_sequence(data: st.DataObject) -> None:
             case "add":
                 weight, rep_, ring = data.draw(st.integers(1, 9)), data.draw(st.booleans()), data.draw(st.booleans())
                 for counter in (quick, slow):
-                    block = Block(pc, Code(bytes(size), []), None)
+                    block = Block(pc, Code(bytes(size), 32, []), None)
                     block.weight, block.rep, block.ring = weight, rep_, ring
                     counter.add(block)
             case "close":
@@ -316,7 +316,7 @@ def _numbers(counter: Counter) -> object:
 def test_closing_blocks_again_and_again_does_not_fill_the_tables() -> None:
     counter = fast.FastCounter(lambda: 0, lambda pc, size: False, None)
     for i in range(5000):
-        counter.add(block := Block(i, Code(b"\0", []), None))
+        counter.add(block := Block(i, Code(b"\0", 32, []), None))
         counter.close(block)
     assert len(counter.by_number) == 1024
     assert len(counter._places) == 2048

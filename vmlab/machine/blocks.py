@@ -14,6 +14,7 @@ from vmlab.machine import task
 from vmlab.machine.code import Block, Code, code_of
 from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK, EDGE_CALLBACK
+from vmlab.machine.fetch import Fetch
 from vmlab.machine.instructions import Instructions, carried_out, flushes
 from vmlab.machine.memory import PAGE
 from vmlab.machine.state import HF_CS32, HF_CS64
@@ -30,8 +31,13 @@ class Blocks:
         self._watched: dict[int, Callable[[int], None]] = {}
         self._gates: dict[int, Callable[[], None]] = {}
         self._hooked: dict[int, tuple[int, Instruction | None]] = {}
-        #: Keys of blocks that are different code in different address spaces. Unicorn keeps the translations of all.
-        self._ambiguous: set[int] = set()
+        self._fetch = Fetch(machine.cpu)
+        #: Keys of blocks that are different code in different address spaces: the records by code. Unicorn keeps the translations of all.
+        self._ambiguous: dict[int, dict[Code, Block]] = {}
+        #: The same bytes ran at one address in two modes, which no switch of spaces tells of: every block is looked at from then on.
+        self.mixed = False
+        #: Those of the ambiguous that were looked at in the present address space.
+        self._looked_at: list[Block] = []
         machine.engine.hook(uc_const.UC_HOOK_EDGE_GENERATED, EDGE_CALLBACK, self._on_new_code)
 
     def watch(self, address: int, callback: Callable[[int], None]) -> None:
@@ -58,6 +64,9 @@ class Blocks:
         if machine.interrupts.attention and machine.interrupts.attend(pc, size):
             return False
         block = counter.blocks.get(pc << 16 | size)
+        if self.mixed and block is not None and block.code.bits != self._bits():
+            counter.suspend(block)
+            block = None
         if block is None:
             block = self._new(pc, size)
             if block is None:
@@ -72,18 +81,30 @@ class Blocks:
         machine = self._machine
         cpu = machine.cpu
         cpu.load()
-        bits = 64 if cpu.hflags & HF_CS64 else 32 if cpu.hflags & HF_CS32 else 16
-        pieces = cpu.pieces(pc, size, write=False, user=False)
+        pieces = self._fetch.pieces(pc, size)
         machine.code_frames.update(pa // PAGE for pa, _ in pieces)
-        code = code_of(b"".join([machine.ram.read(pa, n) for pa, n in pieces]), bits)
+        code = code_of(b"".join([machine.ram.read(pa, n) for pa, n in pieces]), self._bits())
         if self._hook_new(pc, code):
             base = cpu.segment(hidden.CS).base
             machine.engine.remove_blocks(pc, pc + size)
             machine.engine.write_register(x86.UC_X86_REG_RIP, pc - base)
             return None
-        block = Block(pc, code, machine.tagger(pc, code.instructions))
+        tags = machine.tagger(pc, code.instructions)
+        others = self._ambiguous.get(pc << 16 | size)
+        block = None if others is None else others.get(code)
+        if block is None or block.tags != tags:
+            block = Block(pc, code, tags)
+        if others is not None:
+            others[code] = block
+            self._looked_at.append(block)
         machine.counter.add(block)
         return block
+
+    def _bits(self) -> int:
+        """The mode of code at a block's start."""
+        cpu = self._machine.cpu
+        cpu.load()
+        return 64 if cpu.hflags & HF_CS64 else 32 if cpu.hflags & HF_CS32 else 16
 
     def _hook_new(self, pc: int, code: Code) -> bool:
         """Have the hooks that code at ``pc`` wants, and no stale ones; True if that was not so before."""
@@ -91,24 +112,42 @@ class Blocks:
         known, watched, gates = self._hooked, self._watched, self._gates
         for offset, i in code.offsets.items():
             address = pc + offset
-            if i < len(code.instructions) and address in known and self._drop_stale_hook(address, code.instructions[i]):
+            if i == len(code.instructions):
+                continue
+            if address in known and self._is_stale(address, code.instructions[i]):
+                self._machine.engine.unhook(known.pop(address)[0])
+                self._others_apart(address, code.instructions[i])
                 changed = True
-            if (address in watched or address in gates) and address not in known and i < len(code.instructions):
+            if (address in watched or address in gates) and address not in known:
                 self._hook(address, code.instructions[i])
                 changed = True
         for offset, instruction in code.system:
             if pc + offset not in known and self._wants_hook(instruction):
                 self._hook(pc + offset, instruction)
+                self._others_apart(pc + offset, instruction)
                 changed = True
         return changed
 
-    def _drop_stale_hook(self, address: int, instruction: Instruction) -> bool:
-        """The guest may have rewritten code in another length, which no check of known blocks sees; True if so."""
-        hooked = self._hooked.get(address)
-        if hooked is None or hooked[1] is None or hooked[1].raw == instruction.raw:
-            return False
-        self._machine.engine.unhook(self._hooked.pop(address)[0])
-        return True
+    def _is_stale(self, address: int, instruction: Instruction) -> bool:
+        """The guest may have rewritten code in another length, or mapped other code, which no check of known blocks sees."""
+        hooked = self._hooked[address][1]
+        return hooked is not None and hooked.raw != instruction.raw
+
+    def _others_apart(self, address: int, instruction: Instruction) -> None:
+        """What Unicorn translates has the hooks of its moment in it: code with another instruction at ``address`` has to be looked at again."""
+        for block in self._machine.counter.within(address, address + 1):
+            index = block.offsets.get(address - block.pc, len(block.instructions))
+            if index == len(block.instructions) or block.instructions[index].raw != instruction.raw:
+                self._set_apart(block)
+
+    def _set_apart(self, block: Block) -> None:
+        """There is other code in the place of ``block``: from now on the moments at which it may come back are looked at."""
+        counter = self._machine.counter
+        counter.suspend(block)
+        if not self._ambiguous:
+            for other in [b for b in counter.blocks.values() if any(flushes(instruction) for _, instruction in b.code.system)]:
+                self.forget(other.pc, other.end)
+        self._ambiguous.setdefault(block.key, {})[block.code] = block
 
     def _wants_hook(self, instruction: Instruction) -> bool:
         return (carried_out(instruction) or instruction.op in self._machine.trapping or instruction.search or instruction.undefined
@@ -162,22 +201,23 @@ class Blocks:
             counter.leave(pc)
 
     def _check(self, block: Block) -> None:
-        self._machine.cpu.load()
-        if self._machine.cpu.read_linear(block.pc, block.size) != block.code.raw:
-            key = block.key
-            self.forget(block.pc, block.end)
-            if not self._ambiguous:     # from now on the moments at which it may be other code are looked at
-                for other in [b for b in self._machine.counter.blocks.values() if any(flushes(instruction) for _, instruction in b.code.system)]:
-                    self.forget(other.pc, other.end)
-            self._ambiguous.add(key)
+        machine = self._machine
+        counter = machine.counter
+        bits = self._bits()
+        if b"".join([machine.ram.read(pa, n) for pa, n in self._fetch.pieces(block.pc, block.size)]) == block.code.raw:
+            if bits == block.code.bits:
+                return
+            self.mixed = True
+            machine.interrupts.update()
+        self._set_apart(block)
+        for other in counter.within(block.pc, block.end):
+            counter.close(other)
 
     def space_changed(self) -> None:
-        """Other pages may be mapped from the next block on: what is known of ambiguous blocks is void."""
-        counter = self._machine.counter
-        for key in self._ambiguous:
-            block = counter.blocks.get(key)
-            if block is not None:
-                counter.close(block)
+        """Other pages may be mapped from the next block on: ambiguous blocks have to be looked at before they run."""
+        for block in self._looked_at:
+            self._machine.counter.suspend(block)
+        self._looked_at.clear()
 
     def forget(self, start: int, end: int) -> None:
         """Code in ``start <= address < end`` was changed by the host or the guest: decode it anew."""

@@ -41,10 +41,10 @@ def _weight(tags: Tags) -> int:
 class Code:
     """The bytes of a block, decoded. Where they end in what does not decode, the last instructions are those before."""
 
-    __slots__ = ("_wholes", "instructions", "iret", "offsets", "raw", "rep", "ring", "system")
+    __slots__ = ("_wholes", "bits", "instructions", "iret", "offsets", "raw", "rep", "ring", "system")
 
-    def __init__(self, raw: bytes, instructions: list[Instruction]) -> None:
-        self.raw, self.instructions = raw, instructions
+    def __init__(self, raw: bytes, bits: int, instructions: list[Instruction]) -> None:
+        self.raw, self.bits, self.instructions = raw, bits, instructions
         self.offsets: dict[int, int] = {}
         at = 0
         for i, instruction in enumerate(instructions):
@@ -73,7 +73,7 @@ class Code:
 @functools.lru_cache(maxsize=1 << 16)
 def code_of(raw: bytes, bits: int) -> Code:
     """These bytes as code of ``bits`` (16, 32, 64)."""
-    return Code(raw, decode_block(raw, bits))
+    return Code(raw, bits, decode_block(raw, bits))
 
 
 class Block:

@@ -41,7 +41,8 @@ class Counter:
         self.current: Block | None = None
         self._irets = [0, 0]
         self._by_page: dict[int, dict[int, Block]] = {}
-        self._retired: list[Block] = []
+        #: Records that are not in use now.
+        self._apart: dict[Block, None] = {}
 
     def continues(self, block_end: int) -> bool:
         """Whether the next block, ending at ``block_end``, is another iteration of an unfinished REP."""
@@ -121,23 +122,33 @@ class Counter:
 
     # ---- records
     def add(self, block: Block) -> None:
-        """Start counting ``block``; a record under the same key is closed and kept."""
+        """Start counting ``block``, or go on counting it; a record under the same key is closed and kept."""
         old = self.blocks.get(block.key)
         if old is not None:
             self.close(old)
+        self._apart.pop(block, None)
         self.blocks[block.key] = block
         for page in _pages(block.pc, block.end):
             self._by_page.setdefault(page, {})[block.key] = block
 
     def close(self, block: Block) -> None:
         """Stop using ``block`` (its code changed); its counts stay."""
-        if self.blocks.get(block.key) is block:
-            del self.blocks[block.key]
-            for page in _pages(block.pc, block.end):
-                del self._by_page[page][block.key]
+        self._take_out(block)
         if self.current is block:
             self.current = None
-        self._retired.append(block)
+
+    def suspend(self, block: Block) -> None:
+        """Other code may lie in its place from the next block on: it is counted no more until it is added again."""
+        self._take_out(block)
+
+    def _take_out(self, block: Block) -> bool:
+        if self.blocks.get(block.key) is not block:
+            return False
+        del self.blocks[block.key]
+        for page in _pages(block.pc, block.end):
+            del self._by_page[page][block.key]
+        self._apart[block] = None
+        return True
 
     def within(self, start: int, end: int) -> list[Block]:
         """Blocks in use that overlap ``start <= address < end``."""
@@ -173,7 +184,7 @@ class Counter:
         return found
 
     def _all_blocks(self) -> Iterable[Block]:
-        yield from self._retired
+        yield from self._apart
         yield from self.blocks.values()
 
 

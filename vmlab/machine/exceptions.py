@@ -216,7 +216,7 @@ class Interrupts:
         machine = self._machine
         pin = machine.intr.pending
         self.attention = self._requested or self._nmi or pin
-        at_once = self._nmi or (self._requested and not self._masked) or (pin and machine.guest_mode is not None)
+        at_once = machine.blocks.mixed or self._nmi or (self._requested and not self._masked) or (pin and machine.guest_mode is not None)
         machine.counter.attention = ALWAYS if at_once else WHEN_ENABLED if self.attention else 0
 
     @property

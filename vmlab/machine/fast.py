@@ -70,8 +70,8 @@ class FastCounter(Counter):
         self.records, _ = _words(1)
         self._grow_records(1024)
         self._free.remove(0)
-        self._rebuild_places()
         super().__init__(read_cpl)
+        self._rebuild_places()
 
     # ---- what both sides see
     @property
@@ -182,13 +182,14 @@ class FastCounter(Counter):
     # ---- blocks
     def add(self, block: Block) -> None:
         super().add(block)
-        if not self._free:
-            self._grow_records(2 * len(self.by_number))
-        number = block.slot = self._free.pop()
-        self.by_number[number] = block
-        at = number * _RECORD
-        traits = block.weight | (_REP if block.rep else 0) | (_RING if block.ring else 0) | (_IRET if block.iret else 0)
-        self.records[at:at + _RECORD] = _view(*block.runs, *block.taken, *block.again, block.end & _WORD, traits)
+        if block.slot < 0:
+            if not self._free:
+                self._grow_records(2 * len(self.by_number))
+            number = block.slot = self._free.pop()
+            self.by_number[number] = block
+            at = number * _RECORD
+            traits = block.weight | (_REP if block.rep else 0) | (_RING if block.ring else 0) | (_IRET if block.iret else 0)
+            self.records[at:at + _RECORD] = _view(*block.runs, *block.taken, *block.again, block.end & _WORD, traits)
         if 2 * self._used >= len(self._places) // _PLACE:
             self._rebuild_places()
         else:
@@ -203,18 +204,25 @@ class FastCounter(Counter):
         if number < 0:
             return
         self._read_back(block)
-        at = self._search(block.pc, block.size | number << 32)
-        self._places[at], self._places[at + 1] = _NEVER, _NEVER
         self.by_number[number] = None
         self._free.append(number)
         block.slot = -1
+
+    def _take_out(self, block: Block) -> bool:
+        """A suspended block keeps its record, which no search finds."""
+        if not super()._take_out(block):
+            return False
+        at = self._search(block.pc, block.size | block.slot << 32)
+        self._places[at], self._places[at + 1] = _NEVER, _NEVER
+        return True
 
     def _count_again(self, block: Block) -> None:
         self.records[block.slot * _RECORD + 4 + self.user] += 1
 
     def _all_blocks(self) -> Iterable[Block]:
-        for block in self.blocks.values():
-            self._read_back(block)
+        for block in self.by_number:
+            if block is not None:
+                self._read_back(block)
         return super()._all_blocks()
 
     def _read_back(self, block: Block) -> None:
@@ -235,7 +243,7 @@ class FastCounter(Counter):
 
     def _rebuild_places(self) -> None:
         """A hash table with a quarter of its places taken, without the traces of closed blocks."""
-        live = [block for block in self.by_number if block is not None]
+        live = [block for block in self.by_number if block is not None and self.blocks.get(block.key) is block]
         places = 1024
         while places < 4 * len(live):
             places *= 2
@@ -327,7 +335,7 @@ def _counts_right(function: int) -> bool:
     in_c, in_python = _BLOCK_FUNCTION(function), block_hook(plain, unknown, failed.append)
     for counter in (plain, fast):
         for pc, size, weight, rep, ring, iret in _SAMPLE:
-            block = Block(pc, Code(bytes(size), []), None)
+            block = Block(pc, Code(bytes(size), 32, []), None)
             block.weight, block.rep, block.ring, block.iret = weight, rep, ring, iret
             counter.add(block)
     for number in (0, 0, 1, 2, 2, 0, 3, 0, 3, 0):

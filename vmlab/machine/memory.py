@@ -57,6 +57,8 @@ class Ram:
         self.size = size
         self._map = mmap.mmap(-1, size)
         self.bytes = memoryview(self._map)
+        #: The same as 64-bit words of the host's, for who only compares.
+        self.words = self.bytes.cast("Q")
         self._base = (ctypes.c_ubyte * size).from_buffer(self._map)
         #: Where RAM lies in this process: another engine may map the same memory.
         self.address = ctypes.addressof(self._base)

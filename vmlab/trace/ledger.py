@@ -42,7 +42,7 @@ class RunningLedger:
             if index_here is not None and index_here < len(block.instructions):
                 within = block, index_here, counter.user
         self.note()
-        count = len(counter.blocks) + len(counter._retired)
+        count = len(counter.blocks) + len(counter._apart)
         for one in counter._all_blocks() if count != self._blocks else self._touched.values():
             runs, taken, again = one.runs, one.taken, one.again
             signature = (runs[0], runs[1], taken[0], taken[1], again[0], again[1])
