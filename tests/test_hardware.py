@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Mapping
 
 import pytest
@@ -264,3 +265,26 @@ def test_state_is_precise_at_a_watch() -> None:
     guest.watch(CODE + 12, look)
     assert guest.run(1000) == Stop(StopReason.EXIT, 0)
     assert seen == [(9, CODE + 12)]
+
+
+ICR, SEND_NMI = 0xFEE00300, 0x4400
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("memory", ["static", "tracing", "lazy", "nested"])
+def test_an_nmi_that_waits_enters_behind_the_handlers_iret(memory: str, path: str) -> None:
+    """The handler sends itself another one: both frames hold the address of the interrupted code, none that of the IRET (SDM Vol. 3A §6.7.1)."""
+    handler = (f"mov eax, [esp]; mov ecx, [{DATA:#x}]; mov [4 * ecx + {DATA + 4:#x}], eax; mov [4 * ecx + {DATA + 0x20:#x}], esp; inc dword ptr [{DATA:#x}];"
+               f"cmp dword ptr [{DATA:#x}], 1; jne done; mov dword ptr [{ICR:#x}], {SEND_NMI:#x}; jmp l2; l2: nop; done: iretd")
+    main = f"mov dword ptr [{ICR:#x}], {SEND_NMI:#x}; jmp l1; l1: nop; nop;"
+    image = kernel(main + END, {2: handler}, data={DATA: bytes(0x40)})
+    after = CODE + len(asm(main.partition(";")[0], CODE))
+    for strategy in (boot(Native, image, path), HardwareAssisted(Machine(48 << 20, path), {"memory": memory})):
+        if isinstance(strategy, HardwareAssisted):
+            strategy.load(image, "")
+        assert strategy.run(100_000) == Stop(StopReason.EXIT, 0)
+        count, first, second = struct.unpack("<3I", strategy.read_guest(DATA, 12))
+        assert count == 2 and first == second and first in (after, after + 2)     # the store, or the JMP behind it: the bare machine looks at blocks
+        stacks = struct.unpack("<2I", strategy.read_guest(DATA + 0x20, 8))
+        assert stacks[0] == stacks[1]
+    assert exits(strategy)["iret"] == 2 and strategy.counts["emulate.iret"] == 1   # the second handler's own runs on the CPU

@@ -15,12 +15,12 @@ from vmlab.guests import GuestImage, boot
 from vmlab.ledger import Snapshot
 from vmlab.machine import task
 from vmlab.machine import vmcb as v
-from vmlab.machine.cpu import Segment
+from vmlab.machine.cpu import NT, Segment
 from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import DOUBLE_FAULT, HAS_ERROR_CODE, PAGE_FAULT, Fault, doubles
 from vmlab.machine.paging import EFER_LMA
 from vmlab.machine.pc import Machine, Stop, StopReason
-from vmlab.machine.state import FS, GS, RAX, RSP
+from vmlab.machine.state import FS, GS, RAX, RSP, SS
 from vmlab.machine.svm import Svm
 from vmlab.machine.svm_host import FREE_FRAMES
 from vmlab.machine.vmcb import CountedVmcb, Vmcb
@@ -339,9 +339,15 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self.cpu.write("event_injection", v.event(v.EVENT_NMI, 2))
 
     def _nmi_handled(self) -> None:
-        """The handler of an NMI is about to return. RIP is still at its IRET: an NMI that waits comes before it, on top of its frame."""
+        """The handler of an NMI is about to return. One that waits comes behind its IRET (SDM Vol. 3A §6.7.1), which the VMM carries out then.
+
+        Not a return to another task: the NMI comes before that one, on top of the handler's frame.
+        """
         self._nmi_blocked = False
         self.vmcb["intercepts"] &= ~v.intercept_bit(v.EXIT_IRET)
+        cpu = self.cpu
+        if self._nmi and (cpu.long_mode or not cpu.eflags & NT):
+            self.carry_out(cpu.segment(SS).base + cpu.gpr(RSP))
 
     def interrupt(self) -> None:
         """The host took a physical interrupt: forward it to the guest's controller."""
