@@ -274,8 +274,9 @@ ICR, SEND_NMI = 0xFEE00300, 0x4400
 @pytest.mark.parametrize("memory", ["static", "tracing", "lazy", "nested"])
 def test_an_nmi_that_waits_enters_behind_the_handlers_iret(memory: str, path: str) -> None:
     """The handler sends itself another one: both frames hold the address of the interrupted code, none that of the IRET (SDM Vol. 3A §6.7.1)."""
-    handler = (f"mov eax, [esp]; mov ecx, [{DATA:#x}]; mov [4 * ecx + {DATA + 4:#x}], eax; mov [4 * ecx + {DATA + 0x20:#x}], esp; inc dword ptr [{DATA:#x}];"
-               f"cmp dword ptr [{DATA:#x}], 1; jne done; mov dword ptr [{ICR:#x}], {SEND_NMI:#x}; jmp l2; l2: nop; done: iretd")
+    handler = (f"mov eax, [esp]; mov ecx, [{DATA:#x}]; mov [4 * ecx + {DATA + 4:#x}], eax; mov [4 * ecx + {DATA + 32:#x}], esp;"
+               f"inc dword ptr [{DATA:#x}]; cmp dword ptr [{DATA:#x}], 1; jne done;"
+               f"mov dword ptr [{ICR:#x}], {SEND_NMI:#x}; jmp l2; l2: nop; done: iretd")
     main = f"mov dword ptr [{ICR:#x}], {SEND_NMI:#x}; jmp l1; l1: nop; nop;"
     image = kernel(main + END, {2: handler}, data={DATA: bytes(0x40)})
     after = CODE + len(asm(main.partition(";")[0], CODE))

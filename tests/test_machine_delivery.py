@@ -10,6 +10,7 @@ from machinelab import (
     CODE0,
     CODE64,
     DATA0,
+    DEBUG_EXIT,
     IDT,
     IDT64,
     IST1,
@@ -32,7 +33,7 @@ from machinelab import (
 )
 
 from vmlab.errors import TripleFault
-from vmlab.machine.cpu import IF, NT, TF, Segment
+from vmlab.machine.cpu import IF, NT, RF, TF, Segment
 from vmlab.machine.pc import Machine, StopReason
 from vmlab.machine.state import CS, RAX, RBX, RCX, RDX, RSP, SS
 
@@ -424,3 +425,11 @@ def test_a_32_bit_handler_is_refused_in_long_mode(path: str) -> None:
     bench.machine.ram.write(IDT64 + 16 * 0x30, gate64(0x8000, selector=CODE0))
     halt(bench)
     assert stack64(bench, 1) == [CODE0]
+
+
+def test_iret_sets_rf_for_one_instruction(path: str) -> None:
+    """RF of the frame keeps a breakpoint from the next instruction alone; PUSHF behind it shows none (SDM Vol. 3A §17.3.1)."""
+    bench = Bench(f"push 0x10002; push cs; mov eax, l; push eax; iretd; l: nop; pushfd; pop ebx; jmp m; m: pushfd; pop ecx; {DEBUG_EXIT}", path=path)
+    bench.run()
+    bench.cpu.load()
+    assert not (bench.cpu.gpr(RBX) | bench.cpu.gpr(RCX) | bench.cpu.system_flags) & RF

@@ -18,7 +18,7 @@ from vmlab.machine.accesses import Accesses
 from vmlab.machine.blocks import Blocks
 from vmlab.machine.board import CLOCK_IRQ, DISK_IRQ, IDE_IRQ, KEYBOARD_IRQ, MOUSE_IRQ, PIT_IRQ, UART_IRQ, line, populate
 from vmlab.machine.counter import Counter, block_hook
-from vmlab.machine.cpu import Cpu
+from vmlab.machine.cpu import RF, Cpu
 from vmlab.machine.cpuid import cpuid
 from vmlab.machine.decode import Instruction
 from vmlab.machine.devices import lapic
@@ -222,8 +222,11 @@ class Machine(Running):
 
     # ---- what the parts ask of the whole
     def read_cpl(self) -> int:
-        """CPL, wherever the CPU is."""
+        """CPL, wherever the CPU is. An IRET that brought it may have set RF, for one instruction, whose block has begun (SDM Vol. 3A §17.3.1)."""
         self.cpu.load()
+        if self.cpu.system_flags & RF:      # Unicorn would keep it, and PUSHF show it
+            self.cpu.clear_flags(RF)
+            self.cpu.store()
         return self.cpu.cpl
 
     def make_rip_count(self) -> None:

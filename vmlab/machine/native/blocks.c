@@ -5,6 +5,9 @@
  */
 #include "machine.h"
 
+#define EFLAGS 136 /* QEMU target/i386/cpu.h; vmlab/machine/state.py finds and checks it */
+#define RF (1u << 16)
+
 #define EFLAGS 136 /* in CPUX86State */
 #define IF 0x200
 
@@ -65,8 +68,11 @@ static NEVER_INLINE void rare(state *s, uint64_t number, uint64_t pc, uint32_t s
     if (AT(record *, s->records)[s->current].traits & RING) {
         uint64_t cpl = s->hflags ? (*AT(const volatile uint32_t *, s->hflags) & 3) : (uint64_t)AT(int (*)(void), s->read_cpl)();
 
-        if (AT(record *, s->records)[s->current].traits & IRET)
+        if (AT(record *, s->records)[s->current].traits & IRET) {
             s->irets[cpl != s->cpl]++;
+            if (s->env) /* RF lasts for one instruction, whose block has begun: as Machine.read_cpl() */
+                *AT(uint64_t *, s->env + EFLAGS) &= ~(uint64_t)RF;
+        }
         s->cpl = cpl;
         s->user = cpl >= s->user_from;
     }
