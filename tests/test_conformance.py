@@ -1,4 +1,7 @@
-"""What every technique must do, whoever wrote it: ``python -m pytest tests/test_conformance.py --technique FILE.py:CLASS``."""
+"""What every technique must do, whoever wrote it: ``python -m pytest tests/test_conformance.py --technique FILE.py:CLASS``.
+
+That the fast path and the portable one give the same record in all of it: ``-m slow``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import pytest
 
 from vmlab import guests, strategies
 from vmlab.experiment.cell import run_cell
+from vmlab.machine import fast
 from vmlab.strategies.trap_and_emulate import SENSITIVE
 
 Cell = dict[str, Any]
@@ -88,3 +92,42 @@ def test_translated_kernels_retire_no_sensitive_instruction(workload: str) -> No
         events = run("binary-translation", workload, emulation=emulation)["events"]
         assert not events.get("retired.kernel", 0)
         assert not [op for op in SENSITIVE | {"cli", "sti", "hlt", "in", "out"} if f"retired.{op}" in events]
+
+
+# ---- the fast path and the portable one
+def _without_host(technique: str, path: str, monkeypatch: pytest.MonkeyPatch, **parameters: Any) -> Cell:
+    """The cell's record, its ledgers by phase included, without what speaks of the host."""
+    monkeypatch.setenv("VMLAB_MACHINE", path)
+    cell = run_cell(technique, parameters)
+    assert cell.pop("machine_path", path) == path
+    del cell["host_seconds"]
+    return cell
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_both_paths_give_the_same_record(technique: str, workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under every choice of every parameter."""
+    if reason := fast.why_not():
+        pytest.skip(f"no C library here: {reason}")
+    for variant in variants(technique):
+        parameters = {"guest": "nano", "workload": workload, "iterations": _ITERATIONS.get(workload, 200), "density": 100, **variant}
+        quick, portable = (_without_host(technique, path, monkeypatch, **parameters) for path in ("fast", "portable"))
+        assert quick == portable, variant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guest", ["minios", "minios64"])
+@pytest.mark.parametrize("workload", [name for name in guests.workloads("minios") if name != "bad"])
+def test_both_paths_give_the_same_record_of_an_operating_system(technique: str, guest: str, workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under every memory scheme."""
+    if reason := fast.why_not():
+        pytest.skip(f"no C library here: {reason}")
+    memory = strategies.load(technique).parameters.get("memory")
+    for scheme in memory.choices or () if memory else ("",):
+        more = {"memory": scheme} if scheme else {}
+        if technique == "trap-and-emulate":
+            more["sensitive"] = "trap"
+        parameters = {"guest": guest, "workload": workload, "iterations": 3, **more}
+        quick, portable = (_without_host(technique, path, monkeypatch, **parameters) for path in ("fast", "portable"))
+        assert quick == portable, more
