@@ -129,6 +129,10 @@ def test_nested_paging_is_priced_only_where_the_cpu_had_it() -> None:
     assert {"k10-2007", "nehalem-2009", "westmere-2010", "haswell-2013", "zen2-2019"} <= able
 
 
+def test_only_the_oldest_cpu_has_no_long_mode() -> None:
+    assert [name for name in PROFILES if not costs.supports(costs.load(name), "x86-64")] == ["northwood-2002"]
+
+
 def test_path_lengths_reproduce_the_totals_that_calibrated_them() -> None:
     """Adams & Agesen 2006, section 3.3: RDTSC on a Pentium 4 by trap 2030 and by callout 1254; 2300 to translate."""
     profile = costs.load("prescott-2005")

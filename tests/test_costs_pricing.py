@@ -78,7 +78,8 @@ def test_pricing_twice_gives_the_same_bits_and_order_does_not_matter() -> None:
     ("prescott-2005", "x86", True), ("prescott-2005", "svm", True), ("prescott-2005", "svm-npt", False),
     ("penryn-2008", "vmx", True), ("penryn-2008", "svm-npt", False),
     ("haswell-2013", "svm", True), ("haswell-2013", "svm-npt", True), ("haswell-2013", "vmx-ept", True),
-    ("k8-2005", "x86", True), ("k8-2005", "svm", False), ("k8-2005", "svm-npt", False),
+    ("northwood-2002", "x86", True), ("northwood-2002", "x86-64", False), ("prescott-2005", "svm-64", True), ("prescott-2005", "svm-npt-64", False),
+    ("k8-2005", "x86", True), ("k8-2005", "x86-64", True), ("k8-2005", "svm", False), ("k8-2005", "svm-npt", False),
 ])
 def test_a_cpu_prices_only_what_it_could_have_run(name: str, platform: str, can: bool) -> None:
     result = costs.price({"machine.alu": 1}, costs.load(name), platform)

@@ -47,3 +47,13 @@ def test_the_disks_final_content_is_part_of_the_outcome(monkeypatch: pytest.Monk
     monkeypatch.setattr(guests, "disk", lambda _: content[:-1] + bytes([content[-1] ^ 1]))
     other = run_cell("native", parameters)
     assert other["console"] == usual["console"] and other["fidelity"]["outcome"] != usual["fidelity"]["outcome"]
+
+
+@pytest.mark.parametrize(("technique", "memory", "platform"), [
+    ("native", "", "x86"), ("binary-translation", "lazy", "x86"), ("paravirtualization", "direct", "x86"),
+    ("hardware-assisted", "lazy", "svm"), ("hardware-assisted", "nested", "svm-npt")])
+def test_a_guest_in_long_mode_needs_a_cpu_that_has_it(technique: str, memory: str, platform: str) -> None:
+    more = {"memory": memory} if memory else {}
+    for guest, bits in (("minios", ""), ("minios64", "-64")):
+        cell = run_cell(technique, {"guest": guest, "workload": "syscall", "iterations": 1, **more})
+        assert (cell["status"], cell["platform"]) == ("ok", platform + bits)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from vmlab.costs.figures import Figure
 from vmlab.costs.model import CostModel, NoFigure
-from vmlab.costs.profile import CAPABILITIES, PLATFORMS, Profile, supports
+from vmlab.costs.profile import Profile, lacks
 from vmlab.costs.rules import CAUSES, NOT_PRICED, RULES
 from vmlab.costs.sampling import SAMPLES, percentiles
 from vmlab.errors import ConfigError
@@ -178,8 +178,7 @@ def _priced(events: Mapping[str, int]) -> dict[str, int]:
 
 
 def _refusal(counts: Mapping[str, int], profile: Profile, platform: str) -> Unsupported | None:
-    if not supports(profile, platform):
-        needs = " or ".join(CAPABILITIES[name] for name in PLATFORMS[platform])
+    if needs := lacks(profile, platform):
         return Unsupported(f"{profile.name} does not provide {needs}")
     model = CostModel.of(profile)
     for kind in counts:

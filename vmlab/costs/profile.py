@@ -22,17 +22,20 @@ PROFILES = Path(__file__).with_name("profiles")
 
 #: What a CPU may provide, in words.
 CAPABILITIES = {
-    "x86": "the base instruction set",
+    "x86": "the base instruction set", "long": "long mode (64 bits)",
     "shadow": "hardware assistance with shadow page tables",
     "vmx": "Intel VT-x", "ept": "Intel extended page tables",
     "svm": "AMD-V", "npt": "AMD nested page tables",
 }
 
-#: Platform of a run -> what a profile must provide one of. A hardware-assisted run goes through one
-#: accessor for control-block fields and intercepts what VT-x intercepts too, so that its ledger can be
-#: priced on either vendor's figures (docs/adr/0003-pricing.md).
-PLATFORMS: Mapping[str, tuple[str, ...]] = {
+#: Techniques' platforms. A hardware-assisted run goes through one accessor for control-block fields and intercepts what VT-x
+#: intercepts too, so that its ledger can be priced on either vendor's figures (docs/adr/0003-pricing.md).
+_OF_TECHNIQUES: Mapping[str, tuple[str, ...]] = {
     "x86": ("x86",), "svm": ("svm", "vmx"), "svm-npt": ("npt", "ept"), "vmx": ("vmx",), "vmx-ept": ("ept",),
+}
+#: Platform of a run -> what a profile must provide: one of each group. With ``-64``, the guest ran in long mode.
+PLATFORMS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    name + bits: (one_of, *more) for name, one_of in _OF_TECHNIQUES.items() for bits, more in (("", ()), ("-64", (("long",),)))
 }
 
 #: Cost keys every profile must have; instructions and exits not listed fall back to a ``default``.
@@ -197,6 +200,14 @@ def supports(profile: Profile, platform: str) -> bool:
 
     :raises ConfigError: no such platform.
     """
+    return lacks(profile, platform) is None
+
+
+def lacks(profile: Profile, platform: str) -> str | None:
+    """What a run of this platform needs and this CPU does not provide, in words. Errors as for :func:`supports`."""
     if platform not in PLATFORMS:
         raise ConfigError(f"unknown platform {platform!r}; there are {', '.join(PLATFORMS)}")
-    return any(needed in profile.provides for needed in PLATFORMS[platform])
+    for one_of in PLATFORMS[platform]:
+        if profile.provides.isdisjoint(one_of):
+            return " or ".join(CAPABILITIES[name] for name in one_of)
+    return None

@@ -74,6 +74,10 @@ class Run:
         budget = self.parameters.get("budget", DEFAULT_BUDGET)
         return self.strategy.run(int(budget))
 
+    def platform(self) -> str:
+        """What the run needed of a CPU: the technique's platform, with ``-64`` where the guest has gone into long mode."""
+        return self.kind.platform(self.parameters) + ("-64" if self.strategy.long_mode else "")
+
     def phases(self) -> dict[str, Snapshot]:
         """The counts of each phase; a guest without markers, or that ended early, has what it reached."""
         end = self.strategy.snapshot()
@@ -171,7 +175,7 @@ def _run(technique: str, parameters: Mapping[str, Value], started: float, attach
     record: Cell = {
         "technique": technique, "parameters": dict(parameters),
         "status": "ok" if error is None or declared else "failed", "error": error,
-        "platform": run.kind.platform(parameters), "work": run.work(),
+        "platform": run.platform(), "work": run.work(),
         "instructions": _instructions(region), "events": region.events,
         "phases": {name: {"events": s.events, "instructions": _instructions(s)} for name, s in phases.items()},
         "fidelity": {"outcome": run.outcome(exit_code), "state": run.strategy.state_digest() if deterministic_state else None,

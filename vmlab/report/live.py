@@ -50,7 +50,7 @@ def model(kinds: Iterable[str], profiles: Sequence[str], more: Iterable[str] = (
         rows[name] = {"words": profile.words, "vendor": profile.vendor, "year": profile.year, "provides": sorted(profile.provides),
                       "figures": figures}
     return {"causes": list(costs.CAUSES), "rules": rules, "mix": [[name, share] for name, share in mix.items()], "quantiles": list(_quantiles()),
-            "platforms": {name: list(needs) for name, needs in costs.PLATFORMS.items()}, "shared": shared, "profiles": rows}
+            "platforms": {name: [list(one_of) for one_of in needs] for name, needs in costs.PLATFORMS.items()}, "shared": shared, "profiles": rows}
 
 
 def _row(figure: Figure, owner: str) -> list[Any]:

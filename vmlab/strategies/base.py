@@ -84,6 +84,12 @@ class Strategy(Technique, ABC):
     def guest_state(self) -> GuestState:
         """The guest's state, precise at every stop."""
 
+    @property
+    def long_mode(self) -> bool:
+        """Whether the guest is in long mode now: where the VMM's code is not a CPU mode apart, whether the physical CPU is."""
+        self.machine.cpu.load()
+        return self.machine.cpu.long_mode
+
     # ---- to be saved and go on elsewhere
     def state(self) -> dict[str, Any]:
         """What this VMM knows beside machine memory, as plain values.

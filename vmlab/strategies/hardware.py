@@ -382,6 +382,13 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self._count_on(state)
 
     # ---- state
+    @property
+    def long_mode(self) -> bool:
+        """The CPU's EFER in guest mode, else the one in the VMCB: the VMM is in a mode of its own."""
+        if self.svm.in_guest:
+            return super().long_mode
+        return bool(Vmcb(self.machine.ram, _VMCB)["efer"] & EFER_LMA)
+
     def guest_state(self) -> GuestState:
         physical = self.machine.cpu
         if self.svm.in_guest:

@@ -124,7 +124,7 @@ def record(technique: str, parameters: Mapping[str, Value], *, first: int = 0, l
     except GuestError as error:
         end = str(error)
     recorder.finish()
-    return Trace(technique, dict(parameters), run.kind.platform(parameters), recorder.steps, complete, end)
+    return Trace(technique, dict(parameters), run.platform(), recorder.steps, complete, end)
 
 
 class Recorder:

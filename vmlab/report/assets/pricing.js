@@ -160,7 +160,7 @@ class CostModel {
 
   // Why this CPU has no price for these counts, or null.
   refusal(counts, platform) {
-    if (!this.data.platforms[platform].some((needed) => this.profile.provides.includes(needed))) {
+    if (!this.data.platforms[platform].every((oneOf) => oneOf.some((needed) => this.profile.provides.includes(needed)))) {
       return this.name + " does not provide what the run needs";
     }
     for (const [kind] of counts) {
