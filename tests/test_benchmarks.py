@@ -96,3 +96,12 @@ def test_a_guest_in_a_rom_is_the_one_that_the_labs_loader_starts() -> None:
         at += 12
     for address, data in boot.start(image, "workload=compute", 32 << 20).pieces:
         assert 0xA0000 <= address < 0x100000 or memory[address:address + len(data)] == data
+
+
+@pytest.mark.parametrize("name", ["computing", "call/return", "computing, 64 bits", "call/return, 64 bits"])
+def test_translated_loops_execute_what_a_hand_counts(name: str) -> None:
+    """Another number of instructions, natively or translated, ends the benchmark."""
+    import translation
+
+    line = translation.measure(name, "lookup in the cache, chained", 20, 1)
+    assert line["instructions"] == 20 * translation.LOOPS[name].length + translation.LOOPS[name].around

@@ -271,7 +271,7 @@ OPTIONS = st.fixed_dictionaries({"memory": st.sampled_from(("tracing", "lazy")),
 })
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(KERNELS, OPTIONS)
 def test_random_kernels_end_as_on_the_bare_machine(slots: list[tuple[int, int]], options: dict[str, Any]) -> None:
     check(slots, **options)
