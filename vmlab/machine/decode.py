@@ -6,6 +6,7 @@ is kept by its bytes, since a guest runs few distinct instructions many times.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -108,7 +109,13 @@ def _decode(raw: bytes, bits: int, count: int) -> list[Instruction]:
 
 def decode(raw: bytes, bits: int) -> Instruction | None:
     """Decode the first instruction of ``raw`` (up to 15 bytes are looked at); None where there is none."""
-    found = _decode(raw[:15], bits, 1)
+    return _first(raw[:15], bits)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _first(raw: bytes, bits: int) -> Instruction | None:
+    """A VMM decodes the same few instructions at most of its exits, without knowing where they end."""
+    found = _decode(raw, bits, 1)
     return found[0] if found else _movbe_of_registers(raw, bits)
 
 

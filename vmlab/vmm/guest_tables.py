@@ -20,6 +20,7 @@ from vmlab.machine.paging import CR0_PG, CR0_WP, CR4_FLUSHING, CR4_PAE, EFER_LMA
 CR0_PE, CR0_NW, CR0_CD = 1, 1 << 29, 1 << 30
 #: CR0 bits that exist; the others read as written zero (SDM Vol. 3A §2.5). ET is always 1.
 CR0_BITS, CR0_ET = 0xE005003F, 0x10
+_KEPT_WALKS = 1024
 
 
 def _accesses(gpa: int, size: int) -> list[tuple[int, int]]:
@@ -107,6 +108,8 @@ class GuestMmu:
         self.cr0, self.cr3, self.cr4, self.efer = CR0_PE | CR0_ET, 0, 0, 0
         self._pdptes: tuple[int, ...] | None = None
         self._tables: Tables | None = None
+        #: Walks made lately, by page and access, and the registers that they were made with.
+        self._walks: dict[tuple[int, bool, bool, bool], tuple[Tables, Walk]] = {}
 
     def state(self) -> dict[str, Any]:
         """The registers, and which frames beyond RAM were told of."""
@@ -190,7 +193,20 @@ class GuestMmu:
     def check(self, address: int, *, write: bool, user: bool, fetch: bool = False) -> Walk:
         """The guest's own walk for this access, its A and D bits set; raises the guest's :class:`PageFault`. Paging must be on."""
         self._counts["vmm.guest_walk"] += 1
-        return paging.check(self.memory, self.tables, address, write=write, user=user, fetch=fetch)
+        tables, key = self.tables, (address >> 12, write, user, fetch)
+        known = self._walks.get(key)
+        if known is not None and known[0] is tables and self._unchanged(known[1]):
+            return known[1]
+        found = paging.check(self.memory, tables, address, write=write, user=user, fetch=fetch)
+        if len(self._walks) > _KEPT_WALKS:
+            self._walks.clear()
+        self._walks[key] = tables, found
+        return found
+
+    def _unchanged(self, found: Walk) -> bool:
+        """Whether the entries that a walk went through are what they were then, accessed and dirty bits set: it would go the same way again."""
+        memory = self.memory
+        return all((memory.read64(at) if size == 8 else memory.read32(at)) == entry for _, at, size, entry in found.steps)
 
     def translate(self, address: int, *, write: bool = False, user: bool = False, fetch: bool = False) -> int:
         """gva to gpa; raises :class:`PageFault`."""
@@ -218,6 +234,8 @@ class GuestMmu:
         """Bytes at a linear address of the guest; raises :class:`PageFault`."""
         if not self.paging and address + size <= 1 << 32:
             return self.memory.read(address, size)
+        if address % PAGE + size <= PAGE:
+            return self.memory.read(self.translate(address, user=user), size)
         return b"".join(self.memory.read(gpa, n) for gpa, n in self._pieces(address, size, write=False, user=user))
 
     def write_linear(self, address: int, data: bytes, *, user: bool = False) -> None:

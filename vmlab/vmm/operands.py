@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import capstone
 from capstone import x86_const as cs_x86
@@ -87,26 +87,50 @@ def read_instruction(fetch: Fetch, at: int, bits: int) -> tuple[Instruction | No
     return found, None
 
 
-def effective_address(cpu: Registers, instruction: Instruction, operand: Any) -> int:
-    """Linear address of a memory operand (SDM Vol. 1 §3.7.5), wrapped to the address size."""
+class AddressForm(NamedTuple):
+    """How an instruction's memory operand says where it is: what of it does not depend on the CPU's registers."""
+
+    offset: int
+    base: int | None            # general registers by number, and what of them counts
+    base_mask: int
+    index_register: int | None
+    index_mask: int
+    scale: int
+    behind: int | None          # relative to RIP, behind an instruction of so many bytes
+    segment: int
+    mask: int                   # the address size
+
+    def linear(self, cpu: Registers) -> int:
+        """The address, wrapped to the address size (SDM Vol. 1 §3.7.5)."""
+        offset = self.offset
+        if self.base is not None:
+            offset += cpu.gpr(self.base) & self.base_mask
+        elif self.behind is not None:
+            offset += cpu.advance(self.behind)
+        if self.index_register is not None:
+            offset += (cpu.gpr(self.index_register) & self.index_mask) * self.scale
+        offset &= self.mask
+        if cpu.bits == 64:
+            return int(offset + (cpu.segment(self.segment).base if self.segment in (FS, GS) else 0)) & 0xFFFFFFFFFFFFFFFF
+        return int(cpu.segment(self.segment).base + offset) & 0xFFFFFFFF
+
+
+def address_form(instruction: Instruction, operand: Any) -> AddressForm:
+    """What a memory operand says."""
     memory = operand.mem
-    offset = int(memory.disp)
-    base = REGISTERS.get(memory.base)
-    if base is not None:
-        offset += cpu.gpr(base[0]) & ((1 << (8 * base[1])) - 1)
-    elif memory.base == cs_x86.X86_REG_RIP:
-        offset += cpu.advance(instruction.size)
-    index = REGISTERS.get(memory.index)
-    if index is not None:
-        offset += (cpu.gpr(index[0]) & ((1 << (8 * index[1])) - 1)) * memory.scale
+    base, index = REGISTERS.get(memory.base), REGISTERS.get(memory.index)
     if memory.segment in SEGMENTS:
         segment = SEGMENTS[memory.segment]
     else:
         segment = SS if base is not None and base[0] in (RBP, RSP) else DS
-    offset &= (1 << (8 * instruction.cs.addr_size)) - 1
-    if cpu.bits == 64:
-        return int(offset + (cpu.segment(segment).base if segment in (FS, GS) else 0)) & 0xFFFFFFFFFFFFFFFF
-    return int(cpu.segment(segment).base + offset) & 0xFFFFFFFF
+    return AddressForm(int(memory.disp), base[0] if base else None, (1 << (8 * base[1])) - 1 if base else 0,
+                       index[0] if index else None, (1 << (8 * index[1])) - 1 if index else 0, int(memory.scale),
+                       instruction.size if memory.base == cs_x86.X86_REG_RIP else None, segment, (1 << (8 * instruction.cs.addr_size)) - 1)
+
+
+def effective_address(cpu: Registers, instruction: Instruction, operand: Any) -> int:
+    """Linear address of a memory operand."""
+    return address_form(instruction, operand).linear(cpu)
 
 
 def read_operand(cpu: Registers, instruction: Instruction, operand: Any, size: int | None = None) -> int:

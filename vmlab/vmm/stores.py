@@ -6,8 +6,9 @@ instruction counts once, as one that the VMM emulated.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from capstone import x86_const as cs_x86
 
@@ -17,7 +18,7 @@ from vmlab.machine.paging import PageFault
 from vmlab.machine.pc import Machine
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_tables import GuestMmu
-from vmlab.vmm.operands import REGISTERS, Registers, effective_address, read_operand, write_operand
+from vmlab.vmm.operands import REGISTERS, AddressForm, Registers, address_form
 from vmlab.vmm.single_step import LOADS, SingleStep, SteppingCpu
 
 
@@ -51,18 +52,10 @@ class Stores:
             self._emulator.emulate(instruction)
             return
         user = cpu.cpl == 3
-        if _is_plain_store(instruction):
-            target, source = instruction.cs.operands
-            value = read_operand(cpu, instruction, source) & ((1 << (8 * target.size)) - 1)
+        plain = _plain(instruction)
+        if plain is not None:
             try:
-                cpu.write_linear(effective_address(cpu, instruction, target), value.to_bytes(target.size, "little"), user=user)
-            except PageFault as fault:
-                raise Fault(14, fault.error_code, fault.address) from fault
-            cpu.rip = cpu.advance(instruction.size)
-        elif _is_plain_load(instruction):
-            target, source = instruction.cs.operands
-            try:
-                write_operand(cpu, instruction, target, read_operand(cpu, instruction, source))
+                plain.carry_out(cpu, user)
             except PageFault as fault:
                 raise Fault(14, fault.error_code, fault.address) from fault
             cpu.rip = cpu.advance(instruction.size)
@@ -80,19 +73,43 @@ class Stores:
         return op == "lmsw" or (op in LOADS and not self._own_tables and self._emulator.knows(op))
 
 
-def _is_plain_load(instruction: Instruction) -> bool:
-    """MOV of memory to a general register: how drivers read registers of devices."""
-    found = instruction.cs
-    if found.id != cs_x86.X86_INS_MOV or instruction.op is not None:
-        return False
-    target, source = found.operands
-    return bool(source.type == cs_x86.X86_OP_MEM and target.type == cs_x86.X86_OP_REG and target.reg in REGISTERS)
+class _Plain(NamedTuple):
+    """MOV between memory and a general register, or of an immediate to memory: how drivers reach registers of devices."""
+
+    store: bool
+    at: AddressForm
+    size: int
+    register: int | None
+    width: int              # of the register, in bytes
+    shift: int              # AH and its like: 8
+    immediate: int
+
+    def carry_out(self, cpu: Registers, user: bool) -> None:
+        if not self.store:
+            assert self.register is not None
+            value = int.from_bytes(cpu.read_linear(self.at.linear(cpu), self.size, user=user), "little")
+            if self.shift:
+                cpu.set_gpr(self.register, cpu.gpr(self.register) & ~0xFF00 | value << 8, 4)
+            else:
+                cpu.set_gpr(self.register, value, self.width)
+            return
+        value = self.immediate if self.register is None else cpu.gpr(self.register) >> self.shift
+        cpu.write_linear(self.at.linear(cpu), (value & (1 << 8 * self.size) - 1).to_bytes(self.size, "little"), user=user)
 
 
-def _is_plain_store(instruction: Instruction) -> bool:
-    """MOV of a general register or an immediate to memory."""
-    found = instruction.cs
-    if found.id != cs_x86.X86_INS_MOV or instruction.op is not None:
-        return False
-    target, source = found.operands
-    return bool(target.type == cs_x86.X86_OP_MEM and (source.type == cs_x86.X86_OP_IMM or source.reg in REGISTERS))
+@functools.lru_cache(maxsize=1 << 12)
+def _plain(instruction: Instruction) -> _Plain | None:
+    """What the instruction is, where it is a plain MOV; None where it is not."""
+    if instruction.op is not None or instruction.cs.id != cs_x86.X86_INS_MOV:
+        return None
+    target, source = instruction.cs.operands
+    store = target.type == cs_x86.X86_OP_MEM
+    memory, other = (target, source) if store else (source, target)
+    if memory.type != cs_x86.X86_OP_MEM:
+        return None
+    if other.type == cs_x86.X86_OP_REG and other.reg in REGISTERS:
+        number, width, shift = REGISTERS[other.reg]
+        return _Plain(store, address_form(instruction, memory), memory.size, number, width, shift, 0)
+    if store and other.type == cs_x86.X86_OP_IMM:
+        return _Plain(store, address_form(instruction, memory), memory.size, None, 0, 0, int(other.imm))
+    return None

@@ -140,18 +140,16 @@ class Lapic:
     def read(self, offset: int, size: int) -> int:
         if size != 4 or offset & 0xF:
             return 0
+        reader = _READERS.get(offset)
+        if reader is not None:
+            return reader(self)
         if offset in self.lvt:
             return self.lvt[offset]
         for first, bits in ((ISR, self.isr), (TMR, self.tmr), (IRR, self.irr)):
             if first <= offset < first + 0x80:
                 return bits >> 2 * (offset - first) & 0xFFFFFFFF
-        found = {ID: self.id << 24, VERSION: _VERSION, TPR: self.tpr, PPR: self.ppr, EOI: 0, LDR: self.ldr << 24, DFR: self.dfr,
-                 SVR: self.svr, ESR: self.esr, ICR_LOW: self.icr & 0xFFFFFFFF, ICR_HIGH: self.icr >> 32,
-                 INITIAL_COUNT: self.initial, CURRENT_COUNT: self.current_count(), DIVIDE: self.divide}.get(offset)
-        if found is None:
-            self._error(_ILLEGAL_REGISTER)
-            return 0
-        return found
+        self._error(_ILLEGAL_REGISTER)
+        return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
         if size != 4 or offset & 0xF:
@@ -270,3 +268,12 @@ class Lapic:
         self.lvt = dict(state["lvt"])
         self._schedule()
         self._changed()
+
+
+#: Registers that are one number each; some kernels read ID at every look at their own CPU.
+_READERS: dict[int, Callable[[Lapic], int]] = {
+    ID: lambda apic: apic.id << 24, VERSION: lambda apic: _VERSION, TPR: lambda apic: apic.tpr, PPR: lambda apic: apic.ppr,
+    EOI: lambda apic: 0, LDR: lambda apic: apic.ldr << 24, DFR: lambda apic: apic.dfr, SVR: lambda apic: apic.svr, ESR: lambda apic: apic.esr,
+    ICR_LOW: lambda apic: apic.icr & 0xFFFFFFFF, ICR_HIGH: lambda apic: apic.icr >> 32, INITIAL_COUNT: lambda apic: apic.initial,
+    CURRENT_COUNT: lambda apic: apic.current_count(), DIVIDE: lambda apic: apic.divide,
+}
