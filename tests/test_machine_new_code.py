@@ -16,7 +16,7 @@ WINDOW = 0x400000                       # a page that each test maps as it likes
 FIRST, SECOND = 0x60000, 0x61000        # page frames
 
 
-def _spaces(bench: Bench, *windows: tuple[int, ...]) -> tuple[int, ...]:
+def spaces(bench: Bench, *windows: tuple[int, ...]) -> tuple[int, ...]:
     """CR3 of address spaces that map low memory one to one, and behind it the frames given, from WINDOW on."""
     ram = bench.machine.ram
     low = PAGES + 0x8000
@@ -33,15 +33,17 @@ def _spaces(bench: Bench, *windows: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(roots)
 
 
-_ON = f"mov eax, {PAGES:#x}; mov cr3, eax; mov eax, cr0; or eax, 0x80000000; mov cr0, eax;"      # 5 instructions
+def paging_on() -> str:
+    """Five instructions."""
+    return f"mov eax, {PAGES:#x}; mov cr3, eax; mov eax, cr0; or eax, 0x80000000; mov cr0, eax;"
 
 
 @pytest.mark.parametrize("first", [b"\x40\xc3", b"\xec\xc3"], ids=["inc", "in"])
 def test_two_spaces_with_other_code_at_the_same_address(path: str, first: bytes) -> None:
     # 5 + mov ecx; 5 × (mov, mov cr3, call, [inc or in], ret, mov, mov cr3, call, [cli], ret, dec, jnz); hlt: 6 + 60 + 1 = 67.
-    bench = Bench(_ON + f"mov ecx, 5; l: mov ebx, {PAGES:#x}; mov cr3, ebx; call {WINDOW:#x}; mov ebx, {PAGES + 0x2000:#x}; mov cr3, ebx;"
+    bench = Bench(paging_on() + f"mov ecx, 5; l: mov ebx, {PAGES:#x}; mov cr3, ebx; call {WINDOW:#x}; mov ebx, {PAGES + 0x2000:#x}; mov cr3, ebx;"
                   f"call {WINDOW:#x}; dec ecx; jnz l; hlt", path=path)
-    assert _spaces(bench, (FIRST,), (SECOND,)) == (PAGES, PAGES + 0x2000)
+    assert spaces(bench, (FIRST,), (SECOND,)) == (PAGES, PAGES + 0x2000)
     bench.machine.ram.write(FIRST, first)
     bench.machine.ram.write(SECOND, b"\xfa\xc3")
     port = first[0] == 0xEC
@@ -56,8 +58,9 @@ def test_two_spaces_with_other_code_at_the_same_address(path: str, first: bytes)
 def test_a_space_that_is_changed_by_invlpg(path: str) -> None:
     # 5 + mov ecx; 4 × (call, byte, ret, xor [pte], invlpg, dec, jnz); hlt: 6 + 28 + 1 = 35. The byte: inc, cli, inc, cli.
     entry = PAGES + 0x1000
-    bench = Bench(_ON + f"mov ecx, 4; l: call {WINDOW:#x}; xor dword ptr [{entry:#x}], 0x1000; invlpg [{WINDOW:#x}]; dec ecx; jnz l; hlt", path=path)
-    _spaces(bench, (FIRST,))
+    bench = Bench(paging_on() + f"mov ecx, 4; l: call {WINDOW:#x}; xor dword ptr [{entry:#x}], 0x1000; invlpg [{WINDOW:#x}];"
+                  "dec ecx; jnz l; hlt", path=path)
+    spaces(bench, (FIRST,))
     bench.machine.ram.write(FIRST, b"\x40\xc3")
     bench.machine.ram.write(SECOND, b"\xfa\xc3")
     expected = kernel_counts(35, machine__alu=2 + 1 + 2 + 4 + 1, machine__mov_to_cr=2, retired__mov_to_cr=2, machine__mov_from_cr=1,
@@ -69,8 +72,8 @@ def test_a_space_that_is_changed_by_invlpg(path: str) -> None:
 def test_one_frame_at_two_addresses_and_patched_through_the_other(path: str) -> None:
     # 5 + (call, inc, ret) × 2, mov [alias], (call, cli, ret) × 2, hlt: 5 + 6 + 1 + 6 + 1 = 19.
     call = f"call {WINDOW:#x}; call {WINDOW + 0x1000:#x};"
-    bench = Bench(_ON + call + f"mov byte ptr [{WINDOW + 0x1000:#x}], 0xfa;" + call + "hlt", path=path)
-    _spaces(bench, (FIRST, FIRST))
+    bench = Bench(paging_on() + call + f"mov byte ptr [{WINDOW + 0x1000:#x}], 0xfa;" + call + "hlt", path=path)
+    spaces(bench, (FIRST, FIRST))
     bench.machine.ram.write(FIRST, b"\x40\xc3")
     expected = kernel_counts(19, machine__alu=2 + 2, machine__mov_to_cr=2, retired__mov_to_cr=2, machine__mov_from_cr=1,
                              retired__mov_from_cr=1, machine__branch=4, machine__indirect=4, machine__store=1, machine__cli=2, retired__cli=2)
@@ -80,8 +83,8 @@ def test_one_frame_at_two_addresses_and_patched_through_the_other(path: str) -> 
 def test_a_block_over_two_pages_whose_second_one_changes(path: str) -> None:
     # 5 + mov ecx; 2 × (call, mov eax over the edge, [cli or inc], ret, mov, mov cr3, dec, jnz); hlt: 6 + 16 + 1 = 23.
     at = WINDOW + 0xFFE
-    bench = Bench(_ON + f"mov ecx, 2; l: call {at:#x}; mov ebx, {PAGES + 0x2000:#x}; mov cr3, ebx; dec ecx; jnz l; hlt", path=path)
-    _spaces(bench, (FIRST, FIRST + 0x2000), (FIRST, SECOND + 0x2000))
+    bench = Bench(paging_on() + f"mov ecx, 2; l: call {at:#x}; mov ebx, {PAGES + 0x2000:#x}; mov cr3, ebx; dec ecx; jnz l; hlt", path=path)
+    spaces(bench, (FIRST, FIRST + 0x2000), (FIRST, SECOND + 0x2000))
     bench.machine.ram.write(FIRST + 0xFFE, b"\xb8\x01")
     bench.machine.ram.write(FIRST + 0x2000, b"\x00\x00\x00\xfa\xc3")
     bench.machine.ram.write(SECOND + 0x2000, b"\x02\x00\x00\x40\xc3")
@@ -134,9 +137,9 @@ def test_code_overwritten_in_place_by_its_host(path: str) -> None:
 def test_a_port_instruction_in_one_space_only_inside_another_block(path: str) -> None:
     """The two blocks have different keys, so that only the hook of IN tells that they are in each other's way."""
     # 5 + mov ecx; 4 × (mov, mov cr3, call, nop, in, ret, mov, mov cr3, call, cli, ret, dec, jnz); hlt: 6 + 52 + 1 = 59.
-    bench = Bench(_ON + f"mov ecx, 4; l: mov ebx, {PAGES:#x}; mov cr3, ebx; call {WINDOW:#x}; mov ebx, {PAGES + 0x2000:#x}; mov cr3, ebx;"
+    bench = Bench(paging_on() + f"mov ecx, 4; l: mov ebx, {PAGES:#x}; mov cr3, ebx; call {WINDOW:#x}; mov ebx, {PAGES + 0x2000:#x}; mov cr3, ebx;"
                   f"call {WINDOW + 1:#x}; dec ecx; jnz l; hlt", path=path)
-    _spaces(bench, (FIRST,), (SECOND,))
+    spaces(bench, (FIRST,), (SECOND,))
     bench.machine.ram.write(FIRST, b"\x90\xec\xc3")
     bench.machine.ram.write(SECOND, b"\x90\xfa\xc3")
     expected = kernel_counts(59, machine__alu=2 + 1 + 4 * 4 + 1, machine__mov_to_cr=2 + 8, retired__mov_to_cr=10, machine__mov_from_cr=1,

@@ -114,12 +114,12 @@ _CALM = st.lists(st.one_of(_EDITS, *[_ACCESSES] * 4, st.builds(Directory, shadow
 
 @pytest.mark.parametrize("mode", ["32", "pae"])
 @settings(max_examples=30, **shadow_random._SETTINGS)
-@given(operations=st.one_of(_CALM, _CALM, shadow_random._OPERATIONS))
-def test_random_page_tables_are_shadowed_the_same_on_both_paths(mode: str, operations: list[object]) -> None:
+@given(operations=st.one_of(_CALM, _CALM, shadow_random._OPERATIONS), pge=st.booleans())
+def test_random_page_tables_are_shadowed_the_same_on_both_paths(mode: str, operations: list[object], pge: bool) -> None:
     if fast.why_not():
         pytest.skip(f"no C library here: {fast.why_not()}")
     mapped = [Edit(page, page, 7, False, False) for page in range(4)]
-    image = shadow_random.assemble(mode, [*mapped, *operations])
+    image = shadow_random.assemble(mode, [*mapped, *operations], pge)
     kind, parameters = SCHEMES["trap-and-emulate/lazy"]
     ends = []
     for path in ("portable", "fast"):

@@ -81,9 +81,7 @@ class Blocks:
         machine = self._machine
         cpu = machine.cpu
         cpu.load()
-        pieces = self._fetch.pieces(pc, size)
-        machine.code_frames.update(pa // PAGE for pa, _ in pieces)
-        code = code_of(b"".join([machine.ram.read(pa, n) for pa, n in pieces]), self._bits())
+        code = code_of(self._bytes_at(pc, size), self._bits())
         if self._hook_new(pc, code):
             base = cpu.segment(hidden.CS).base
             machine.engine.remove_blocks(pc, pc + size)
@@ -99,6 +97,13 @@ class Blocks:
             self._looked_at.append(block)
         machine.counter.add(block)
         return block
+
+    def _bytes_at(self, pc: int, size: int) -> bytes:
+        """Code that the CPU is about to run."""
+        machine = self._machine
+        pieces = self._fetch.pieces(pc, size)
+        machine.code_frames.update(pa // PAGE for pa, _ in pieces)
+        return b"".join([machine.ram.read(pa, n) for pa, n in pieces])
 
     def _bits(self) -> int:
         """The mode of code at a block's start."""
@@ -174,6 +179,12 @@ class Blocks:
         return (instruction.op in ("in", "out") and instruction.op not in self._machine.trapping
                 and address not in self._watched and address not in self._gates)
 
+    def ended_in_hlt(self) -> bool:
+        """Whether the CPU, which stopped, executed HLT: the block that ran ends with one, right before RIP."""
+        cpu, block = self._machine.cpu, self._machine.counter.current
+        return (block is not None and bool(block.instructions) and block.instructions[-1].op == "hlt"
+                and (cpu.rip + cpu.segment(hidden.CS).base - block.end) & 0xFFFFFFFF == 0)
+
     # ---- code that changed
     def _on_new_code(self, _uc: int, block_at: object, _previous: int, _data: int) -> None:
         """Unicorn translated a block: if it replaces one that we know, the code may have changed."""
@@ -204,7 +215,7 @@ class Blocks:
         machine = self._machine
         counter = machine.counter
         bits = self._bits()
-        if b"".join([machine.ram.read(pa, n) for pa, n in self._fetch.pieces(block.pc, block.size)]) == block.code.raw:
+        if self._bytes_at(block.pc, block.size) == block.code.raw:
             if bits == block.code.bits:
                 return
             self.mixed = True

@@ -278,6 +278,7 @@ class Library(NamedTuple):
     """Addresses of its functions, ``vmlab_`` before each name."""
 
     block: int
+    clock: int
     exception: int
     gate: int
     port: int
@@ -358,10 +359,11 @@ def why_not() -> str:
     return found if isinstance(found, str) else ""
 
 
-def connect(machine: Machine, address: int | None) -> FastCounter | None:
+def connect(machine: Machine, address: int | None, *, counting: bool = True) -> FastCounter | None:
     """Wire the C counter to ``machine``'s block hook; None where there is no library.
 
     :param address: of the CPU's state in memory (:func:`vmlab.machine.state.live_address`), or None.
+    :param counting: False: time goes on by a guess, and no block is ever added or current (uncounted.py).
     """
     library = _load()
     if isinstance(library, str):
@@ -382,7 +384,7 @@ def connect(machine: Machine, address: int | None) -> FastCounter | None:
             return 0
 
     counter = FastCounter(read_cpl, attend, None if address is None else address + AT_HFLAGS)
-    machine.engine.hook(uc_const.UC_HOOK_BLOCK, CODE_CALLBACK, library.block, data=counter.address)
+    machine.engine.hook(uc_const.UC_HOOK_BLOCK, CODE_CALLBACK, library.block if counting else library.clock, data=counter.address)
     if address is not None:
         counter.events = FastEvents(machine, counter, address, library)
     return counter

@@ -42,12 +42,13 @@ from vmlab.machine.protocols import InterruptSource, Monitor, Stop, StopReason
 from vmlab.machine.running import Running
 from vmlab.machine.timeline import Timeline
 from vmlab.machine.tlb import TlbConfig
+from vmlab.machine.uncounted import UncountedBlocks
 
 
 class Machine(Running):
     """One emulated PC.
 
-    :param path: how its CPU is reached: "portable", "fast" or "auto".
+    :param path: how its CPU is reached: "portable", "fast" or "auto"; "uncounted" counts nothing, to measure what counting costs.
     :param disk: the content of its DMA disk, in whole sectors of 512 bytes; None: it has none.
     :param drives: of its IDE disks, likewise.
     :param guest_ram: bytes of RAM that its firmware notes for a guest to read; None: all of it.
@@ -57,7 +58,7 @@ class Machine(Running):
     def __init__(self, ram_size: int = 64 << 20, path: str | None = None, *, disk: bytes | None = None,
                  drives: tuple[bytes, ...] = (), guest_ram: int | None = None, tlb: TlbConfig | None = None) -> None:
         wanted = path or os.environ.get("VMLAB_MACHINE", "auto")
-        if wanted not in ("portable", "fast", "auto"):
+        if wanted not in ("portable", "fast", "auto") and path != "uncounted":
             raise ConfigError(f"VMLAB_MACHINE: {wanted!r} is not one of portable, fast, auto")
         super().__init__()
         # What was counted, what the world saw, who is in charge.
@@ -83,7 +84,7 @@ class Machine(Running):
         self.cpu, live = self._power_on(wanted)                    # registers, hidden ones included
         self.exceptions = Exceptions(self)                         # faults and INT n: to a monitor or through the IDT
         self.instructions = Instructions(self)                     # IN, OUT, RDTSC … which Unicorn leaves out
-        self.blocks = Blocks(self, self.instructions)              # decoding, hooks on exact addresses
+        self.blocks = (UncountedBlocks if wanted == "uncounted" else Blocks)(self, self.instructions)  # decoding, hooks on exact addresses
         self.timeline = Timeline(lambda: self.time, self._set_limit)  # what is due when
         self.ports = PortBus()                                     # I/O ports
         self.pic = PicPair(lambda: self.interrupts.update())       # two 8259A
@@ -125,15 +126,15 @@ class Machine(Running):
     def _wire_counter(self, wanted: str, address: int | None) -> Counter:
         if wanted != "portable":
             from vmlab.machine import fast
-            native = fast.connect(self, address)
+            native = fast.connect(self, address, counting=wanted != "uncounted")
             if native is not None:
-                self.path = "fast"
+                self.path = wanted if wanted == "uncounted" else "fast"
                 self.native_events = native.events
                 if native.events is None:
                     self.exceptions.listen()
                 return native
-            if wanted == "fast":
-                raise UnsupportedHost("VMLAB_MACHINE=fast, but the fast path is not available here: " + fast.why_not())
+            if wanted != "auto":
+                raise UnsupportedHost(f"VMLAB_MACHINE={wanted}, but the fast path is not available here: " + fast.why_not())
         self.path = "portable"
         self.exceptions.listen()
         counter = Counter(self.read_cpl)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from vmlab.errors import GuestError
 from vmlab.ledger import Counts
-from vmlab.machine import state as hidden
 from vmlab.machine.code import Block, Tags
 from vmlab.machine.counter import Counter
 from vmlab.machine.cpu import Cpu
@@ -22,6 +21,7 @@ from vmlab.machine.protocols import GuestMode, InterruptSource, Monitor, Stop, S
 from vmlab.machine.timeline import Timeline
 
 if TYPE_CHECKING:
+    from vmlab.machine.blocks import Blocks
     from vmlab.machine.fast_events import FastEvents
 
 #: Virtual time stamp counter: ticks per nanosecond of virtual time. One is as good as another; one is simple.
@@ -36,6 +36,7 @@ class Running:
     engine: Engine
     cpu: Cpu
     counter: Counter
+    blocks: Blocks
     timeline: Timeline
     interrupts: Interrupts
     intr: InterruptSource
@@ -128,19 +129,13 @@ class Running:
         if self._stop is None and not self._stale_code and not self._interrupted:
             if error:
                 raise GuestError(f"the CPU could not go on at {self.cpu.rip:#x}: {self.engine.error_text(error)}")
-            if self._at_hlt():
+            if self.blocks.ended_in_hlt():
                 self._halted()
             elif self._broken_off == (self.cpu.rip, self.time):
                 raise GuestError(f"the CPU could not go on at {self.cpu.rip:#x}: its code is taken away from it again and again")
-            else:   # Unicorn ends a run without a word when the block that it just translated is thrown away (blocks.py: _check)
+            else:   # Unicorn ends a run without a word when the block that runs is thrown away (blocks.py: forget)
                 self._broken_off = (self.cpu.rip, self.time)
         return self._stop
-
-    def _at_hlt(self) -> bool:
-        """Whether the CPU stopped because it executed HLT: the block that ran ends with one, right before RIP."""
-        block = self.counter.current
-        return (block is not None and bool(block.instructions) and block.instructions[-1].op == "hlt"
-                and (self.cpu.rip + self.cpu.segment(hidden.CS).base - block.end) & 0xFFFFFFFF == 0)
 
     @contextlib.contextmanager
     def detour(self) -> Iterator[Cpu]:
