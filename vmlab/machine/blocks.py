@@ -155,7 +155,8 @@ class Blocks:
         self._ambiguous.setdefault(block.key, {})[block.code] = block
 
     def _wants_hook(self, instruction: Instruction) -> bool:
-        return (carried_out(instruction) or instruction.op in self._machine.trapping or instruction.search or instruction.undefined
+        return (carried_out(instruction) or instruction.op in self._machine.trapping
+                or instruction.search or instruction.undefined or instruction.random
                 or self._may_switch_tasks(instruction)
                 or (bool(self._ambiguous or self._machine.accesses is not None) and flushes(instruction)))
 
@@ -265,6 +266,8 @@ class Blocks:
                 if flushes(instruction):
                     self.space_changed()
                 self._instructions.carry_out(address, instruction)
+            elif instruction is not None and instruction.random:
+                self._instructions.draw(address, instruction)
             elif instruction is not None and instruction.search:
                 self._instructions.search_element(instruction)
             elif instruction is not None and instruction.undefined:

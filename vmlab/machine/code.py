@@ -38,6 +38,10 @@ def _weight(tags: Tags) -> int:
     return sum(tag is not None and tag.guest is not None for tag in tags)
 
 
+def _is_system(instruction: Instruction) -> bool:
+    return instruction.op is not None or instruction.search or instruction.undefined or instruction.random
+
+
 class Code:
     """The bytes of a block, decoded. Where they end in what does not decode, the last instructions are those before."""
 
@@ -57,7 +61,7 @@ class Code:
         self.iret = bool(last and last.op == "iret")
         #: Those that somebody may have to step in at: (offset, instruction).
         self.system = [(offset, instructions[i]) for offset, i in self.offsets.items()
-                       if i < len(instructions) and (instructions[i].op is not None or instructions[i].search or instructions[i].undefined)]
+                       if i < len(instructions) and _is_system(instructions[i])]
         self._wholes: list[Counted | None] = [None, None]
 
     def whole(self, user: int) -> Counted:

@@ -44,6 +44,7 @@ _STRING = {cs_x86.X86_INS_MOVSB, cs_x86.X86_INS_MOVSW, cs_x86.X86_INS_MOVSQ, cs_
 _STRING_OR_SSE = {cs_x86.X86_INS_MOVSD, cs_x86.X86_INS_CMPSD}  # the mnemonic also names an SSE instruction
 _MULDIV = {"mul", "imul", "div", "idiv"}
 _NO_ACCESS = {"lea", "nop"}
+_RANDOM = (cs_x86.X86_INS_RDRAND, cs_x86.X86_INS_RDSEED)
 _MOVBE = b"\x0f\x38"
 _MOVBE_OF_REGISTERS = re.compile(rb"[\x26\x2e\x36\x3e\x64-\x67]*[\x40-\x4f]?\x0f\x38[\xf0\xf1][\xc0-\xff]", re.DOTALL)
 _LOOPS = {"loop", "loope", "loopne"}  # Capstone does not put them into its group of jumps
@@ -58,16 +59,17 @@ class Instruction:
     ``op`` is a name of :data:`vmlab.ledger.SYSTEM_INSTRUCTIONS` or None; ``kind`` a class of
     :data:`vmlab.ledger.CLASSES` or ``jcc`` (a branch when taken, else alu); ``search`` says REP SCAS or REP CMPS:
     besides ECX the flags end it. ``undefined``: Unicorn would run it, and a CPU raises #UD; ``cs`` then shows a defined
-    neighbour of the same length.
+    neighbour of the same length. ``random``: RDRAND, RDSEED.
     """
 
-    __slots__ = ("_cs", "bits", "kind", "op", "raw", "rep", "search", "size", "string", "undefined")
+    __slots__ = ("_cs", "bits", "kind", "op", "random", "raw", "rep", "search", "size", "string", "undefined")
 
-    def __init__(self, raw: bytes, bits: int, op: str | None, kind: str, *, rep: bool, string: bool, search: bool) -> None:
+    def __init__(self, raw: bytes, bits: int, op: str | None, kind: str, *, rep: bool, string: bool, search: bool,
+                 random: bool = False) -> None:
         self.raw, self.size, self.bits = raw, len(raw), bits
         self.op, self.kind, self.rep, self.string, self.search = op, kind, rep, string, search
         self._cs: capstone.CsInsn | None = None
-        self.undefined = False
+        self.undefined, self.random = False, random
 
     @property
     def cs(self) -> capstone.CsInsn:
@@ -90,7 +92,7 @@ def _make(bits: int) -> Callable[[bytes, Facts], Instruction]:
         if op in ("ins", "outs"):
             string = True
         return Instruction(raw, bits, op, _class(found, string), rep=rep and string, string=string,
-                           search=rep and string and found.mnemonic[:4] in ("scas", "cmps"))
+                           search=rep and string and found.mnemonic[:4] in ("scas", "cmps"), random=found.id in _RANDOM)
 
     return make
 

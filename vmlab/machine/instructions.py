@@ -15,7 +15,7 @@ from unicorn import x86_const as x86
 
 from vmlab.machine import state as hidden
 from vmlab.machine import task
-from vmlab.machine.cpu import IOPL, Cpu
+from vmlab.machine.cpu import ARITHMETIC, CF, IOPL, Cpu
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import GENERAL_PROTECTION, INVALID_OPCODE, PAGE_FAULT, Fault
 from vmlab.machine.engine import IN_CALLBACK, OUT_CALLBACK
@@ -33,6 +33,7 @@ CR4_TSD = 1 << 2
 
 #: Names of :data:`vmlab.ledger.SYSTEM_INSTRUCTIONS` that :class:`Instructions` knows.
 _CARRIED_OUT = frozenset({"in", "out", "ins", "outs", "rdtsc", "rdtscp", "rdmsr", "wrmsr", "sysenter", "syscall", "jmp_far", "call_far"})
+_WORD = 0xFFFFFFFFFFFFFFFF
 _CR8 = x86_capstone.X86_REG_CR8
 
 
@@ -64,6 +65,8 @@ class Instructions:
             "mov_to_cr": self._mov_to_cr8, "mov_from_cr": self._mov_from_cr8, "mov_to_seg": self._mov_to_ss,
         }
         self.msrs = Msrs(machine)
+        #: How many random numbers were taken.
+        self.drawn = 0
         machine.engine.hook(uc_const.UC_HOOK_INSN, IN_CALLBACK, self._string_in, instruction=x86.UC_X86_INS_IN)
         machine.engine.hook(uc_const.UC_HOOK_INSN, OUT_CALLBACK, self._string_out, instruction=x86.UC_X86_INS_OUT)
 
@@ -124,6 +127,17 @@ class Instructions:
         self._cpu.load()
         self._cpu.rip = address - self._cpu.segment(hidden.CS).base
         self._fault(address, INVALID_OPCODE, None)
+
+    def draw(self, address: int, instruction: Instruction) -> None:
+        """RDRAND and RDSEED: the next number of a sequence that is the same in every run. Unicorn asks the host for one."""
+        cpu = self._cpu
+        cpu.load()
+        cpu.rip = address - cpu.segment(hidden.CS).base
+        self.drawn += 1
+        size = instruction.cs.operands[0].size
+        cpu.set_gpr(number_of(instruction.cs.operands[0].reg), _mixed(self.drawn), size)
+        cpu.eflags = cpu.eflags & ~ARITHMETIC | CF      # a number is always there
+        self._complete(address, instruction)
 
     def search_element(self, instruction: Instruction) -> None:
         """Before each element of REP SCAS or CMPS. Blocks do not tell their number: unless ECX is used up, the flags end them."""
@@ -297,6 +311,14 @@ class Instructions:
         value = machine.guest_mode.virtual_tpr if machine.in_guest and machine.guest_mode is not None else None
         self._cpu.set_gpr(_general_register(instruction), machine.lapic.tpr >> 4 if value is None else value, 8)
         self._complete(address, instruction)
+
+
+def _mixed(number: int) -> int:
+    """The ``number``-th of a sequence of 64-bit numbers without visible pattern: SplitMix64 (Steele, Lea, Flood 2014, figure 17) from 0."""
+    z = number * 0x9E3779B97F4A7C15 & _WORD
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _WORD
+    return z ^ z >> 31
 
 
 def _general_register(instruction: Instruction) -> int:

@@ -40,6 +40,7 @@ def state(machine: Machine) -> State:
     interrupts, msrs = machine.interrupts, machine.instructions.msrs
     return {
         "cpu": _cpu(machine), "nested_root": machine.cpu.nested_root, "msrs": dict(msrs.kept), "tsc_aux": msrs.tsc_aux,
+        "drawn": machine.instructions.drawn,
         "time": time, "idle_time": machine.idle_time, "tsc": (machine.tsc_offset, machine.tsc_adjustment),
         "counted": _snapshot(counted.plus(machine.earlier)), "events": dict(machine.events),
         "ring": (machine.counter.cpl, machine.counter.user, machine.counter.user_from),
@@ -65,6 +66,7 @@ def restore(machine: Machine, saved: State) -> None:
     machine.cpu.nested_root = saved["nested_root"]
     machine.engine.flush_tlb()
     machine.instructions.msrs.kept, machine.instructions.msrs.tsc_aux = dict(saved["msrs"]), saved["tsc_aux"]
+    machine.instructions.drawn = saved["drawn"]
     machine.counter.drop(0)
     machine.counter.time, machine.idle_time = saved["time"], saved["idle_time"]
     machine.tsc_offset, machine.tsc_adjustment = saved["tsc"]
