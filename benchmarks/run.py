@@ -17,14 +17,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checks
 import emulators
 import events
 import programs
+import systems
 from rows import Row, Skipped, table
 
 #: Each gives its rows: (rounds, scale, which names are wanted).
 GROUPS: tuple[Callable[[int, float, Callable[[str], bool]], Iterator[Row | Skipped]], ...] = (
-    events.loops, events.events, events.boots, emulators.emulators, programs.commands, programs.experiments)
+    events.loops, events.events, systems.systems, emulators.emulators, checks.checks, programs.commands, programs.experiments)
 
 
 def main() -> int:
