@@ -98,6 +98,10 @@ class Counter:
         """The machine changed CPL by itself."""
         self.cpl, self.user = cpl, int(cpl >= self.user_from)
 
+    def pass_one(self) -> None:
+        """One guest instruction was executed by somebody else."""
+        self.time += 1
+
     # ---- IRET: which ring it went to shows in the CPL afterwards
     @property
     def irets(self) -> tuple[int, int]:

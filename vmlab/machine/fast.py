@@ -82,6 +82,9 @@ class FastCounter(Counter):
     def time(self, value: int) -> None:
         self.state[_TIME] = value
 
+    def pass_one(self) -> None:
+        self.state[_TIME] += 1
+
     @property
     def limit(self) -> int:
         return self.state[_LIMIT]

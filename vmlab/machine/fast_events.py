@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc_const
@@ -21,6 +21,7 @@ from vmlab.machine.code import Block
 from vmlab.machine.decode import Instruction
 from vmlab.machine.engine import CODE_CALLBACK, INTR_CALLBACK, library
 from vmlab.machine.fast_faults import HiddenFaults
+from vmlab.machine.fast_svm import TOKEN, WorldSwitch
 from vmlab.machine.instructions import port_encoding
 from vmlab.machine.svm_intercepts import fixed_io_information
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from vmlab.machine.protocols import Monitor
 
 # Words of ``state`` in native/machine.h behind those of the counter.
-(CUTS, ENV, ERROR_CODE, IS_INT, OLD_EXCEPTION, STOPPED, ON_EXCEPTION, ON_TRAP, WHAT, TOKEN, GATES, ON_INSTRUCTION, ON_GATE, WRITE_REGISTER,
- LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT, SVM, FAULTS, ON_PORT) = range(15, 38)
+(CUTS, ENV, ERROR_CODE, IS_INT, OLD_EXCEPTION, STOPPED, ON_EXCEPTION, ON_TRAP, WHAT, _, GATES, ON_INSTRUCTION, ON_GATE, WRITE_REGISTER,
+ LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT, _, FAULTS, ON_PORT) = range(15, 38)
 WORDS = 38
 
 _NONE, _NO_GATE = 0xFFFFFFFF, 0xFF
@@ -308,48 +309,3 @@ class FastEvents:
             self._state[SITES] = ctypes.addressof(ctypes.c_uint8.from_buffer(grown))
             self._state[SITE_COUNT] = len(grown) // _SITE.size
         _SITE.pack_into(self._sites, _SITE.size * number, kind, after, rip, size, 0)
-
-
-class WorldSwitch:
-    """#VMEXIT in C (``native/svm.c``)."""
-
-    def __init__(self, machine: Machine, state: memoryview, tokens: Sequence[Instruction], address: int, function: int, host: int, vmrun: int,
-                 on_exit: Callable[[], None], on_entry: Callable[[], None]) -> None:
-        self._machine, self._state, self._tokens = machine, state, tokens
-        memory = (ctypes.c_uint64 * 14)()
-        self._words, self._state_at = memoryview(memory).cast("B").cast("Q"), ctypes.c_void_p(address)
-        self._at = ctypes.c_void_p(ctypes.addressof(memory))
-        self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(function)
-        self._callbacks = [_CALLBACK(callback) for callback in (on_exit, on_entry)]
-        exited, entered = (ctypes.cast(callback, ctypes.c_void_p).value or 0 for callback in self._callbacks)
-        words = (0, machine.ram.address, 0, host, machine.cpu.layout.debug_registers,
-                 ctypes.cast(library().uc_reg_read, ctypes.c_void_p).value or 0, exited, 0, 0, 0, 0, vmrun, entered, machine.ram.size)
-        for i, word in enumerate(words):
-            self._words[i] = word
-        state[SVM] = ctypes.addressof(memory)
-
-    def entering(self, vmcb: int, nested_root: int, plain: bool) -> None:
-        """VMRUN comes next, with the VMCB at this hpa. ``plain``: no event is to be injected, none waits, and the TLB is not modelled."""
-        words = self._words
-        words[2], words[10], words[0], words[9] = vmcb, nested_root, plain, not plain
-
-    def again(self) -> None:
-        """The VMM has handled the exit that C told of, and enters the guest again."""
-        self._words[8] = 1
-
-    def plain(self) -> None:
-        """In the guest, whose event is delivered: nothing is under way or waits any more."""
-        self._words[0], self._words[9] = 1, 0
-
-    def not_plain(self) -> None:
-        """Something waits in the guest now."""
-        self._words[0], self._words[9] = 0, 1
-
-    def exited(self) -> tuple[int, Instruction]:
-        """The code of the exit that C carried out, and the instruction at which that was."""
-        return self._words[7], self._tokens[self._state[TOKEN]]
-
-    def switch(self) -> None:
-        """Guest to the VMCB, host back: what Svm._switch does."""
-        self._words[0] = 0
-        self._function(self._machine.engine.handle, self._state_at, self._at)

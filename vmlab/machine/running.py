@@ -58,13 +58,15 @@ class Running:
         #: What the time stamp counter counts instead of virtual time; called with the address about to run (None: between two instructions).
         self.cycles: Callable[[int | None], int] | None = None
         self._failure: BaseException | None = None
-        self._ended: Stop | None = None
+        #: What ended the last run, or has been asked for since (a device that a monitor wrote to).
+        self.ending: Stop | None = None
         #: The part of virtual time that was skipped in HLT, in nanoseconds.
         self.idle_time = 0
         #: The block that had just run when the last run ended between two blocks; None where it was left otherwise.
         self.left_off: Block | None = None
         self._budget = _FOR_EVER
-        self._stale_code = False
+        #: A device wrote to code: no block may run before it is decoded anew.
+        self.stale_code = False
         self._running = self._interrupted = self._detoured = False
         self._asked_for: Stop | None = None     # during a detour
         self._broken_off = (-1, -1)
@@ -82,16 +84,16 @@ class Running:
 
     @property
     def _stop(self) -> Stop | None:
-        return self._ended
+        return self.ending
 
     @_stop.setter
     def _stop(self, stop: Stop | None) -> None:
-        self._ended = stop
+        self.ending = stop
         self._note_end()
 
     def _note_end(self) -> None:
         if self.native_events is not None:
-            self.native_events.note_end(self._failure is not None, self._ended is not None)
+            self.native_events.note_end(self._failure is not None, self.ending is not None)
 
     # ---- running
     def run(self, budget: int | None = None) -> Stop:
@@ -113,9 +115,9 @@ class Running:
 
     def _go_on(self) -> Stop | None:
         """Until the CPU stops once: why the run ends there, or None where it only waited in HLT."""
-        if self._stale_code:  # flushed here, since translated code that runs may be chained to what goes
+        if self.stale_code:  # flushed here, since translated code that runs may be chained to what goes
             self.engine.uc.ctl_flush_tb()
-            self._stale_code = False
+            self.stale_code = False
         self.cpu.load()
         if self.counter.current is None:  # else the next block's hook asks
             self.counter.set_cpl(self.cpu.cpl)
@@ -126,7 +128,7 @@ class Running:
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
-        if self._stop is None and not self._stale_code and not self._interrupted:
+        if self._stop is None and not self.stale_code and not self._interrupted:
             if error:
                 raise GuestError(f"the CPU could not go on at {self.cpu.rip:#x}: {self.engine.error_text(error)}")
             if self.blocks.ended_in_hlt():
@@ -189,11 +191,6 @@ class Running:
         self._stop = stop
         self.engine.stop()
 
-    @property
-    def ending(self) -> Stop | None:
-        """What ended the last run, or has been asked for since (a device that a monitor wrote to)."""
-        return self._ended
-
     def fail(self, failure: BaseException) -> None:
         """End the run with an error: nothing may leave a callback any other way."""
         if self.failure is None:
@@ -213,11 +210,6 @@ class Running:
     def time(self) -> int:
         """Virtual time in nanoseconds: guest instructions executed, by whatever means, plus the time skipped in HLT."""
         return self.counter.time
-
-    @property
-    def stale_code(self) -> bool:
-        """A device wrote to code: no block may run before it is decoded anew."""
-        return self._stale_code
 
     @property
     def budget(self) -> int:
@@ -286,5 +278,5 @@ class Running:
 
     def drop_translations(self) -> None:
         """Code was written by a device, or is out of reach: the CPU must decode all anew, and can, once it has stopped."""
-        self._stale_code = True
+        self.stale_code = True
         self.engine.stop()

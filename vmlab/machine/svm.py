@@ -17,20 +17,20 @@ from vmlab.errors import TripleFault
 from vmlab.machine import task
 from vmlab.machine import vmcb as v
 from vmlab.machine.counter import ALWAYS, WHEN_ENABLED
-from vmlab.machine.cpu import IF, Segment
+from vmlab.machine.cpu import IF
 from vmlab.machine.decode import Instruction
 from vmlab.machine.delivery import PAGE_FAULT, Fault, deliver
+from vmlab.machine.fast_svm import AGAIN, EXIT_CODE, TOKEN
 from vmlab.machine.paging import NestedFault, PageFault
 from vmlab.machine.pc import Machine, Stop, StopReason
-from vmlab.machine.state import CS, DS, ES, HF2_GIF, HF2_HIF, HF2_NPT, HF2_VINTR, HF_GUEST, RAX, RSP, SS
+from vmlab.machine.state import HF2_GIF, HF2_HIF, HF2_VINTR, HF_GUEST, RAX
 from vmlab.machine.svm_host import HOST_SAVE, VMRUN, Host
 from vmlab.machine.svm_intercepts import Intercepts
+from vmlab.machine.svm_switch import world_switch
 from vmlab.machine.svm_tasks import InterceptedTask, instructed, switch_in_guest
 from vmlab.machine.vmcb import Vmcb
 
 _EVENTS = {code: f"exit.{v.exit_reason(code)}" for code in (*range(0xA0), v.EXIT_NPF)}
-_SWITCHED = (ES, CS, SS, DS)
-_TABLES = (("gdtr", "gdt"), ("idtr", "idt"))
 
 
 class _Diverted(Exception):
@@ -53,7 +53,7 @@ class Svm(Host):
         self._kicked = False
         self._attention = 0
         self._code = 0              # of the last exit
-        #: The instruction that exited, where the machine knows it: the bytes are those that a fetch would give.
+        #: The instruction that exited, where the machine knows it: as long as nothing was mapped elsewhere, a fetch gives the same bytes.
         self.exiting: Instruction | None = None
         self._sound = b""           # what passed VMRUN's checks last time
         #: A VMM that handles an exit at once, in the middle of the run: True to enter the guest again (RIP is at VMRUN then). It is asked
@@ -163,7 +163,7 @@ class Svm(Host):
         if self._native is not None:
             self._native.switch()
         else:
-            self._switch()
+            world_switch(self.machine.cpu, vmcb, self._host)
         control = vmcb["interrupt_control"]
         vmcb["interrupt_control"] = control | v.V_IRQ if self._virtual_interrupt else control & ~v.V_IRQ
         self._record_exit(vmcb, code, info_1, info_2, during)
@@ -178,8 +178,8 @@ class Svm(Host):
         native, machine = self._native, self.machine
         assert native is not None
         try:
-            code, self.exiting = native.exited()
-            self._code = code
+            code = self._code = native.words[EXIT_CODE]
+            self.exiting = native.tokens[native.state[TOKEN]]
             machine.events[_EVENTS.get(code) or f"exit.{v.exit_reason(code)}"] += 1
             self.in_guest = False       # no event was under way, and the TLB is not modelled: nothing else to take back
             machine.tsc_offset = 0
@@ -187,7 +187,7 @@ class Svm(Host):
                 machine.events["entry"] += 1
                 machine.blocks.space_changed()
                 self.in_guest = True
-                native.again()
+                native.words[AGAIN] = 1
             elif machine.ending is None:
                 machine.stop(Stop(StopReason.REQUESTED))
         except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames
@@ -228,37 +228,6 @@ class Svm(Host):
             machine.cpu.rip = VMRUN
         elif machine.ending is None:
             machine.stop(Stop(StopReason.REQUESTED))
-
-    def _switch(self) -> None:
-        """Guest to the VMCB, host from the save area; ``native/svm.c`` does the same."""
-        cpu, vmcb, host = self.machine.cpu, self._vmcb, self._host
-        vmcb.set_switched_segments([cpu.segment(number) for number in _SWITCHED])
-        for name, table in _TABLES:
-            register = cpu.table(table)
-            vmcb[f"{name}.base"], vmcb[f"{name}.limit"] = register.base, register.limit
-        vmcb.set_switched_registers(cpu.cr(4), cpu.cr(3), cpu.cr(0), cpu.debug_register(7), cpu.debug_register(6),
-                                    cpu.eflags, cpu.rip)
-        vmcb["rsp"], vmcb["rax"], vmcb["cr2"] = cpu.gpr(RSP), cpu.gpr(RAX), cpu.cr2
-        vmcb["efer"], vmcb["cpl"] = cpu.efer, cpu.cpl
-        vmcb["interrupt_shadow"] = int(cpu.shadow)
-
-        cpu.clear_shadow()
-        cpu.forget_exception()
-        cpu.hflags &= ~HF_GUEST
-        cpu.hflags2 &= ~(HF2_GIF | HF2_HIF | HF2_VINTR | HF2_NPT)
-        cr4, cr3, cr0, _, _, rflags, rip = host.switched_registers()
-        cpu.set_efer(host["efer"])
-        cpu.set_crs(cr0, cr3, cr4, told=False)  # which flushes Unicorn's TLB; a real one may keep what is tagged
-        for number, segment in zip(_SWITCHED, host.switched_segments(), strict=True):
-            cpu.set_segment(number, segment)
-        for name, table in _TABLES:
-            cpu.set_table(table, Segment(0, host[f"{name}.base"], host[f"{name}.limit"], 0))
-        cpu.set_cpl(0)
-        cpu.eflags = rflags
-        cpu.set_debug_register(7, 0x400)
-        cpu.set_gpr(RSP, host["rsp"], 8)
-        cpu.set_gpr(RAX, host["rax"], 8)
-        cpu.rip = rip
 
     def _record_exit(self, vmcb: Vmcb, code: int, info_1: int, info_2: int | None, during: int | None = None) -> None:
         self.machine.events[_EVENTS.get(code) or f"exit.{v.exit_reason(code)}"] += 1

@@ -149,8 +149,8 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             if stop.reason is not StopReason.REQUESTED:
                 return stop
             if not self._handled:
-                self.cpu.at_exit()
-                self._exit(self.cpu.read("exit_code"))
+                self._exits.get(self.cpu.at_exit(), self._unexpected)()
+                self.memory.follow()
                 machine.cpu.store()
                 self.cpu.settle()
             if machine.ending is not None and machine.ending.reason is not StopReason.REQUESTED:
@@ -159,8 +159,8 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
     def _exit_at_once(self) -> bool:
         """The same for one exit in the middle of the run, where that can be: True to enter the guest again."""
         machine, cpu = self.machine, self.cpu
-        cpu.at_exit()
-        self._exit(cpu.read("exit_code"))
+        self._exits.get(cpu.at_exit(), self._unexpected)()
+        self.memory.follow()
         if machine.ending is None and not machine.pic.pending and not machine.stale_code:
             self._before_entry()
             return True
@@ -168,12 +168,8 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self._handled = True
         return False
 
-    def _exit(self, code: int) -> None:
-        handler = self._exits.get(code)
-        if handler is None:
-            raise AssertionError(f"#VMEXIT {code:#x} at {self.cpu.rip:#x}, which this VMM never asked for")
-        handler()
-        self.memory.follow()
+    def _unexpected(self) -> None:
+        raise AssertionError(f"#VMEXIT {self.cpu.read('exit_code'):#x} at {self.cpu.rip:#x}, which this VMM never asked for")
 
     def snapshot(self, upto: int | None = None) -> Snapshot:
         self.cpu.settle()
@@ -195,12 +191,11 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         """AMD-V does not say which instruction exited, nor how long it is: the VMM fetches it."""
         self.counts["vmm.decode"] += 1
         cpu, bits = self.cpu, self.cpu.bits
+        at = cpu.rip if bits == 64 else (cpu.read("cs.base") + cpu.rip) & 0xFFFFFFFF
         known = self.svm.exiting
-        if known is not None and bits != 64 and not cpu.mmu.paging:     # else the fetch walks the guest's tables, which shows
-            cpu.read("cs.base")
-            cpu.read("rip")
+        if known is not None and not cpu.mmu.paging:    # else the fetch walks the guest's tables, which shows
             return known
-        return decode(fetch(cpu, cpu.rip if bits == 64 else (cpu.read("cs.base") + cpu.rip) & 0xFFFFFFFF), bits)
+        return decode(fetch(cpu, at), bits)
 
     def _port(self) -> None:
         """IN and OUT: port, size and the next RIP are in the exit information; INS and OUTS need decoding."""
@@ -304,7 +299,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         platform = self.platform_devices
         if self.machine.pic.pending:
             self.svm.take_interrupts()
-        elif not (platform.pending or platform.lapic.irr or self._nmi or self._window.is_open):     # as before most entries
+        elif not (platform.pending or platform.lapic.irr or self._nmi or self._window.opened is not None):     # as before most entries
             self.cpu.settle()
             return
         if self._nmi and not self._nmi_blocked and not self.cpu.read("event_injection") and not self.cpu.read("interrupt_shadow"):

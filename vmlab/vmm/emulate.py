@@ -77,7 +77,7 @@ class Emulator(TransferEmulator):
         counts[_EMULATED.get(op) or f"emulate.{op}"] += 1
         counts["vmm.emulate"] += 1
         counts["emulated.user" if user else "emulated.kernel"] += 1
-        self.machine.counter.time += 1
+        self.machine.counter.pass_one()
 
     # ---- rights
     def _privileged(self) -> None:

@@ -19,6 +19,8 @@ from vmlab.vmm.guest_tables import GuestMmu
 _IN_VMCB = {ES: "es", CS: "cs", SS: "ss", DS: "ds"}
 _L, _D = 0x200, 0x400               # of a code segment's attributes in the VMCB (APM Vol. 2 table B-2)
 _SVME = 1 << 12
+_SEGMENT_FIELDS = {number: tuple(f"{name}.{field}" for field in ("attributes", "selector", "base", "limit")) for number, name in _IN_VMCB.items()}
+_KEPT_SEGMENTS = 256
 
 
 class GuestModeCpu:
@@ -49,18 +51,25 @@ class GuestModeCpu:
         #: By name: the field's bit in the sets, and where it is.
         self._at: dict[str, tuple[int, memoryview, int]] = {
             name: (1 << i, views[code.format[-1]], offset // code.size) for i, (name, (offset, code)) in enumerate(FIELDS.items())}
-        (self._rip, self._words, self._rip_at), (self._rax, _, self._rax_at), (self._rsp, _, self._rsp_at), (self._cpl, self._bytes, self._cpl_at), (
-            self._code, self._halves, self._code_at) = (self._at[name] for name in ("rip", "rax", "rsp", "cpl", "cs.attributes"))
+        self._exit, self._words, self._exit_at = self._at["exit_code"]
+        self._rip, _, self._rip_at = self._at["rip"]
+        self._rax, _, self._rax_at = self._at["rax"]
+        self._rsp, _, self._rsp_at = self._at["rsp"]
+        self._shadow, _, self._shadow_at = self._at["interrupt_shadow"]
+        self._cpl, self._bytes, self._cpl_at = self._at["cpl"]
+        self._code, self._halves, self._code_at = self._at["cs.attributes"]
+        self._paging = self._at["cr0"][0] | self._at["cr3"][0] | self._at["cr4"][0] | self._at["efer"][0]
+        self._cr0_at, self._cr3_at, self._cr4_at, self._efer_at = (self._at[name][2] for name in ("cr0", "cr3", "cr4", "efer"))
+        self._segments: dict[tuple[int, int, int, int], Segment] = {}
         self._read = self._kept = 0     # fields read at this exit, and fields that were known already: written, or counted
         self._written = 0               # how many were written
         self._mmu_known = False
         self._loaded: dict[str, int] = {}
 
-    def at_exit(self) -> None:
-        """A new exit: what was read before is stale."""
-        self.settle()
-        self._read = self._kept = 0
-        self._mmu_known = False
+    def at_exit(self) -> int:
+        """A new exit: what was read before, and counted when the guest was entered, is stale. The exit code."""
+        self._read, self._kept, self._mmu_known = self._exit, 0, False
+        return self._words[self._exit_at]
 
     def settle(self) -> None:
         """Bring the accesses so far to the ledger. To be called before anybody may look there."""
@@ -73,7 +82,7 @@ class GuestModeCpu:
             self._written = 0
 
     def read(self, field: str) -> int:
-        """A VMCB field, which counts the first time."""
+        """A VMCB field, which counts the first time at an exit."""
         bit, view, index = self._at[field]
         self._read |= bit
         return view[index]
@@ -113,7 +122,7 @@ class GuestModeCpu:
 
     def set_gpr(self, number: int, value: int, size: int = 4) -> None:
         """Write a general register as an instruction of operand size ``size`` bytes would."""
-        if number not in (RAX, RSP):
+        if number != RAX and number != RSP:
             if size == 4:
                 self._registers[number] = value & 0xFFFFFFFF
             else:
@@ -136,8 +145,9 @@ class GuestModeCpu:
 
     def advance(self, size: int) -> int:
         """RIP behind an instruction of ``size`` bytes."""
-        self._read |= self._rip
-        return (self._words[self._rip_at] + size) & (0xFFFFFFFFFFFFFFFF if self.bits == 64 else 0xFFFFFFFF)
+        self._read |= self._rip | self._code
+        long = self._halves[self._code_at] & _L and self.bits == 64
+        return (self._words[self._rip_at] + size) & (0xFFFFFFFFFFFFFFFF if long else 0xFFFFFFFF)
 
     @property
     def cpl(self) -> int:
@@ -179,9 +189,14 @@ class GuestModeCpu:
         name = _IN_VMCB.get(number)
         if name is None:
             return self._physical.segment(number)
-        attributes = self.read(f"{name}.attributes")
-        return Segment(self.read(f"{name}.selector"), self.read(f"{name}.base"), self.read(f"{name}.limit"),
-                       (attributes & 0xFF) << 8 | (attributes & 0xF00) << 12)
+        attributes, selector, base, limit = _SEGMENT_FIELDS[number]
+        found = self.read(selector), self.read(base), self.read(limit), self.read(attributes)
+        known = self._segments.get(found)
+        if known is None:
+            if len(self._segments) >= _KEPT_SEGMENTS:
+                self._segments.clear()
+            known = self._segments[found] = Segment(*found[:3], (found[3] & 0xFF) << 8 | (found[3] & 0xF00) << 12)
+        return known
 
     # ---- what a task switch needs besides (vmlab.machine.task): it is 32-bit code's, on shadow tables
     @property
@@ -233,7 +248,8 @@ class GuestModeCpu:
 
     def end_shadow(self) -> None:
         """An instruction was completed: an interrupt shadow ends with it."""
-        if self.read("interrupt_shadow"):
+        self._read |= self._shadow
+        if self._words[self._shadow_at]:
             self.write("interrupt_shadow", 0)
 
     # ---- control registers: what the guest believes, and what the CPU runs with
@@ -242,7 +258,9 @@ class GuestModeCpu:
         """The guest's paging registers; under nested paging read from the VMCB, once an exit."""
         if self._nested and not self._mmu_known:
             self._mmu_known = True
-            self._mmu.assume(self.read("cr0"), self.read("cr3"), self.read("cr4"), self.read("efer") & ~_SVME)
+            self._read |= self._paging
+            words = self._words
+            self._mmu.assume(words[self._cr0_at], words[self._cr3_at], words[self._cr4_at], words[self._efer_at] & ~_SVME)
         return self._mmu
 
     def load_paging(self, root: int) -> None:

@@ -20,39 +20,35 @@ class InterruptWindow:
 
     def __init__(self, vmcb: CountedVmcb, counts: Counts) -> None:
         self._vmcb, self._counts = vmcb, counts
-        self._open: int | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the CPU was asked to exit for it."""
-        return self._open is not None
+        #: The bits of ``interrupt_control`` that say what the CPU was asked to exit for; None: nothing.
+        self.opened: int | None = None
 
     def open(self, vector_class: int | None = None) -> None:
         """Exit when the guest would take an interrupt: any, or one of this class (the vector's high half), which must be above V_TPR."""
         wanted = v.V_IGNORE_TPR if vector_class is None else vector_class << _PRIORITY_SHIFT
-        if self._open == wanted:
+        if self.opened == wanted:
             return
         self._counts["interrupt.window"] += 1
-        if self._open is None:
+        if self.opened is None:
             self._vmcb["intercepts"] |= v.intercept_bit(v.EXIT_VINTR)
         control = self._vmcb["interrupt_control"]
         self._vmcb["interrupt_control"] = control & ~(v.V_PRIORITY | v.V_IGNORE_TPR) | v.V_IRQ | wanted
-        self._open = wanted
+        self.opened = wanted
 
     def state(self) -> int | None:
         """What it is open for; None: closed."""
-        return self._open
+        return self.opened
 
     def from_state(self, state: int | None) -> None:
         """The VMCB is as it was."""
-        self._open = state
+        self.opened = state
 
     def close(self) -> None:
         """It was reached, or nothing waits for it any more."""
-        if self._open is not None:
+        if self.opened is not None:
             self._vmcb["intercepts"] &= ~v.intercept_bit(v.EXIT_VINTR)
             self._vmcb["interrupt_control"] &= ~(v.V_IRQ | v.V_PRIORITY | v.V_IGNORE_TPR)
-            self._open = None
+            self.opened = None
 
 
 class TaskPriority:

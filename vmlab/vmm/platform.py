@@ -60,7 +60,8 @@ class VirtualPlatform:
         self.timeline = Timeline(lambda: machine.time, self._arm)           # the VMM's own events
         #: Told of the level of INTR after every change.
         self.on_interrupt_line: Callable[[bool], None] = _ignore
-        self._level = False
+        #: INTR of the guest's virtual CPU: its level.
+        self.pending = False
         self.pic = PicPair(self._changed)                                   # two 8259A
         self.lapic = lapic.Lapic(self.timeline, self.pic, self._changed)    # local APIC
         self.ioapic = ioapic.IoApic(self.lapic.message)                     # I/O APIC
@@ -103,7 +104,7 @@ class VirtualPlatform:
         """Raises UnsupportedByStrategy while the disk moves data: whom it tells is no plain value."""
         if self._driver.busy:
             raise UnsupportedByStrategy("the guest's disk is at work; it cannot be saved now")
-        return {"devices": [device.state() for device in self._devices()], "timer": self._timer.due, "level": self._level,
+        return {"devices": [device.state() for device in self._devices()], "timer": self._timer.due, "level": self.pending,
                 "due": saved.due(self.timeline, saved.owners(self._devices())), "unanswered": dict(self._own.unanswered)}
 
     def from_state(self, state: dict[str, Any]) -> None:
@@ -113,7 +114,7 @@ class VirtualPlatform:
             device.from_state(of_device)
         saved.arrange(self.timeline, saved.owners(self._devices()), state["due"])
         self._own.unanswered = dict(state["unanswered"])
-        self._timer.due, self._level = state["timer"], state["level"]
+        self._timer.due, self.pending = state["timer"], state["level"]
 
     # ---- the guest's accesses
     def port_read(self, port: int, size: int) -> int:
@@ -201,14 +202,9 @@ class VirtualPlatform:
             machine.monitor = handler
 
     # ---- INTR of the guest's virtual CPU
-    @property
-    def pending(self) -> bool:
-        """The level of INTR."""
-        return self._level
-
     def _changed(self) -> None:
-        self._level = self.lapic.pending
-        self.on_interrupt_line(self._level)
+        self.pending = self.lapic.pending
+        self.on_interrupt_line(self.pending)
 
     def acknowledge(self) -> int:
         """INTA by the guest's virtual CPU: the vector."""

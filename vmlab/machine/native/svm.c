@@ -1,4 +1,4 @@
-/* #VMEXIT: Svm._switch() of vmlab/machine/svm.py (APM Vol. 2 §15.6), and the way back to VMRUN: Svm._prepare().
+/* #VMEXIT: vmlab/machine/svm_switch.py (APM Vol. 2 §15.6), and the way back to VMRUN: Svm._prepare().
  *
  * The CPU's guest state goes to the VMCB, the host's comes back from the host save area. Unicorn does what follows from the control
  * registers (mode bits, its TLB); everything else is in the CPU's state.
@@ -74,6 +74,8 @@
 #define CR0_CD (1u << 30)
 #define CR0_PG (1u << 31)
 #define CR4_PAE (1u << 5)
+#define CR4_FLUSHING (1u << 4 | 1u << 5 | 1u << 7 | 1u << 20) /* PSE, PAE, PGE, SMEP: QEMU cpu_x86_update_cr4 */
+#define CR0_FLUSHING (CR0_PG | 1u << 16 | CR0_PE)             /* WP: cpu_x86_update_cr0 */
 
 /* unicorn/x86.h */
 #define UC_X86_REG_EFLAGS 25
@@ -177,8 +179,13 @@ EXPORT void vmlab_world_switch(void *uc, state *s, const svm *v)
     FIELD(uint32_t, s, HFLAGS2) &= ~HF2_OF_GUESTS;
     FIELD(uint64_t, s, EFER) = IN_VMCB(uint64_t, host, SAVED_EFER);
     FIELD(uint32_t, s, HFLAGS) = (FIELD(uint32_t, s, HFLAGS) & ~HF_LMA) | (FIELD(uint64_t, s, EFER) & EFER_LMA ? HF_LMA : 0);
+    /* QEMU flushes its TLB at a write of CR3, and of CR4 and CR0 where certain bits change: once is enough. */
+    if ((FIELD(uint64_t, s, CR(4)) ^ IN_VMCB(uint64_t, host, SAVED_CR4)) & CR4_FLUSHING
+        || (FIELD(uint64_t, s, CR(0)) ^ IN_VMCB(uint64_t, host, SAVED_CR0)) & CR0_FLUSHING)
+        FIELD(uint64_t, s, CR(3)) = IN_VMCB(uint64_t, host, SAVED_CR3);
+    else
+        write_register(uc, UC_X86_REG_CR3, AT(const void *, host + SAVED_CR3));
     write_register(uc, UC_X86_REG_CR4, AT(const void *, host + SAVED_CR4));
-    write_register(uc, UC_X86_REG_CR3, AT(const void *, host + SAVED_CR3));
     write_register(uc, UC_X86_REG_CR0, AT(const void *, host + SAVED_CR0));
     for (n = ES; n <= DS; n++)
         load_segment(s, host, n);

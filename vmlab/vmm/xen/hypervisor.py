@@ -216,7 +216,7 @@ class Hypervisor(ABC):
         self.counts["emulate.prefix"] += 1
         self.counts["emulate.cpuid"] += 1
         self.counts["emulated.user" if user else "emulated.kernel"] += 1
-        self.machine.counter.time += 1
+        self.machine.counter.pass_one()
         return True
 
     # ---- hypercalls
