@@ -7,7 +7,7 @@ Descriptor caches and CPL are set together with the flags that QEMU derives from
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from unicorn import x86_const as x86
 
@@ -54,8 +54,7 @@ _CC_OP_EFLAGS = 1                      # "the flags are in cc_src"
 _TABLES = {"gdt": AT_GDT, "idt": AT_IDT, "ldt": AT_LDT, "tr": AT_TR}
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A descriptor cache: ``flags`` is the descriptor's high doubleword (SDM Vol. 3A figure 3-8)."""
 
     selector: int
@@ -354,6 +353,8 @@ class Cpu:
         return not found.no_execute and (found.user if self.cpl == 3 else not (found.user and tables.cr4 & _SMEP))
 
     def pieces(self, address: int, size: int, *, write: bool, user: bool) -> list[tuple[int, int]]:
+        if not self.cr(0) & paging.CR0_PG and address % PAGE + size <= PAGE and not address >> 32 and not (self.nested_root and self.hflags & HF_GUEST):
+            return [(address, size)]
         limit = 0xFFFFFFFFFFFFFFFF if self.long_mode else 0xFFFFFFFF
         tables, pieces = self.tables, []
         nested = paging.NestedMemory(self.ram, self.nested_root) if self.nested_root and self.hflags & HF_GUEST else None

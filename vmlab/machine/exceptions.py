@@ -175,8 +175,9 @@ class Interrupts:
 
     def request(self, on: bool, *, masked: bool = False) -> None:
         """A monitor wants to be asked (``on_attention``) before the next block runs; ``masked``: it has nothing to do while EFLAGS.IF is off."""
-        self._requested, self._masked = on, on and masked
-        self.update()
+        if on != self._requested or (on and masked) != self._masked:
+            self._requested, self._masked = on, on and masked
+            self.update()
 
     def raise_nmi(self) -> None:
         """A non-maskable interrupt; one that comes while another is waiting is the same one."""

@@ -141,6 +141,8 @@ class FastCounter(Counter):
         instructions = block.instructions
         index = block.offsets.get(rip - block.pc)
         if index is None or index >= len(instructions):
+            if index is None and self.events is not None:
+                self.events.learn(block)        # at bytes that Unicorn did not read to the end, see there
             self._completed(block, None)
             return None
         if self.events is not None:

@@ -43,6 +43,7 @@ _KINDS = {"cli": 1, "sti": 2}
 _NAMES = {kind: op for op, kind in _KINDS.items()}
 _GATE_TABLES = 64       # of a monitor that changes its gates with its guest's ring, kept
 _SOFTWARE, _WITH_ERROR_CODE = 1 << 8, 1 << 9
+_NOT_DECODED = 0        # the token of what no decoded instruction is at
 _IN_DX, _READ = 0x10000, 1 << 24       # as in native/ports.c
 
 _CALLBACK = ctypes.CFUNCTYPE(None)
@@ -87,7 +88,7 @@ class FastEvents:
     def __init__(self, machine: Machine, counter: FastCounter, env: int, functions: Library) -> None:
         self._machine, self._counter, self._functions = machine, counter, functions
         self._state = state = counter.state
-        self._tokens: list[Instruction] = []
+        self._tokens: list[Instruction | None] = [None]     # number 0 is _NOT_DECODED
         self._token_of: dict[Instruction, int] = {}
         self._tables: dict[int, memoryview] = {}        # by record number
         self._cuts = memoryview(b"")
@@ -198,7 +199,11 @@ class FastEvents:
         self._cuts, self._state[CUTS] = view, ctypes.addressof(memory)
 
     def learn(self, block: Block) -> None:
-        """This block was left in the middle, and may be again: C is told where its instructions lie."""
+        """This block was left in the middle, and may be again: C is told where its instructions lie.
+
+        Unicorn reads an instruction that will raise #GP only as far as it must to know that: such a block ends with bytes that are no
+        whole instruction. Leaving it there leaves all that was decoded behind.
+        """
         number = block.slot
         if number <= 0 or number in self._tables:
             return
@@ -216,8 +221,10 @@ class FastEvents:
             _CUT.pack_into(table, 16 + _CUT.size * offset, index, block.guest_weight_from(index), after, before,
                            int(instruction.search), 0, 0, 0, 0, self._token_of[instruction])
             before, offset = offset, after
-        if offset <= size:
-            _CUT.pack_into(table, 16 + _CUT.size * offset, _NONE, 0, _NONE, before, 0, 0, 0, 0, 0, 0)
+        if offset < size:
+            _CUT.pack_into(table, 16 + _CUT.size * offset, len(block.instructions), 0, _NONE, before, 0, 0, 0, 0, 0, _NOT_DECODED)
+        elif offset == size:
+            _CUT.pack_into(table, 16 + _CUT.size * offset, _NONE, 0, _NONE, before, 0, 0, 0, 0, 0, _NOT_DECODED)
         self._tables[number] = table
         self._cuts[number] = ctypes.addressof(ctypes.c_uint8.from_buffer(table))
 

@@ -22,7 +22,7 @@ EXIT_CODE, AGAIN = 7, 8
 class WorldSwitch:
     """#VMEXIT in C (``native/svm.c``)."""
 
-    def __init__(self, machine: Machine, state: memoryview, tokens: Sequence[Instruction], address: int, function: int, host: int, vmrun: int,
+    def __init__(self, machine: Machine, state: memoryview, tokens: Sequence[Instruction | None], address: int, function: int, host: int, vmrun: int,
                  on_exit: Callable[[], None], on_entry: Callable[[], None]) -> None:
         self._machine, self.state, self.tokens = machine, state, tokens
         memory = (ctypes.c_uint64 * 14)()

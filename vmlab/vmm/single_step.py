@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Protocol
 
 from unicorn import unicorn_const as uc_const
@@ -221,7 +220,7 @@ class SingleStep:
         for name in _TABLES:
             loaded, before = own.table(name), cpu.table(name)
             if name == "tr":        # the cache keeps the type of an available TSS (vmlab.machine.task)
-                loaded = replace(loaded, flags=loaded.flags & ~0x200)
+                loaded = loaded._replace(flags=loaded.flags & ~0x200)
             if loaded != before:
                 cpu.set_table(name, loaded)
         if own.cpl != cpu.cpl:

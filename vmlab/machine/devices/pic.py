@@ -38,7 +38,7 @@ class Pic:
 
     def pending(self) -> int | None:
         """The input that would interrupt now: unmasked, requested, above all in service."""
-        ready = self.requests & ~self.imr
+        ready = (self.irr | self.lines & self.levels) & ~self.imr
         if not ready:
             return None
         for irq in range(8):
