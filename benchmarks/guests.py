@@ -79,6 +79,12 @@ def port_reads(count: int) -> bytes:
     return _loop("e421", count) + END
 
 
+def apic_reads(count: int) -> tuple[bytes, dict[int, bytes]]:
+    """MOV from the local APIC's ID, with paging on: large pages for the lowest 4 MiB and for the APIC. Code, and the guest's tables."""
+    code = _loop("a12000e0fe", count, "b810000000 0f22e0 b800002000 0f22d8 b811000080 0f22c0") + END     # CR4.PSE, CR3, CR0.PG
+    return code, {TABLES: struct.pack("<I", 0x83) + bytes(4 * 1018) + struct.pack("<I", 0xFEC00083) + bytes(4 * 4)}
+
+
 #: Where the tables of guests with interrupts lie, and their handler's vector and address.
 IDT, GDT, VECTOR, HANDLER = 0x4000, 0x4800, 0x20, 0x110000
 #: Blocks of two instructions between two interrupts of the timer.
