@@ -353,11 +353,11 @@ class Cpu:
         return not found.no_execute and (found.user if self.cpl == 3 else not (found.user and tables.cr4 & _SMEP))
 
     def pieces(self, address: int, size: int, *, write: bool, user: bool) -> list[tuple[int, int]]:
-        if not self.cr(0) & paging.CR0_PG and address % PAGE + size <= PAGE and not address >> 32 and not (self.nested_root and self.hflags & HF_GUEST):
+        nested = paging.NestedMemory(self.ram, self.nested_root) if self.nested_root and self.hflags & HF_GUEST else None
+        if nested is None and not self.cr(0) & paging.CR0_PG and not address >> 32 and 0 < size <= PAGE - address % PAGE:
             return [(address, size)]
         limit = 0xFFFFFFFFFFFFFFFF if self.long_mode else 0xFFFFFFFF
         tables, pieces = self.tables, []
-        nested = paging.NestedMemory(self.ram, self.nested_root) if self.nested_root and self.hflags & HF_GUEST else None
         while size > 0:
             address &= limit
             n = min(size, PAGE - address % PAGE)

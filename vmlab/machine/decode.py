@@ -109,7 +109,6 @@ def _decode(raw: bytes, bits: int, count: int) -> list[Instruction]:
     return disassembler.split(raw, bits, count, make, known)
 
 
-@functools.lru_cache(maxsize=1 << 14)
 def decode(raw: bytes, bits: int) -> Instruction | None:
     """Decode the first instruction of ``raw`` (up to 15 bytes are looked at); None where there is none."""
     return _first(raw[:15], bits)

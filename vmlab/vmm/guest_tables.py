@@ -108,8 +108,10 @@ class GuestMmu:
         self.cr0, self.cr3, self.cr4, self.efer = CR0_PE | CR0_ET, 0, 0, 0
         self._pdptes: tuple[int, ...] | None = None
         self._tables: Tables | None = None
-        #: Walks made lately, by page and access, and the registers that they were made with.
-        self._walks: dict[tuple[int, bool, bool, bool], tuple[Tables, Walk]] = {}
+        #: Walks made lately with these registers, by page and access: where their entries are, and what they were.
+        self._walks: dict[int, tuple[memoryview, tuple[tuple[int, int], ...], Walk]] = {}
+        ram = memoryview(memory.ram.bytes)
+        self._entries: dict[int, memoryview] = {4: ram.cast("I"), 8: ram.cast("Q")}
 
     def state(self) -> dict[str, Any]:
         """The registers, and which frames beyond RAM were told of."""
@@ -118,6 +120,7 @@ class GuestMmu:
     def from_state(self, state: dict[str, Any]) -> None:
         self.cr0, self.cr3, self.cr4, self.efer = state["registers"]
         self._pdptes, self._tables = state["pdptes"], None
+        self._walks.clear()
         self.memory.told = {(frame, verb) for frame, verb in state["foreign"]}
 
     def enter_real_mode(self) -> None:
@@ -172,12 +175,14 @@ class GuestMmu:
             if pdptes is None:
                 raise Fault(13, 0)
         self.cr0, self.cr3, self.cr4, self.efer, self._pdptes, self._tables = cr0, cr3, cr4, efer, pdptes, None
+        self._walks.clear()
 
     def assume(self, cr0: int, cr3: int, cr4: int, efer: int) -> None:
         """The registers as the CPU holds them, where the guest writes them without the VMM (nested paging)."""
         if self._pdptes is None and (self.cr0, self.cr3, self.cr4, self.efer) == (cr0, cr3, cr4, efer):
             return
         self.cr0, self.cr3, self.cr4, self.efer, self._pdptes, self._tables = cr0, cr3, cr4, efer, None, None
+        self._walks.clear()
 
     @property
     def pdptes(self) -> tuple[int, ...]:
@@ -193,20 +198,27 @@ class GuestMmu:
     def check(self, address: int, *, write: bool, user: bool, fetch: bool = False) -> Walk:
         """The guest's own walk for this access, its A and D bits set; raises the guest's :class:`PageFault`. Paging must be on."""
         self._counts["vmm.guest_walk"] += 1
-        tables, key = self.tables, (address >> 12, write, user, fetch)
+        key = address & ~0xFFF | write << 2 | user << 1 | fetch
         known = self._walks.get(key)
-        if known is not None and known[0] is tables and self._unchanged(known[1]):
-            return known[1]
-        found = paging.check(self.memory, tables, address, write=write, user=user, fetch=fetch)
-        if len(self._walks) > _KEPT_WALKS:
-            self._walks.clear()
-        self._walks[key] = tables, found
+        if known is not None:
+            view, entries, found = known
+            for index, entry in entries:
+                if view[index] != entry:
+                    break
+            else:
+                return found
+        found = paging.check(self.memory, self.tables, address, write=write, user=user, fetch=fetch)
+        self._keep(key, found)
         return found
 
-    def _unchanged(self, found: Walk) -> bool:
-        """Whether the entries that a walk went through are what they were then, accessed and dirty bits set: it would go the same way again."""
-        memory = self.memory
-        return all((memory.read64(at) if size == 8 else memory.read32(at)) == entry for _, at, size, entry in found.steps)
+    def _keep(self, key: int, found: Walk) -> None:
+        """As long as the entries of a walk stay as it left them, another ends like it. PAE's first level is none of them: it must be in registers."""
+        memory, steps = self.memory, found.steps
+        if all(step.at + step.size <= memory.size for step in steps) and (self._pdptes is not None or self.tables.format != "pae"):
+            if len(self._walks) >= _KEPT_WALKS:
+                self._walks.clear()
+            size = steps[0].size
+            self._walks[key] = self._entries[size], tuple(((memory.base + step.at) // size, step.entry) for step in steps), found
 
     def translate(self, address: int, *, write: bool = False, user: bool = False, fetch: bool = False) -> int:
         """gva to gpa; raises :class:`PageFault`."""
@@ -234,16 +246,22 @@ class GuestMmu:
         """Bytes at a linear address of the guest; raises :class:`PageFault`."""
         if not self.paging and address + size <= 1 << 32:
             return self.memory.read(address, size)
-        if address % PAGE + size <= PAGE:
+        if self._in_one_page(address, size):
             return self.memory.read(self.translate(address, user=user), size)
         return b"".join(self.memory.read(gpa, n) for gpa, n in self._pieces(address, size, write=False, user=user))
 
     def write_linear(self, address: int, data: bytes, *, user: bool = False) -> None:
         """Store at a linear address of the guest, all of it or nothing; raises :class:`PageFault`."""
+        if self._in_one_page(address, len(data)):
+            self.memory.write(self.translate(address, write=True, user=user), data)
+            return
         done = 0
         for gpa, n in self._pieces(address, len(data), write=True, user=user):
             self.memory.write(gpa, data[done:done + n])
             done += n
+
+    def _in_one_page(self, address: int, size: int) -> bool:
+        return 0 < size <= PAGE - address % PAGE and bool(not address >> 32 or self.efer & EFER_LMA)
 
     def _pieces(self, address: int, size: int, *, write: bool, user: bool) -> list[tuple[int, int]]:
         limit = 0xFFFFFFFFFFFFFFFF if self.efer & EFER_LMA else 0xFFFFFFFF
