@@ -37,10 +37,12 @@ Cell = dict[str, Any]
 class Run:
     """A guest loaded under a technique, its markers watched. ``marks`` are the counts at each marker passed."""
 
-    def __init__(self, technique: str, parameters: Mapping[str, Value], *, path: str | None = None, saved: Saved | None = None) -> None:
-        """:param saved: a run that this one goes on from, instead of booting its guest."""
+    def __init__(self, technique: str, parameters: Mapping[str, Value], *, path: str | None = None, saved: Saved | None = None,
+                 kind: type[Strategy] | None = None) -> None:
+        """:param saved: a run that this one goes on from, instead of booting its guest.
+        :param kind: what runs it in the place of ``technique``'s own class."""
         self.technique, self.parameters = technique, dict(parameters)
-        self.kind = strategies.load(technique)
+        self.kind = kind or strategies.load(technique)
         self.guest = str(parameters.get("guest", "nano"))
         self.image = guests.configured(parameters) if saved is None else resume.image(saved)
         self.workload = str(parameters.get("workload", ""))
@@ -167,8 +169,12 @@ def _run(technique: str, parameters: Mapping[str, Value], started: float, attach
             error = f"the guest ended with exit code {exit_code}: {_last_line(run.machine.console)}"
     except GuestError as ended:
         error = str(ended)
+    unseen = None
     if error is not None:
         error += _on_screen(run)
+        unseen = None if declared else _unseen(run)
+        if unseen is not None:
+            error += unseen["sentence"]
     phases = run.phases()
     region = phases["roi.cold"].plus(phases["roi.warm"])
     deterministic_state = run.kind.full_virtualization and not guests.asynchronous(parameters) and error is None
@@ -191,7 +197,22 @@ def _run(technique: str, parameters: Mapping[str, Value], started: float, attach
         record["warm_up"] = curve
     if declared:
         record["fidelity"]["first_difference"] = _divergence(technique, parameters)
+    elif unseen:
+        record["fidelity"]["first_difference"] = unseen
     return record
+
+
+def _unseen(run: Run) -> dict[str, Any] | None:
+    """Of a guest that ended badly under the classical x86: the first sensitive instruction that went wrong without a trap."""
+    if run.technique != "trap-and-emulate" or run.strategy.chosen["sensitive"] != "silent":
+        return None
+    from vmlab.experiment import silent
+
+    counted = run.strategy.snapshot()
+    try:
+        return silent.first_silent(run.parameters, counted.user + counted.kernel)
+    except VmlabError as error:
+        return {"error": str(error), "sentence": f"; which instruction went wrong unseen was not found: {error}"}
 
 
 def _divergence(technique: str, parameters: Mapping[str, Value]) -> dict[str, Any] | None:

@@ -68,7 +68,7 @@ def first_divergence(technique: str, parameters: Mapping[str, Value], limit: int
     for at, _ in reversed(native[:index]):
         found = decode(native_run.strategy.read_guest(at, 15), 32)
         if found is not None and found.op in SENSITIVE:
-            suspect = {"address": at, "symbol": _symbol(native_run.image.symbols, at), "instruction": found.text}
+            suspect = {"address": at, "symbol": symbol_at(native_run.image.symbols, at), "instruction": found.text}
             break
     names = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
     differ: dict[str, list[int]] = {}
@@ -79,13 +79,14 @@ def first_divergence(technique: str, parameters: Mapping[str, Value], limit: int
             if x != y:
                 differ[name] = [x, y]
     return {
-        "address": address, "symbol": _symbol(native_run.image.symbols, address),
+        "address": address, "symbol": symbol_at(native_run.image.symbols, address),
         "instruction": instruction.text if instruction else raw.hex(), "step": index, "registers": differ,
         "suspect": suspect,
     }
 
 
-def _symbol(symbols: Mapping[str, int], address: int) -> str:
+def symbol_at(symbols: Mapping[str, int], address: int) -> str:
+    """The symbol at or before ``address``, with the distance; empty where there is none."""
     below = [(value, name) for name, value in symbols.items() if value <= address]
     if not below:
         return ""
