@@ -6,13 +6,17 @@ tested here is that a claim can fail, and by what.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vmlab import claims, costs
 from vmlab.claims import checks
+from vmlab.claims.running import experiments
 from vmlab.errors import ConfigError
+from vmlab.experiment.gather import Gatherer
+from vmlab.experiment.lab import Lab
 from vmlab.ledger import EVENTS
 
 ITERATIONS = 1000
@@ -73,7 +77,9 @@ HOLDS: dict[str, dict[str, dict[str, Any]]] = {
         f"{w}-{side}": TRAP if side == "soft" else {"machine.store": 1}
         for w in ("forkwait", "ptemod", "pgfault", "ctxsw", "null_call", "mmap") for side in ("soft", "hard")
     },
-    "exits-dominate": {"native": {"machine.alu": 100}, "shadow": plus({"machine.alu": 100}, TRACED, EXIT | {"exit.io": 0.2})},
+    "exits-dominate": {
+        "native": {"machine.alu": 100}, "shadow": plus({"machine.alu": 100}, TRACED, EXIT | {"exit.io": 0.2}),
+        "linux-native": {"machine.alu": 100, "machine.in": 3}, "linux-shadow": plus({"machine.alu": 100}, TRACED, times(3, EXIT | {"exit.io": 1}))},
     "shadow-eager-vs-lazy": {
         "ptemod-tracing": TRACED, "ptemod-lazy": EXIT | {"exit.page_fault": 0.1, "entry": 0.1},
         "ctxsw-tracing": EXIT | {"exit.cr_write": 2, "entry": 2},
@@ -121,6 +127,8 @@ FALSIFIERS: list[tuple[str, dict[str, dict[str, Any]], dict[str, dict[str, float
         f"{w}-hard": EXIT | {"exit.cr_write": 9, "entry": 9}
         for w in ("forkwait", "ptemod", "pgfault", "ctxsw", "null_call", "mmap", "cli_sti")}, {}),
     ("exits-dominate", {"shadow": EXIT | {"exit.io": 1, "machine.alu": 100}}, {}),
+    ("exits-dominate", {"linux-shadow": EXIT | {"exit.cpuid": 1, "machine.alu": 100}}, {}),
+    ("exits-dominate", {"linux-shadow": plus({"machine.alu": 9000}, TRACED)}, {}),
     ("shadow-eager-vs-lazy", {"ctxsw-lazy": EXIT | {"exit.cr_write": 2, "entry": 2}}, {
         "prescott-2005": {"exit.cr_write": 100}}),
     ("guest-vs-hypervisor-faults", {"shadow": {"reflect.14": 4, "shadow.fault.hidden": 8}}, {}),
@@ -225,3 +233,25 @@ def test_indirect_costs_wait_for_a_model_and_one_without_recovery_falsifies_them
     for cycles, verdict in ((900.0, "holds"), (0.0, "fails")):
         with_model = [cell | {"models": {"footprint": {"cycles_per_exit": cycles}}}]
         assert claims.evaluate(["indirect-costs"], with_model, [])[0]["verdict"] == verdict
+
+
+def test_a_check_whose_cells_are_not_here_is_left_out_and_named() -> None:
+    here = [cell for cell in cells("exits-dominate", {}) if cell["parameters"]["guest"] == "minios"]
+    there = [cell for cell in cells("exits-dominate", {}) if cell["parameters"]["guest"] != "minios"]
+    why = {"linux-native": "set VMLAB_GUEST_LINUX to the folder that it is in", "linux-shadow": "set VMLAB_GUEST_LINUX to the folder that it is in"}
+    found = claims.evaluate(["exits-dominate"], here, ["prescott-2005"], absent={"exits-dominate": why})[0]
+    assert found["verdict"] == "holds" and "not judged: Linux's boot" in found["reason"] and "set VMLAB_GUEST_LINUX" in found["reason"]
+    found = claims.evaluate(["exits-dominate"], there, ["prescott-2005"])[0]
+    assert found["verdict"] == "holds" and "not judged: memory's share of the exits" in found["reason"]
+    found = claims.evaluate(["exits-dominate"], [], ["prescott-2005"], absent={"exits-dominate": why})[0]
+    assert found["verdict"] == "undecided" and "set VMLAB_GUEST_LINUX" in found["reason"]
+
+
+def test_a_guest_whose_image_is_not_here_is_no_failure_of_its_claim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("VMLAB_GUEST_LINUX", raising=False)
+    gatherer = Gatherer(Lab(), "claims", tmp_path)
+    found, absent, skipped = experiments([claims.load("exits-dominate")], gatherer)
+    assert absent == {"exits-dominate": {}}
+    assert set(skipped["exits-dominate"]) == {"linux-native", "linux-shadow"}
+    assert all("set VMLAB_GUEST_LINUX to the folder" in why for why in skipped["exits-dominate"].values())
+    assert {cell.parameters["guest"] for cell in found["exits-dominate"]} == {"minios"}

@@ -31,8 +31,11 @@ def test_each_asks_a_question_and_expects_verdicts(name: str) -> None:
     assert full.charts and full.profiles and full.claims
     assert {*full.expect} == {*full.claims}
     assert {cell.technique for cell in full.cells} >= {"native", "hardware-assisted"}
-    # Nothing but sizes differs in the small run.
+    # Nothing but sizes differs in the small run; a kernel from a file has none, and one of its ways may be left out.
     kinds = [[(cell.technique, {k: v for k, v in cell.parameters.items() if k != "iterations"}) for cell in one.cells] for one in (full, quick)]
+    if str(full.cells[0].parameters["guest"]).startswith("$"):
+        assert [kind for kind in kinds[0] if kind in kinds[1]] == kinds[1]
+        return
     assert kinds[0] == kinds[1]
     assert all(b.parameters.get("iterations", 0) <= a.parameters.get("iterations", 0) for a, b in zip(full.cells, quick.cells, strict=True))
 

@@ -9,10 +9,13 @@ A check is one of three kinds, and bounds one value by ``at_least``, ``at_most``
 
 ``count``    events of a cell (patterns allowed), ``in`` the region (default) or a phase, ``per`` iteration, operation, instruction
              or 1000 instructions; ``over`` another count divides it.
-``price``    cycles of a cell's steady state, of some ``events`` of it only, ``less`` another cell's, ``per`` run (default), iteration
-             or {instructions: […]}; or of ``costs`` alone, or a ``constant``; ``over`` another price divides it. Judged on every
-             profile.
+``price``    cycles of a cell's steady state, of some ``events`` of it only, ``less`` another cell's (of the same events), ``per`` run
+             (default), iteration or {instructions: […]}; or of ``costs`` alone, or a ``constant``; ``over`` another price divides it.
+             Judged on every profile.
 ``outcome``  the outcome digest of one cell is that of another (``same_as``) or is not (``differs_from``).
+
+With ``skip_missing: true`` a check whose cells are not all there (a guest's image that is not on this host) is left out and named with
+the reason, as long as one check is judged.
 
 All count and outcome checks must hold, and on each profile of the claim's ``scope`` ``enough`` (default: all) of the
 price checks. ``certainty`` is the share of the cost samples that must agree, else the profile is undecided.
@@ -40,6 +43,7 @@ def checks(evidence: Evidence, arguments: Arguments) -> Finding:
     for row in rows:
         if unknown := sorted(set(row) - _KEYS):
             raise ConfigError(f"check {row.get('name')!r}: unknown key {unknown[0]!r}")
+    rows, skipped = _there(evidence, rows) if arguments.get("skip_missing") else (rows, [])
     figures: dict[str, Any] = {}
     broken, said = [], []
     for row in rows:
@@ -52,10 +56,29 @@ def checks(evidence: Evidence, arguments: Arguments) -> Finding:
             broken.append(words)
     priced = [row for row in rows if "price" in row]
     if broken:
-        return Finding("fails", "; ".join(broken), figures=figures)
+        return Finding("fails", "; ".join(broken + skipped), figures=figures)
     if not priced:
-        return Finding("holds", "; ".join(said), figures=figures)
-    return _priced(evidence, arguments, priced, figures, said)
+        return Finding("holds", "; ".join(said + skipped), figures=figures)
+    return _priced(evidence, arguments, priced, figures, said, skipped)
+
+
+def _there(evidence: Evidence, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The checks whose cells are all there, and which are not judged, with the reason. Raises :class:`Missing` where that is all of them."""
+    kept: list[Mapping[str, Any]] = []
+    missing: dict[str, list[str]] = {}
+    for row in rows:
+        references = [row[side] for side in ("count", "price", "over") if side in row]
+        names = [reference[key] for reference in references for key in ("cell", "less") if key in reference]
+        try:
+            for name in (*names, *(row[key] for key in ("outcome", "same_as", "differs_from") if key in row)):
+                evidence.cell(name)
+        except Missing as reason:
+            missing.setdefault(str(reason), []).append(str(row["name"]))
+        else:
+            kept.append(row)
+    if not kept:
+        raise Missing("; ".join(missing))
+    return kept, [f"not judged: {', '.join(names)}: {reason}" for reason, names in missing.items()]
 
 
 # --- counts and outcomes -----------------------------------------------------------------------------------
@@ -147,6 +170,7 @@ def _bounds(row: Mapping[str, Any]) -> str:
 
 def _priced(
     evidence: Evidence, arguments: Arguments, rows: Sequence[Mapping[str, Any]], figures: dict[str, Any], said: list[str],
+    skipped: list[str],
 ) -> Finding:
     for reference in (row[side] for row in rows for side in ("price", "over") if side in row):
         if "cell" in reference:
@@ -171,7 +195,7 @@ def _priced(
             said.append(f"{profile}: {share:.0%} of the cost samples agree, {certainty:.0%} are asked for")
     scope = list(arguments["scope"])
     said = said + [f"{name}: {_say(figures[name])}" for name in scope if name in figures]
-    return Finding(in_scope(by_profile, scope), "; ".join(said), by_profile, figures, margins)
+    return Finding(in_scope(by_profile, scope), "; ".join(said + skipped), by_profile, figures, margins)
 
 
 def _say(values: Mapping[str, Any]) -> str:
@@ -210,11 +234,12 @@ def cycles(evidence: Evidence, reference: Mapping[str, Any], profile: str) -> Qu
         return per_iteration(cell)
     if per != "run":
         raise ConfigError(f"per: {per!r} is none of run, iteration, {{instructions: […]}}")
-    events = steady(cell)
-    if "events" in reference:
-        events = {kind: n for kind, n in events.items() if kind in set(kinds(reference["events"]))}
-    whole = Quantity(events)
-    return whole - Quantity(steady(evidence.cell(reference["less"]))) if "less" in reference else whole
+    chosen = set(kinds(reference["events"])) if "events" in reference else None
+
+    def of(cell: Cell) -> Quantity:
+        return Quantity({kind: n for kind, n in steady(cell).items() if chosen is None or kind in chosen})
+
+    return of(cell) - of(evidence.cell(reference["less"])) if "less" in reference else of(cell)
 
 
 def per_iteration(cell: Cell) -> Quantity:

@@ -20,6 +20,8 @@ Verdict = Literal["holds", "fails", "undecided"]
 
 #: Parameters that say how much the guest does, not what: a claim's cells may be larger or smaller than it asks for.
 SIZES = ("iterations", "density", "budget")
+#: Parameters of a kernel from a file that tell no two cells of a claim apart.
+_NOT_SAID = ("append", "initrd", "protocol", "ram", "script")
 
 
 class Missing(VmlabError):
@@ -105,7 +107,7 @@ class Evidence:
         if found:
             return found
         broken = [cell for cell in self.cells if _is_of(cell, wanted)]
-        words = ", ".join(f"{key}: {value}" for key, value in wanted.items())
+        words = ", ".join(f"{key}: {value}" for key, value in wanted.items() if key not in _NOT_SAID)
         raise Missing(f"{words}: {broken[-1].get('error')}" if broken else f"no finished cell of {words}")
 
     def profile(self, name: str) -> Profile:
@@ -184,7 +186,7 @@ def describe(cell: Cell) -> str:
     """A cell in a few words, for reasons."""
     parameters = cell["parameters"]
     extra = [f"{name}: {parameters[name]}" for name in ("sensitive", "emulation", "memory") if name in parameters]
-    return f"{cell['technique']} on {parameters.get('workload')}" + (f" ({', '.join(extra)})" if extra else "")
+    return f"{cell['technique']} on {parameters.get('workload') or parameters.get('guest')}" + (f" ({', '.join(extra)})" if extra else "")
 
 
 def steady(cell: Cell) -> Mapping[str, int]:

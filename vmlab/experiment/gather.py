@@ -48,6 +48,15 @@ class Gatherer:
         """
         return schema.load(Document("experiment", {"name": "gathered", "matrix": dict(block)}), self.lab).cells
 
+    def check_files(self, cells: Iterable[Cell]) -> None:
+        """:raises GuestImageError: an image from a file, or a file beside it, is not on this host; names the variable or the file."""
+        for cell in cells:
+            guest = str(cell.parameters["guest"])
+            if guest not in self.lab.guests():
+                self.lab.image(guest)
+            for path, what in store.files_beside(cell).items():
+                self.lab.file(path, what)
+
     def gather(self, cells: Iterable[Cell], jobs: int, starting: Callable[[int, int], Observer]) -> Gathered:
         """Every cell, run where no finished one is found.
 
