@@ -139,6 +139,18 @@ def test_densities_are_the_guests_own_counts_an_operation(results: dict[str, Any
     assert any("page-table writes" in line for line in report.terminal_table(results).splitlines())
 
 
+def test_a_kernel_from_a_file_is_called_by_its_name_and_its_exits_are_those_of_the_whole_run() -> None:
+    def cell(technique: str, events: dict[str, int]) -> dict[str, Any]:
+        return {"id": technique, "technique": technique, "parameters": {"guest": "$VMLAB_GUEST_LINUX/vmlinuz"}, "status": "ok", "work": None,
+                "events": events, "instructions": {}, "cycles": {}}
+
+    view = View({"cells": [cell("native", {}), cell("hardware-assisted", {"exit.io": 30, "exit.page_fault": 90})]})
+    assert view.headline == "vmlinuz"
+    assert exits_chart.per_operation(view) == {("hardware-assisted", ""): {"exit.page_fault": 90, "exit.io": 30}}
+    assert exits_chart.exits_title(view) == "vmlinuz: hardware-assisted leaves the guest 120 times, 75 % of them for VM exits: page fault"
+    assert exits_chart.draw_exits(view)
+
+
 def test_the_verb_prints_exits_three_ways(results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results.json"
     file.write_text(json.dumps(results), encoding="utf-8")

@@ -22,13 +22,16 @@ _SCALE = 8.0
 
 
 def per_operation(view: View) -> dict[Variant, dict[str, float]]:
-    """Exits an operation by reason, of each variant on the headline workload at its densest; those that never leave are left out."""
+    """Exits by reason, of each variant on the headline workload at its densest: an operation, or in all where the guest counts none.
+
+    Those that never leave are left out.
+    """
     found: dict[Variant, dict[str, float]] = {}
     for variant in view.variants(view.headline):
         if variant[0] == "native":
             continue
         cell = view.densest(view.headline, variant)
-        count = operations(cell)
+        count = operations(cell) if cell.get("work") else 1
         if count:
             found[variant] = {kind: n / count for kind, n in reasons(cell.get("events") or {}).items() if n / count >= 0.0005}
     return {variant: rates for variant, rates in found.items() if rates}
@@ -42,8 +45,13 @@ def exits_title(view: View) -> str:
     reason, often = max(found[most].items(), key=lambda item: item[1])
     never = [name(v) for v in view.variants(view.headline) if v[0] != "native" and v not in found]
     quiet = f"; {never[0]} never" if len(never) == 1 else f"; {len(never)} others never" if never else ""
-    return (f"{view.headline}: {name(most)} leaves the guest {_number(totals[most])} times an operation, "
+    return (f"{view.headline}: {name(most)} leaves the guest {_number(totals[most])} times{' an operation' if _counted(view) else ''}, "
             f"{100 * often / totals[most]:.0f} % of them for {_words(reason)}{quiet}")
+
+
+def _counted(view: View) -> bool:
+    """Whether the guest counts what it does: a kernel from a file does not."""
+    return any(cell.get("work") for cell in view.cells if view.work(cell) == view.headline)
 
 
 def draw_exits(view: View) -> Any:
@@ -62,7 +70,8 @@ def draw_exits(view: View) -> Any:
                 weight[kind] = weight.get(kind, 0.0) + often / total
     colours = dict(zip(sorted(weight, key=lambda kind: (-weight[kind], kind))[:SHOWN], COLOURS, strict=False))
     groups = _by_scale({variant: sum(rates.values()) for variant, rates in found.items()})
-    caption = (f"Exits an operation of the {view.headline} workload by reason: VM exits, traps, hypercalls and callouts, counted exactly. "
+    what = f"an operation of the {view.headline} workload" if _counted(view) else f"of {view.headline}"
+    caption = (f"Exits {what} by reason: VM exits, traps, hypercalls and callouts, counted exactly. "
                "Panels have scales of their own; techniques that never leave the guest have no bar.")
     legend = [Patch(color=colour, label=_words(kind)) for kind, colour in colours.items()]
     if any(kind not in colours for rates in found.values() for kind in rates):

@@ -64,9 +64,11 @@ class View:
         return [g for g in self.generations if g.priced_here]
 
     def work(self, cell: Cell) -> str:
-        """What the cell's guest did: its workload; on another guest than the run's first, with that guest's name."""
-        workload, guest = str(cell["parameters"].get("workload")), cell["parameters"].get("guest")
-        return workload if guest == self._guest else f"{workload} on {guest}"
+        """What the cell's guest did: its workload; on another guest than the run's first, with that guest's name. A kernel from a file: its name."""
+        workload, guest = cell["parameters"].get("workload"), cell["parameters"].get("guest")
+        if workload is None:
+            return str(guest).replace("\\", "/").rsplit("/", 1)[-1]
+        return str(workload) if guest == self._guest else f"{workload} on {guest}"
 
     @property
     def workloads(self) -> list[str]:
