@@ -8,10 +8,11 @@ from __future__ import annotations
 import struct
 
 import pytest
-from longlab import long_kernel
+from longlab import SECRET, long_kernel
 from machinelab import CODE, CODE0, DATA, DATA0, DEBUG_EXIT, GDT, LONG, PATHS, STACK0, TASK, Bench, asm, kernel, long_bench
 from paginglab import SCHEMES, boot
 
+from vmlab.errors import TripleFault
 from vmlab.guests import GuestImage
 from vmlab.machine.decode import decode
 from vmlab.machine.long_checks import canonical
@@ -19,6 +20,7 @@ from vmlab.machine.pc import Stop, StopReason
 from vmlab.machine.state import RBX, RDI
 from vmlab.strategies.hardware import HardwareAssisted
 from vmlab.strategies.native import Native
+from vmlab.strategies.translation import BinaryTranslation
 
 END = "xor eax, eax;" + DEBUG_EXIT
 NOT = 0xAAAA_AAAA_AAAA_AAAA
@@ -145,3 +147,44 @@ def test_the_same_in_64_bit_code(source: str, memory: str) -> None:
     assert native.run(100_000) == here.run(100_000) == Stop(StopReason.EXIT, 0)
     assert here.guest_state().gpr == native.guest_state().gpr and here.guest_state().selectors == native.guest_state().selectors
 
+
+
+# ---- SMAP and SMEP
+SMAP, SMEP = 1 << 21, 1 << 20
+_SET = "mov rax, cr4; or eax, {0:#x}; mov cr4, rax;"
+STAC, CLAC = ".byte 0x0f, 0x01, 0xcb;", ".byte 0x0f, 0x01, 0xca;"
+
+
+@pytest.mark.parametrize("memory", ["tracing", "lazy", "nested"])
+@pytest.mark.parametrize("path", PATHS)
+def test_smap_is_the_guests_own(path: str, memory: str) -> None:
+    """Every page of this kernel is its users' too: with AC clear a read and a store fault, with AC set they do not; the VMM hands the fault on."""
+    handler = STAC + "inc r12; pop r13; mov r14, cr2; or dword ptr [rsp + 16], 0x40000; iretq"
+    body = (STAC + _SET.format(SMAP) + "mov rbx, [r10];" + CLAC + "mov rbx, [r10 + 8];" + CLAC + "mov [r10 + 16], rbx;"
+            + STAC + "mov [r10 + 24], rbx;" + END)
+    image = long_kernel(body, {14: handler}, data={DATA: struct.pack("<4Q", 1, 2, 3, 4)})
+    native, here = boot(Native, image), boot(HardwareAssisted, image, {"memory": memory}, path)
+    assert native.run(100_000) == here.run(100_000) == Stop(StopReason.EXIT, 0)
+    assert native.guest_state().gpr[12:15] == (2, 3, DATA + 16)         # two faults, the last of a store to a page that is present
+    assert here.guest_state().gpr == native.guest_state().gpr and here.read_guest(DATA, 32) == struct.pack("<4Q", 1, 2, 2, 2)
+
+
+@pytest.mark.parametrize("memory", ["tracing", "lazy", "nested"])
+def test_smep_is_the_guests_own(memory: str) -> None:
+    """From the kernel's own page into one of its users': a page fault whose handler is such a page too, and so no handler at all."""
+    image = long_kernel(f"mov eax, {SECRET}; jmp rax", {14: END}, data={SECRET: asm(_SET.format(SMEP) + f"mov eax, {LONG:#x}; jmp rax", SECRET, 64)})
+    for strategy in (boot(Native, image), boot(HardwareAssisted, image, {"memory": memory})):
+        with pytest.raises(TripleFault):
+            strategy.run(100_000)
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if not scheme.startswith("hardware")])
+def test_a_kernel_above_ring_0_is_told_that_it_has_neither(scheme: str) -> None:
+    kind, parameters = SCHEMES[scheme]
+    source = f"mov eax, 7; xor ecx, ecx; cpuid; mov esi, ebx; mov eax, cr4; or eax, {SMEP:#x}; mov cr4, eax; {END}"
+    image = kernel(source, {13: "mov edi, 13; " + END})
+    native, here = boot(Native, image), boot(kind, image, parameters)
+    assert native.run(100_000) == here.run(100_000) == Stop(StopReason.EXIT, 0)
+    features, refused = here.guest_state().gpr[6:8]
+    hidden = 1 << 7 | 1 << 20 if kind is BinaryTranslation else 0       # a trapping VMM is not asked: CPUID runs on the CPU
+    assert native.guest_state().gpr[6] ^ features == hidden and refused == 13 and native.guest_state().gpr[7] == 0

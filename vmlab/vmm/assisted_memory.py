@@ -10,8 +10,9 @@ from typing import Protocol
 
 from vmlab.errors import UnsupportedByStrategy
 from vmlab.machine import vmcb as v
+from vmlab.machine.cpu import AC
 from vmlab.machine.delivery import PAGE_FAULT, Fault
-from vmlab.machine.paging import PF_FETCH, PF_USER, PF_WRITE, PageFault
+from vmlab.machine.paging import CR4_SMAP, CR4_SMEP, PF_FETCH, PF_PRESENT, PF_USER, PF_WRITE, PageFault, walk
 from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_mode import GuestModeCpu
 from vmlab.vmm.guest_tables import GuestMmu
@@ -90,6 +91,8 @@ class Shadowed:
         code, address, during = (vmm.cpu.read(field) for field in ("exit_info_1", "exit_info_2", "exit_interrupt_info"))
         during = during if during & v.EVENT_VALID else 0
         try:
+            if code & PF_PRESENT and not code & PF_USER and vmm.mmu.cr4 & (CR4_SMAP | CR4_SMEP):
+                self._keep_out_of_user_pages(address, code)
             outcome = self.pager.fault(address, write=bool(code & PF_WRITE), user=bool(code & PF_USER), fetch=bool(code & PF_FETCH))
         except PageFault as fault:
             vmm.emulator.counts["shadow.fault.true"] += 1
@@ -101,6 +104,15 @@ class Shadowed:
             raise UnsupportedByStrategy(f"the guest at {vmm.cpu.rip:#x} has a stack at {address:#x} in one of its own page tables")
         else:
             vmm.carry_out(address)
+
+
+    def _keep_out_of_user_pages(self, address: int, code: int) -> None:
+        """SMAP and SMEP: the CPU has both of the guest's, and found its own right against a user's page (SDM Vol. 3A §4.6). Raises PageFault."""
+        mmu, fetch = self._vmm.mmu, code & PF_FETCH
+        if not mmu.cr4 & (CR4_SMEP if fetch else CR4_SMAP) or (not fetch and self._vmm.cpu.eflags & AC):
+            return
+        if walk(mmu.memory, mmu.tables, address, 0, mark=False).user:
+            raise PageFault(address, PF_PRESENT | code & (PF_WRITE | PF_FETCH))
 
 
 class Nested:

@@ -25,6 +25,7 @@ from vmlab.vmm.transfers import GP, TransferEmulator
 from vmlab.vmm.vcpu import VirtualCpu
 
 CPUID_OSXSAVE, CR4_OSXSAVE = 1 << 27, 1 << 18
+CPUID_SMEP, CPUID_SMAP = 1 << 7, 1 << 20            # leaf 7, EBX
 PF = 14
 _EMULATED = {op: f"emulate.{op}" for op in (*SYSTEM_INSTRUCTIONS, "other")}
 #: Segment-override prefixes.
@@ -164,10 +165,12 @@ class Emulator(TransferEmulator):
 
     # ---- identification and time
     def _cpuid(self, _: Instruction) -> None:
-        """The physical CPU's own answer: nothing is masked. OSXSAVE mirrors CR4 (SDM Vol. 2, CPUID), here the virtual one."""
+        """The physical CPU's own answer, less what the guest cannot have. OSXSAVE mirrors CR4 (SDM Vol. 2, CPUID), here the virtual one."""
         vcpu = self.vcpu
-        leaf = vcpu.gpr(RAX) & 0xFFFFFFFF
-        a, b, c, d = cpuid(leaf, vcpu.gpr(RCX) & 0xFFFFFFFF)
+        leaf, subleaf = vcpu.gpr(RAX) & 0xFFFFFFFF, vcpu.gpr(RCX) & 0xFFFFFFFF
+        a, b, c, d = cpuid(leaf, subleaf)
+        if leaf == 7 and not subleaf and not self.registers.guards_user_pages:
+            b &= ~(CPUID_SMEP | CPUID_SMAP)
         if leaf == 1:
             c = c & ~CPUID_OSXSAVE | (CPUID_OSXSAVE if vcpu.cr(4) & CR4_OSXSAVE else 0)
         vcpu.set_gpr(RAX, a)

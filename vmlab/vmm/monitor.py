@@ -60,6 +60,7 @@ class DeprivilegingMonitor(Strategy):
         self.vcpu = self.make_vcpu()
         self.platform_devices.on_interrupt_line = self.vcpu.note_interrupt_line
         self.emulator = self.make_emulator()
+        self.emulator.registers.guards_user_pages = False       # its kernel runs above ring 0
         self.emulator.on_halt = self._halt
         self.emulator.registers.on_paging = self._registers_written
         self.emulator.registers.on_invlpg = self.pager.invlpg

@@ -29,7 +29,7 @@ from vmlab.machine.msr import (
     TSC_AUX,
     check_kept,
 )
-from vmlab.machine.paging import CR4_FLUSHING, EFER_LMA, EFER_LME, EFER_NXE
+from vmlab.machine.paging import CR4_FLUSHING, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_LME, EFER_NXE
 from vmlab.machine.pc import Machine
 from vmlab.machine.state import FS, GS, RAX, RCX, RDX
 from vmlab.vmm.operands import CONTROL, DEBUG, effective_address, read_operand, write_operand
@@ -57,6 +57,8 @@ class RegisterEmulator:
         vcpu.write_cr = self.write_cr       # a task switch loads CR0 and CR3 too
         #: Whether this VMM can run 64-bit code of its guest's.
         self.carries_long_mode = False
+        #: Whether the CPU keeps the guest's kernel out of its users' pages: SMEP and SMAP. A kernel above ring 0 has neither.
+        self.guards_user_pages = True
         #: A control register or EFER was written: page tables may have to follow. True when the TLB is void as well.
         self.on_paging: Callable[[bool], None] = lambda flush: None
         self.on_invlpg: Callable[[int], None] = lambda address: None
@@ -97,6 +99,8 @@ class RegisterEmulator:
         write = {0: mmu.write_cr0, 3: mmu.write_cr3, 4: mmu.write_cr4}.get(number)
         if write is None:
             raise Fault(UD)
+        if number == 4 and value & (CR4_SMEP | CR4_SMAP) and not self.guards_user_pages:
+            raise Fault(GP, 0)
         flush = number == 3 or (number == 4 and bool((value ^ mmu.cr4) & CR4_FLUSHING))
         write(value)
         self.on_paging(flush)
