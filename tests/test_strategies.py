@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,14 @@ def test_a_file_without_the_class_names_the_nearest(mine: str) -> None:
         strategies.load("absent.py:Thing")
 
 
+@pytest.fixture
+def _looked_through_anew() -> Iterator[None]:
+    strategies._found.cache_clear()
+    yield
+    strategies._found.cache_clear()
+
+
+@pytest.mark.usefixtures("_looked_through_anew")
 def test_a_technique_of_another_package_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.py").write_text(example(), encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -25,7 +26,9 @@ BUILT_IN = {
 }
 
 
+@functools.cache
 def _found() -> dict[str, str]:
+    """Name -> module:class. What is installed is looked through once: that costs as much as starting Python."""
     found = dict(BUILT_IN)
     for point in sorted(importlib.metadata.entry_points(group="vmlab.strategies"), key=lambda p: p.name):
         found.setdefault(point.name, point.value)
