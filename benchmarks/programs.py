@@ -63,35 +63,39 @@ def experiments(rounds: int, scale: float, wanted: Callable[[str], bool]) -> Ite
     """Whole experiments and sweeps, in seconds and milliseconds of this host, and against themselves."""
     if wanted("cli_heavy on 2 cores, seconds"):
         seconds = []
-        for _ in range(max(rounds // 3, 1)):
+        for _ in range((rounds + 1) // 2):
             with tempfile.TemporaryDirectory() as scratch:
                 seconds.append(_seconds(["-m", "vmlab", "experiment", "cli_heavy", "--jobs", "2", "--no-reuse"], Path(scratch)))
         yield row("cli_heavy on 2 cores, seconds", seconds, 15, "lower")
     names = ("lab overhead of a small cell, ms", "the same sweep again, against the first", "two workers against one")
     if any(map(wanted, names)):
-        yield from _sweep(max(int(1000 * scale), 50), names)
+        yield from _sweep((rounds + 1) // 2, max(int(1000 * scale), 50), names)
 
 
-def _sweep(cells: int, names: Sequence[str]) -> Iterator[Row]:
+def _sweep(rounds: int, cells: int, names: Sequence[str]) -> Iterator[Row]:
     """``cells`` small cells: with one worker, with two, and again from what is kept."""
-    with tempfile.TemporaryDirectory() as scratch:
-        config = Path(scratch) / "sweep.yaml"
-        config.write_text(
-            "name: sweep\nmatrix:\n  technique: [native, trap-and-emulate]\n  workload: cli_sti\n  density: 10\n"
-            f"  iterations: [{', '.join(str(100 + i) for i in range(cells // 2))}]\ncharts: []\n", encoding="utf-8")
+    overhead, kept, speed_up = [], [], []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as scratch:
+            config = Path(scratch) / "sweep.yaml"
+            config.write_text(
+                "name: sweep\nmatrix:\n  technique: [native, trap-and-emulate]\n  workload: cli_sti\n  density: 10\n"
+                f"  iterations: [{', '.join(str(100 + i) for i in range(cells // 2))}]\ncharts: []\n", encoding="utf-8")
+            one, two = (_clock_and_cpu(config, jobs, Path(scratch) / f"by{jobs}") for jobs in (1, 2))
+            again = _clock_and_cpu(config, 2, Path(scratch) / "by2")
+        overhead.append(1000 * one[1] / cells)
+        kept.append(again[1] / two[1])
+        speed_up.append(one[0] / two[0])
+    yield row(names[0], overhead, 30, "lower", f"{cells} cells, all of their CPU time")
+    yield row(names[1], kept, 0.05, "lower", "CPU time")
+    yield row(names[2], speed_up, 1.7, "higher")
 
-        def seconds(jobs: int, results: str) -> tuple[float, float]:
-            """Of the clock, and of the CPUs."""
-            where = Path(scratch) / results
-            where.mkdir(exist_ok=True)
-            before = os.times()
-            clock = _seconds(["-m", "vmlab", "experiment", str(config), "--jobs", str(jobs)], where)
-            after = os.times()
-            busy = after.children_user - before.children_user + after.children_system - before.children_system
-            return clock, busy or clock     # some systems do not tell
 
-        one, two = seconds(1, "one"), seconds(2, "two")
-        again = seconds(2, "two")
-        yield row(names[0], [1000 * one[1] / cells], 30, "lower", f"{cells} cells, all of their CPU time")
-        yield row(names[1], [again[1] / two[1]], 0.05, "lower", "CPU time")
-        yield row(names[2], [one[0] / two[0]], 1.7, "higher")
+def _clock_and_cpu(config: Path, jobs: int, where: Path) -> tuple[float, float]:
+    """Seconds of the clock, and of the CPUs, that a run of the experiment takes with its results in ``where``."""
+    where.mkdir(exist_ok=True)
+    before = os.times()
+    clock = _seconds(["-m", "vmlab", "experiment", str(config), "--jobs", str(jobs)], where)
+    after = os.times()
+    busy = after.children_user - before.children_user + after.children_system - before.children_system
+    return clock, busy or clock     # some systems do not tell
