@@ -48,6 +48,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true",
                         help="go on with --out DIR, or with the newest unfinished run of the same configuration")
     parser.add_argument("--no-reuse", action="store_true", help="run every cell, also those that an earlier run below results/ has finished")
+    parser.add_argument("--boots", choices=("auto", "always", "never"), default="auto",
+                        help="let cells begin where a boot that they share ended: of guests from files, always where it can be done, or never; "
+                             "the ledgers are the same")
     parser.add_argument("--executor", choices=("local", "dask"), default="local",
                         help="where cells run: in --jobs processes here, or on the workers of a Dask scheduler")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of Dask, as tcp://host:8786")
@@ -112,7 +115,7 @@ def execute(experiment: Experiment, lab: Lab, arguments: argparse.Namespace) -> 
     if arguments.strict and not experiment.expect:
         raise ConfigError(f"--strict: {experiment.name} expects no verdicts (it has no 'expect' section)")
     options = Options(arguments.jobs, arguments.out, resume=arguments.resume, quick=arguments.quick, reuse=not arguments.no_reuse,
-                      executor=_executor(arguments))
+                      boots=arguments.boots, executor=_executor(arguments))
     run_ = Run(experiment, lab, options)
     where = _shown(run_.directory.path)
     todo = len(run_.todo)

@@ -65,6 +65,16 @@ class Run:
         said = 0 if saved is None else len(dialogue.parse(str(saved.values["parameters"].get("script", ""))))
         self.dialogue = dialogue.Dialogue(self.machine, script[said:]) if script[said:] else None
 
+    def become(self, parameters: Mapping[str, Value]) -> None:
+        """A guest at the end of its boot is another cell from here on, of the same technique, guest and machine (see boots.py)."""
+        before, self.parameters = self.parameters, dict(parameters)
+        self.workload = str(parameters.get("workload", ""))
+        if self.dialogue is not None:
+            self.dialogue.go_on_with(dialogue.parse(dialogue.split(str(parameters.get("script", "")))[1]))
+        else:
+            self.strategy.tell(self.image, guests.command_line(before), guests.command_line(parameters))
+        self.machine.budget = int(parameters.get("budget", DEFAULT_BUDGET))
+
     def _marker(self, name: str) -> Callable[[int], None]:
         def passed(address: int) -> None:
             if name not in self.marks:
@@ -154,7 +164,6 @@ def _run(technique: str, parameters: Mapping[str, Value], started: float, attach
     run = Run(technique, parameters, saved=saved)
     if attach is not None:
         attach(run)
-    declared = run.kind.unfaithful(run.workload, parameters)
     exit_code: int | None = None
     error: str | None = None
     try:
@@ -169,6 +178,7 @@ def _run(technique: str, parameters: Mapping[str, Value], started: float, attach
             error = f"the guest ended with exit code {exit_code}: {_last_line(run.machine.console)}"
     except GuestError as ended:
         error = str(ended)
+    declared = run.kind.unfaithful(run.workload, parameters)
     unseen = None
     if error is not None:
         error += _on_screen(run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import functools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from vmlab.errors import ConfigError
@@ -44,6 +44,13 @@ def script_of(steps: Sequence[Step]) -> str:
     return " ".join(f"{verb} {shlex.quote(text.encode('unicode_escape').decode())}" for verb, text in steps)
 
 
+def split(script: str) -> tuple[str, str]:
+    """The script up to the first text to wait for, and the rest; both empty where it waits for none. Raises as :func:`parse` does."""
+    steps = parse(script)
+    at = next((number for number, (verb, _) in enumerate(steps) if verb == "expect"), None)
+    return ("", "") if at is None else (script_of(steps[:at + 1]), script_of(steps[at + 1:]))
+
+
 class Dialogue:
     """Carries out ``steps`` on ``machine``; the run stops behind the last, if that is something to wait for."""
 
@@ -51,6 +58,8 @@ class Dialogue:
         self._machine = machine
         self._steps = list(steps)
         self._end = bool(steps) and steps[-1][0] == "expect"
+        #: Called once, when the first text that was waited for has come.
+        self.on_first: Callable[[], None] = _nothing
         self._from = 0                      # in the console: what came before was spoken of already
         machine.console_listeners.append(self._heard)
         self._speak()
@@ -59,6 +68,11 @@ class Dialogue:
     def waits_for(self) -> str | None:
         """The text that has still to come, or None."""
         return next((text for verb, text in self._steps if verb == "expect"), None)
+
+    def go_on_with(self, steps: Sequence[Step]) -> None:
+        """Carry these out from here on, in place of what was left."""
+        self._steps = list(steps)
+        self._end = bool(steps) and steps[-1][0] == "expect"
 
     def _speak(self) -> None:
         """Send what comes before the next text to wait for."""
@@ -75,6 +89,12 @@ class Dialogue:
             return
         self._from = len(console)
         self._steps.pop(0)
+        first, self.on_first = self.on_first, _nothing
+        first()
         self._speak()
         if not self._steps and self._end:
             self._machine.stop(Stop(StopReason.SAID))
+
+
+def _nothing() -> None:
+    """Nobody asked."""

@@ -29,6 +29,8 @@ class Lab:
 
     #: What a worker calls for a cell, as ``module:function``.
     cell_function = "vmlab.experiment.cell:run_cell"
+    #: Whether that runs a guest that :mod:`vmlab.experiment.boots` can boot in its place.
+    shares_boots = True
 
     def __init__(self, extra: Sequence[str] = ()) -> None:
         """:param extra: techniques beside the installed ones, as ``FILE.py:CLASS`` (``--strategy``, never from YAML)."""

@@ -41,6 +41,8 @@ class Options:
     quick: bool = False
     #: Take identical cells from earlier runs below ``results``.
     reuse: bool = True
+    #: Whether cells of the same technique and guest begin where its boot ended: "auto" for guests from files, "always" where they can, "never".
+    boots: str = "auto"
     #: Where cells run: None for ``jobs`` workers on this machine, else what makes a runner from a cell function and the code's hash.
     executor: Callable[[str, str], CellRunner] | None = None
 
@@ -179,7 +181,7 @@ class Run:
     def _runner(self, cells: int) -> CellRunner:
         if self.options.executor is not None:
             return self.options.executor(self.lab.cell_function, str(self.versions.get("code", "")))
-        return Pool(self.lab.cell_function, min(self.options.jobs, cells))
+        return Pool(self.lab.cell_function, min(self.options.jobs, cells), boots=self.options.boots if self.lab.shares_boots else "never")
 
     def _record(self, cell_id: str) -> Record | None:
         if cell_id not in self.done or cell_id not in self.contents:

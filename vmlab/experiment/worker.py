@@ -16,9 +16,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmlab.errors import UnsupportedByStrategy, VmlabError
+
+if TYPE_CHECKING:
+    from vmlab.experiment.boots import Boots
 
 Record = dict[str, Any]
 CellFunction = Callable[[str, dict[str, Any]], Record]
@@ -43,6 +46,16 @@ def run_one(function: CellFunction, technique: str, parameters: dict[str, Any]) 
     return record
 
 
+def _boots(hello: dict[str, Any]) -> Boots | None:
+    """Boots that cells share, where that was asked for and processes can be forked."""
+    wanted = hello.get("boots", "never")
+    if wanted == "never" or not hasattr(os, "fork"):
+        return None
+    from vmlab.experiment.boots import Boots
+
+    return Boots(everything=wanted == "always")
+
+
 def main() -> None:
     """Serve until the parent closes the pipe."""
     # Ctrl-C reaches the whole foreground group; the parent decides what ends and when.
@@ -52,12 +65,14 @@ def main() -> None:
     hello = json.loads(sys.stdin.readline())
     module, _, name = hello["function"].partition(":")
     function: CellFunction | None = None
+    boots = None
     for line in sys.stdin:
         job = json.loads(line)
         if function is None:
             # Imported with the first cell, so that an import that fails is that cell's failure.
             try:
                 function = getattr(importlib.import_module(module), name)
+                boots = _boots(hello)
             except Exception as error:  # noqa: BLE001
                 traceback.print_exc()
                 record: Record = {"status": "failed", "error": f"the machine cannot be loaded: {type(error).__name__}: {error}"}
@@ -65,5 +80,6 @@ def main() -> None:
                 answers.flush()
                 continue
         assert function is not None
-        answers.write(json.dumps(run_one(function, job["technique"], job["parameters"])) + "\n")
+        found = boots.run(job["technique"], job["parameters"]) if boots is not None else None
+        answers.write(json.dumps(found or run_one(function, job["technique"], job["parameters"])) + "\n")
         answers.flush()

@@ -27,14 +27,16 @@ from vmlab.experiment.worker import Record
 
 #: A cell that takes longer than this has hung inside the CPU: budgets end every guest long before.
 HUNG_SECONDS = 600.0
+#: A worker leads a group of its own, so that its forks end with it.
+_GROUP: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
 BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from vmlab.experiment.worker import main; main()"
 
 
 class Worker:
     """One child process that runs cells, started when it is first needed."""
 
-    def __init__(self, function: str, environment: Mapping[str, str] | None = None) -> None:
-        self.function = function
+    def __init__(self, function: str, environment: Mapping[str, str] | None = None, *, boots: str = "never") -> None:
+        self.function, self.boots = function, boots
         self.environment = dict(environment or {})
         self.closing = threading.Event()
         self.process: subprocess.Popen[str] | None = None
@@ -48,7 +50,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-X", "utf8", "-c", BOOTSTRAP, json.dumps(sys.path)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, encoding="utf-8",
-                env={**os.environ, **self.environment},
+                env={**os.environ, **self.environment}, **_GROUP,
             )
         except OSError as error:
             raise ExperimentError(f"a worker process cannot be started: {error.strerror or error}") from error
@@ -66,7 +68,7 @@ class Worker:
         watch.start()
         try:
             if fresh:
-                self._send({"function": self.function})
+                self._send({"function": self.function, "boots": self.boots})
             self._send({"technique": cell.technique, "parameters": dict(cell.parameters)})
             answer = process.stdout.readline()
             record: Record | None = json.loads(answer) if answer.endswith("\n") else None
@@ -83,7 +85,7 @@ class Worker:
         process, self.process = self.process, None
         if process is None:
             return
-        process.kill()
+        _kill(process)
         process.wait()
         for stream in (process.stdin, process.stdout, self.errors):
             if stream is not None:
@@ -97,7 +99,7 @@ class Worker:
 
     def _hung(self, process: subprocess.Popen[str]) -> None:
         self.timed_out = True
-        process.kill()
+        _kill(process)
 
     def _obituary(self, seconds: float) -> str:
         assert self.process is not None and self.errors is not None
@@ -108,6 +110,14 @@ class Worker:
         if self.timed_out:
             return f"the worker was stopped: no answer for {seconds:.0f} s"
         return f"the worker died ({exit_words(status)})" + (f": {said[-1][:200]}" if said else "")
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a worker, and what it has forked: that would end by itself, but only when its cell has."""
+    if _GROUP and process.returncode is None:       # nobody has the number before it is waited for
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def exit_words(status: int) -> str:
@@ -124,10 +134,11 @@ class Pool:
     """``jobs`` workers over a list of cells. Leave it as a context: no process outlives it."""
 
     def __init__(
-        self, function: str, jobs: int, environment: Mapping[str, str] | None = None, seconds: float = HUNG_SECONDS,
+        self, function: str, jobs: int, environment: Mapping[str, str] | None = None, seconds: float = HUNG_SECONDS, *, boots: str = "never",
     ) -> None:
+        """:param boots: whether cells share boots (:mod:`vmlab.experiment.boots`): "never", "auto" (of guests from files), "always"."""
         self.seconds = seconds
-        self.workers = [Worker(function, environment) for _ in range(max(1, jobs))]
+        self.workers = [Worker(function, environment, boots=boots) for _ in range(max(1, jobs))]
         self.closing = threading.Event()
         self.threads: list[threading.Thread] = []
 
@@ -140,7 +151,7 @@ class Pool:
             worker.closing.set()
             process = worker.process
             if process is not None:
-                process.kill()  # a thread that waits for its answer sees the pipe end
+                _kill(process)  # a thread that waits for its answer sees the pipe end
         for thread in self.threads:
             thread.join()
         for worker in self.workers:

@@ -36,13 +36,17 @@ class _BuiltIn:
     image: Path
     workloads: Mapping[str, Workload]
     usual: str
+    #: Where it first looks at its command line, natively and started by a hypervisor: a symbol of code that runs once. Until there it does the
+    #: same whatever it is told. None: not known.
+    told_at: str | None = None
+    told_at_paravirtual: str | None = None
 
 
 _BUILT_IN = {
-    "nano": _BuiltIn(_HERE / "nano" / "nano.elf", NANO_WORKLOADS, "cli_sti"),
+    "nano": _BuiltIn(_HERE / "nano" / "nano.elf", NANO_WORKLOADS, "cli_sti", "parse_command_line", "parse_command_line"),
     "hog": _BuiltIn(_HERE / "hog" / "hog.elf", HOG_WORKLOADS, "cli_loop"),
-    "minios": _BuiltIn(_HERE / "minios" / "minios.elf", minios.WORKLOADS, "forkwait"),
-    "minios64": _BuiltIn(_HERE / "minios" / "minios64.elf", minios.WORKLOADS, "forkwait"),
+    "minios": _BuiltIn(_HERE / "minios" / "minios.elf", minios.WORKLOADS, "forkwait", "options_init"),
+    "minios64": _BuiltIn(_HERE / "minios" / "minios64.elf", minios.WORKLOADS, "forkwait", "options_init"),
 }
 
 
@@ -149,6 +153,12 @@ def disk(values: Mapping[str, object]) -> bytes | None:
     if str(values.get("guest", _DEFAULT)) not in ("minios", "minios64"):
         return None
     return minios.disk({**values, "workload": _chosen(values).name})
+
+
+def told_at(name: str, technique: str) -> str | None:
+    """The symbol of the code in which the built-in guest first looks at its command line; None where that is not known."""
+    guest = _BUILT_IN[name]
+    return guest.told_at_paravirtual if technique == "paravirtualization" else guest.told_at
 
 
 def asynchronous(values: Mapping[str, object]) -> bool:

@@ -20,6 +20,7 @@ PAGE = 0x1000
 FOUR_GIB = 1 << 32
 _ZEROS = bytes(PAGE)
 _PRESENT_OR_SWAPPED = 3 << 62
+_PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 def _touched(address: int, size: int) -> memoryview | None:
@@ -55,7 +56,8 @@ class Ram:
 
     def __init__(self, engine: Engine, size: int) -> None:
         self.size = size
-        self._map = mmap.mmap(-1, size)
+        # Private where there is a choice: a fork of this process has memory of its own (experiment/boots.py).
+        self._map = mmap.mmap(-1, size, **_PRIVATE)
         self.bytes = memoryview(self._map)
         #: The same as 64-bit words of the host's, for who only compares.
         self.words = self.bytes.cast("Q")

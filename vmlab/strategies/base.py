@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from vmlab.errors import UnsupportedByStrategy
-from vmlab.guests import GuestImage
+from vmlab.guests import GuestImage, boot
 from vmlab.ledger import Counts, Snapshot
 from vmlab.machine.cpu import Cpu
 from vmlab.machine.pc import Machine, Stop
@@ -89,6 +89,14 @@ class Strategy(Technique, ABC):
         """Whether the guest is in long mode now: where the VMM's code is not a CPU mode apart, whether the physical CPU is."""
         self.machine.cpu.load()
         return self.machine.cpu.long_mode
+
+    def tell(self, image: GuestImage, before: str, command_line: str) -> None:
+        """Put another command line where :meth:`load` put ``before``, in a guest that has not looked at it yet."""
+        for (gpa, old), (same, new) in zip(boot.start(image, before, self.guest_memory).pieces,
+                                           boot.start(image, command_line, self.guest_memory).pieces, strict=True):
+            assert gpa == same
+            if old != new:
+                self.machine.ram.write(self.frame_address(gpa), new + bytes(max(len(old) - len(new), 0)))
 
     # ---- to be saved and go on elsewhere
     def state(self) -> dict[str, Any]:

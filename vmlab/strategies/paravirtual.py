@@ -62,5 +62,8 @@ class Paravirtualization(ParavirtualizationTechnique, Strategy):
     def watch(self, address: int, callback: Callable[[int], None]) -> None:
         self.machine.watch(address, callback)
 
+    def tell(self, image: GuestImage, before: str, command_line: str) -> None:
+        self.domain.tell(command_line)
+
     def frame_address(self, gpa: int) -> int:
         return self.domain.machine(gpa)

@@ -87,6 +87,11 @@ class Abi:
             0, 0,                                    # the p2m list lies in the mapped region
         )
 
+    @property
+    def command_line_at(self) -> int:
+        """The offset of ``cmd_line`` in struct start_info."""
+        return struct.calcsize("<32sIIIIIIIIIIII" if self.bits == 32 else "<32sQQI4xQI4xQI4xQQQQQ")
+
     def hypercall_page(self) -> bytes:
         """Stub n at n * 32. The one for iret is jumped to, and leaves on the stack what the call itself takes.
 

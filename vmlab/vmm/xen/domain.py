@@ -22,7 +22,7 @@ from vmlab.machine.cpu import IF, Cpu, Segment
 from vmlab.machine.memory import PAGE, Ram
 from vmlab.machine.paging import CR4_PAE, RW, US, P
 from vmlab.machine.state import CS, DS, ES, FS, GS, RSI, RSP, SS
-from vmlab.vmm.xen import FLAT_RING1_CS, FLAT_RING1_DS, M2P_START, SIF_PRIVILEGED
+from vmlab.vmm.xen import FLAT_RING1_CS, FLAT_RING1_DS, M2P_START, MAX_GUEST_CMDLINE, SIF_PRIVILEGED
 from vmlab.vmm.xen.abi import NARROW, Abi, SharedInfo
 from vmlab.vmm.xen.descriptors import GDT_AT, IDT_AT, PRIVATE, TSS_AT, TSS_SELECTOR, TSS_SIZE, DescriptorTables
 from vmlab.vmm.xen.frames import FrameTable, Refused
@@ -79,6 +79,7 @@ class Domain:
         if at + (512 << 10) > self.memory:
             raise UnsupportedByStrategy(f"guest {image.name!r} does not fit into {self.memory >> 20} MiB as a paravirtual domain")
         self.write(mfn_list, struct.pack(self.abi.words(self.pages), *(self.mfn(pfn) for pfn in range(self.pages))))
+        self._told_at = info + self.abi.command_line_at
         self.write(info, self.abi.start_info(pages=self.pages, shared_info=self.shared.frame, pt_base=tables, pt_frames=table_count,
                                     mfn_list=mfn_list, command_line=command_line, flags=flags))
         if notes.hypercall_page is not None:
@@ -88,6 +89,10 @@ class Domain:
         self.tables.build()
         self._build_tables(tables, table_count)
         return StartOfDay(notes.entry, stack, info)
+
+    def tell(self, command_line: str) -> None:
+        """Put another command line into start_info."""
+        self.write(self._told_at, command_line.encode("ascii").ljust(MAX_GUEST_CMDLINE, b"\0"))
 
     def _notes(self, image: GuestImage) -> PvNotes:
         notes = image.pv
