@@ -146,3 +146,26 @@ def test_a_port_instruction_in_one_space_only_inside_another_block(path: str) ->
                              retired__mov_from_cr=1, machine__branch=8 + 3, machine__indirect=8, machine__cli=4, retired__cli=4,
                              machine__in=4, retired__in=4, io__device=4)
     assert finish(bench) == expected
+
+
+def test_the_same_code_in_two_frames_until_one_is_written(path: str) -> None:
+    # 5; call, inc, ret; mov, mov cr3, call, inc, ret; mov [m]; call, cli, ret; mov, mov cr3, call, inc, ret; mov, mov cr3, call, cli, ret; hlt: 28.
+    call, first, second = f"call {WINDOW:#x};", f"mov ebx, {PAGES:#x}; mov cr3, ebx;", f"mov ebx, {PAGES + 0x2000:#x}; mov cr3, ebx;"
+    bench = Bench(paging_on() + call + second + call + f"mov byte ptr [{WINDOW:#x}], 0xfa;" + call + first + call + second + call + "hlt", path=path)
+    spaces(bench, (FIRST,), (SECOND,))
+    for frame in (FIRST, SECOND):
+        bench.machine.ram.write(frame, b"\x40\xc3")
+    expected = kernel_counts(28, machine__alu=2 + 1 + 2 + 2 + 1, machine__mov_to_cr=2 + 3, retired__mov_to_cr=5, machine__mov_from_cr=1,
+                             retired__mov_from_cr=1, machine__branch=5, machine__indirect=5, machine__store=1, machine__cli=2, retired__cli=2)
+    assert finish(bench) == expected
+
+
+def test_code_overwritten_in_place_is_no_matter_of_address_spaces(path: str) -> None:
+    # mov ecx; 4 × (call, byte, ret, xor [f], dec, jnz); hlt: 26. The byte: inc (0x40), cli (0xFA) and again.
+    f = CODE + 0x1000
+    bench = Bench(f"mov ecx, 4; l: call {f:#x}; xor byte ptr [{f:#x}], 0xba; dec ecx; jnz l; hlt", path=path)
+    bench.machine.ram.write(f, b"\x40\xc3")
+    expected = kernel_counts(26, machine__alu=1 + 2 + 4 + 1, machine__branch=4 + 3, machine__indirect=4, machine__store=4,
+                             machine__cli=2, retired__cli=2)
+    assert finish(bench) == expected
+    assert not bench.machine.blocks._ambiguous

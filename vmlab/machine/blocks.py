@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from vmlab.machine.pc import Machine
 
 
+def _hpa(pieces: list[tuple[int, int]], offset: int) -> int | None:
+    for at, n in pieces:
+        if offset < n:
+            return at + offset
+        offset -= n
+    return None
+
+
 class Blocks:
     """What happens at the start of a block in the rare cases, and at the exact addresses that somebody asked for."""
 
@@ -32,7 +40,9 @@ class Blocks:
         self._gates: dict[int, Callable[[], None]] = {}
         self._hooked: dict[int, tuple[int, Instruction | None]] = {}
         self._fetch = Fetch(machine.cpu)
-        #: Keys of blocks that are different code in different address spaces: the records by code. Unicorn keeps the translations of all.
+        #: Where the code of each key was first seen: (hpa, bytes) of each page's part.
+        self._places: dict[int, list[tuple[int, int]]] = {}
+        #: Keys of blocks that lie elsewhere in other address spaces: the records by code. Unicorn keeps the translations of all.
         self._ambiguous: dict[int, dict[Code, Block]] = {}
         #: The same bytes ran at one address in two modes, which no switch of spaces tells of: every block is looked at from then on.
         self.mixed = False
@@ -54,6 +64,7 @@ class Blocks:
         machine = self._machine
         counter = machine.counter
         if machine.failure is not None or machine.ending is not None:
+            self._pass_by(pc, size)
             machine.engine.stop()
             return False
         due = machine.timeline.next_due
@@ -61,8 +72,10 @@ class Blocks:
             machine.timeline.run_due()
             if machine.stale_code:
                 return False
-        if machine.interrupts.attention and machine.interrupts.attend(pc, size):
-            return False
+        if machine.interrupts.attention:
+            self._pass_by(pc, size)
+            if machine.interrupts.attend(pc, size):
+                return False
         block = counter.blocks.get(pc << 16 | size)
         if self.mixed and block is not None and block.code.bits != self._bits():
             counter.suspend(block)
@@ -76,18 +89,26 @@ class Blocks:
             return False
         return True
 
+    def _pass_by(self, pc: int, size: int) -> None:
+        """Unicorn translated this block, and perhaps it does not run now: when it does, nobody may ask."""
+        if pc << 16 | size not in self._machine.counter.blocks and self._machine.failure is None:
+            self._machine.cpu.load()
+            self._note_place(pc << 16 | size, self._fetch.pieces(pc, size))
+
     def _new(self, pc: int, size: int) -> Block | None:
         """Decode a block before its first run; None when it must be translated again because of new hooks."""
         machine = self._machine
         cpu = machine.cpu
         cpu.load()
-        code = code_of(self._bytes_at(pc, size), self._bits())
+        pieces = self._fetch.pieces(pc, size)
+        code = code_of(self._bytes_at(pieces), self._bits())
         if self._hook_new(pc, code):
             base = cpu.segment(hidden.CS).base
             machine.engine.remove_blocks(pc, pc + size)
             machine.engine.write_register(x86.UC_X86_REG_RIP, pc - base)
             return None
         tags = machine.tagger(pc, code.instructions)
+        self._note_place(pc << 16 | size, pieces)
         others = self._ambiguous.get(pc << 16 | size)
         block = None if others is None else others.get(code)
         if block is None or block.tags != tags:
@@ -98,10 +119,9 @@ class Blocks:
         machine.counter.add(block)
         return block
 
-    def _bytes_at(self, pc: int, size: int) -> bytes:
+    def _bytes_at(self, pieces: list[tuple[int, int]]) -> bytes:
         """Code that the CPU is about to run."""
         machine = self._machine
-        pieces = self._fetch.pieces(pc, size)
         machine.code_frames.update(pa // PAGE for pa, _ in pieces)
         return b"".join([machine.ram.read(pa, n) for pa, n in pieces])
 
@@ -140,19 +160,32 @@ class Blocks:
 
     def _others_apart(self, address: int, instruction: Instruction) -> None:
         """What Unicorn translates has the hooks of its moment in it: code with another instruction at ``address`` has to be looked at again."""
-        for block in self._machine.counter.within(address, address + 1):
+        counter, hpa = self._machine.counter, self._fetch.pieces(address, 1)[0][0]
+        for block in counter.within(address, address + 1):
             index = block.offsets.get(address - block.pc, len(block.instructions))
-            if index == len(block.instructions) or block.instructions[index].raw != instruction.raw:
-                self._set_apart(block)
+            if index < len(block.instructions) and block.instructions[index].raw == instruction.raw:
+                continue
+            if _hpa(self._places[block.key], address - block.pc) == hpa:
+                counter.close(block)    # overwritten: what it was is nowhere any more
+            else:
+                self._set_apart(block.key)
 
-    def _set_apart(self, block: Block) -> None:
-        """There is other code in the place of ``block``: from now on the moments at which it may come back are looked at."""
+    def _note_place(self, key: int, pieces: list[tuple[int, int]]) -> None:
+        """Code of this address and size lies there. If it was seen elsewhere, it may come back with its address space."""
+        if self._places.setdefault(key, pieces) != pieces and key not in self._ambiguous:
+            self._set_apart(key)
+
+    def _set_apart(self, key: int) -> None:
+        """From now on the moments at which other code may lie here are looked at."""
         counter = self._machine.counter
-        counter.suspend(block)
         if not self._ambiguous:
             for other in [b for b in counter.blocks.values() if any(flushes(instruction) for _, instruction in b.code.system)]:
                 self.forget(other.pc, other.end)
-        self._ambiguous.setdefault(block.key, {})[block.code] = block
+        others = self._ambiguous.setdefault(key, {})
+        block = counter.blocks.get(key)
+        if block is not None:
+            counter.suspend(block)
+            others[block.code] = block
 
     def _wants_hook(self, instruction: Instruction) -> bool:
         return (carried_out(instruction) or instruction.op in self._machine.trapping
@@ -215,15 +248,16 @@ class Blocks:
     def _check(self, block: Block) -> None:
         machine = self._machine
         counter = machine.counter
-        bits = self._bits()
-        if self._bytes_at(block.pc, block.size) == block.code.raw:
-            if bits == block.code.bits:
-                return
+        bits, pieces = self._bits(), self._fetch.pieces(block.pc, block.size)
+        if self._places[block.key] != pieces:
+            self._set_apart(block.key)
+        elif self._bytes_at(pieces) != block.code.raw:      # overwritten: what it was is nowhere any more
+            for other in counter.within(block.pc, block.end):
+                counter.close(other)
+        elif bits != block.code.bits:
             self.mixed = True
             machine.interrupts.update()
-        self._set_apart(block)
-        for other in counter.within(block.pc, block.end):
-            counter.close(other)
+            self._set_apart(block.key)
 
     def space_changed(self) -> None:
         """Other pages may be mapped from the next block on: ambiguous blocks have to be looked at before they run."""

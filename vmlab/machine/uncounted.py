@@ -55,7 +55,7 @@ class UncountedBlocks(Blocks):
         if pc in self._to_hook:
             self._to_hook.discard(pc)
             machine.interrupts.update()
-            if self._hook_new(pc, code_of(self._bytes_at(pc, size), self._bits())):
+            if self._hook_new(pc, code_of(self._code_at(pc, size), self._bits())):
                 machine.engine.remove_blocks(pc, pc + size)
                 machine.engine.write_register(x86.UC_X86_REG_RIP, pc - machine.cpu.segment(hidden.CS).base)
                 return False
@@ -75,7 +75,8 @@ class UncountedBlocks(Blocks):
         try:
             pc, size = block_at[0], (block_at[1] >> 16) & 0xFFFF  # type: ignore[index]
             machine.cpu.load()
-            if _MAY_BE_CARRIED_OUT.search(self._bytes_at(pc, size)) or any(pc <= at < pc + size for at in (*self._watched, *self._gates)):
+            asked = any(pc <= at < pc + size for at in (*self._watched, *self._gates))
+            if asked or _MAY_BE_CARRIED_OUT.search(self._code_at(pc, size)):
                 self._to_hook.add(pc)
                 machine.interrupts.update()
         except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames
@@ -86,8 +87,11 @@ class UncountedBlocks(Blocks):
 
     def on_instruction(self, uc: int, address: int, size: int, data: int) -> None:
         hooked = self._hooked.get(address)
-        if hooked is not None and (hooked[1] is None or self._bytes_at(address, hooked[1].size) == hooked[1].raw):  # else other code is here now
+        if hooked is not None and (hooked[1] is None or self._code_at(address, hooked[1].size) == hooked[1].raw):  # else other code is here now
             super().on_instruction(uc, address, size, data)
+
+    def _code_at(self, address: int, size: int) -> bytes:
+        return self._bytes_at(self._fetch.pieces(address, size))
 
     def ended_in_hlt(self) -> bool:
         cpu = self._machine.cpu
