@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmlab.machine.devices import absent, cmos, ide, ioapic, keyboard, pci, testdev, vga
+from vmlab.machine.devices.debug_exit import DebugExit
 from vmlab.machine.devices.lapic import Lapic
 from vmlab.machine.devices.pic import EdgeLevel, Pic, PicPair
+from vmlab.machine.devices.pit import Pit, SystemControl
 from vmlab.machine.devices.uart import DEPTH, Uart
 from vmlab.machine.timeline import Timeline
 
@@ -108,6 +110,25 @@ def test_a_level_triggered_input_asks_as_long_as_it_is_up() -> None:
     assert pic.pending() == 4
     pic.set_line(4, False)
     assert pic.pending() is None
+
+
+def test_icw1_starts_the_controller_anew() -> None:
+    """Intel 8259A data sheet, "ICW1 and ICW2": edges forgotten, mask cleared, IRR read; no ICW4: no automatic EOI."""
+    pic = Pic()
+    for offset, value in ((0, 0x11), (1, 0x20), (1, 4), (1, 3), (0, 0x0B)):     # automatic EOI, and ISR to be read
+        pic.write(offset, 1, value)
+    pic.set_line(3, True)
+    assert pic.acknowledge() == 0x23
+    assert pic.read(0, 1) == 0                      # nothing is in service
+    for offset, value in ((0, 0x10), (1, 0x40), (1, 4)):                          # without ICW4
+        pic.write(offset, 1, value)
+    pic.set_line(5, True)
+    assert pic.read(0, 1) == 1 << 5                 # IRR; the edge of input 3 is forgotten
+    assert pic.acknowledge() == 0x45
+    pic.set_line(6, True)
+    assert pic.pending() is None                    # 5 is in service until its EOI
+    pic.write(0, 1, 0x20)
+    assert pic.pending() == 6
 
 
 # ---- I/O APIC
@@ -501,6 +522,8 @@ def _devices() -> dict[str, Callable[[], object]]:
         "uart": lambda: uart()[0], "ioapic": lambda: io_apic()[0], "cmos": lambda: rtc()[0], "keyboard": lambda: controller()[0],
         "ide": lambda: channel(2)[0], "vga": lambda: vga.Vga(Clock().timeline), "pci": lambda: pci.Pci(lambda: None),
         "test": lambda: testdev.TestDevice(lambda gpa: None), "port92": lambda: keyboard.SystemPort(lambda: None),
+        "pic": Pic, "pit": lambda: Pit(Clock().timeline, Wire()), "lapic": lambda: io_apic()[1], "debug exit": lambda: DebugExit(lambda code: None),
+        "port61": lambda: SystemControl(Clock().timeline, Pit(Clock().timeline, Wire()).channels[2]),
     }
 
 
@@ -511,10 +534,12 @@ def test_any_access_is_defined_and_the_state_is_whole(name: str, accesses: list[
     """After any accesses, a second device with the first one's state shows the same state, and answers the same."""
     make = _devices()[name]
     device, other = make(), make()
-    few = {"ioapic": (0, 0x10), "cmos": (0, 1), "keyboard": (0, 4), "port92": (0,), "test": (0, 1, 2, 3, 4), "vga": tuple(range(32))}
+    few = {"ioapic": (0, 0x10), "cmos": (0, 1), "keyboard": (0, 4), "port92": (0,), "test": (0, 1, 2, 3, 4), "vga": tuple(range(32)),
+           "pic": (0, 1), "pit": (0, 1, 2, 3), "port61": (0,), "debug exit": (0,),
+           "lapic": (0x20, 0x80, 0xB0, 0xD0, 0xE0, 0xF0, 0x280, 0x300, 0x320, 0x350, 0x380, 0x390, 0x3E0, 0x40)}
     offsets = few.get(name, tuple(range(8)))
     for write, where, size, value in accesses:
-        offset = offsets[where * 5 % len(offsets)]
+        offset, size = offsets[where * 5 % len(offsets)], 4 if name == "lapic" else size
         if write:
             device.write(offset, size, value & (1 << 8 * size) - 1)  # type: ignore[attr-defined]
         else:
@@ -523,4 +548,5 @@ def test_any_access_is_defined_and_the_state_is_whole(name: str, accesses: list[
     json.dumps(state, default=list)
     other.from_state(state)  # type: ignore[attr-defined]
     assert other.state() == state  # type: ignore[attr-defined]
-    assert [device.read(o, 1) for o in offsets] == [other.read(o, 1) for o in offsets]  # type: ignore[attr-defined]
+    width = 4 if name == "lapic" else 1
+    assert [device.read(o, width) for o in offsets] == [other.read(o, width) for o in offsets]  # type: ignore[attr-defined]

@@ -11,7 +11,9 @@ from vmlab.machine.devices.bus import Notifying, PortBus
 class Pic:
     """One 8259A (Intel 8259A data sheet); two make the PC's pair, see :class:`PicPair`.
 
-    Inputs are edge triggered, but for those that ``levels`` (ELCR; Intel 82371SB §2.5.3) makes level triggered.
+    Inputs are edge triggered, but for those that ``levels`` (ELCR; Intel 82371SB §2.5.3) makes level triggered. Input 0 has the
+    highest priority, always: of the OCWs, rotation, the special mask and poll are ignored; so are ICW3 (the cascade is wired) and
+    of ICW4 all but automatic EOI.
     """
 
     def __init__(self) -> None:
@@ -66,8 +68,10 @@ class Pic:
     def write(self, offset: int, size: int, value: int) -> None:
         value &= 0xFF
         if offset == 0 and value & 0x10:  # ICW1
-            self._expect, self.imr, self.isr, self.irr = 2, 0, 0, 0
+            # Edge detection starts anew, the mask is cleared, status reads give IRR; without ICW4 its functions are off ("ICW1 and ICW2").
+            self._expect, self.imr, self.isr, self.irr, self._read_isr = 2, 0, 0, 0, False
             self._needs_icw4 = bool(value & 1)
+            self._auto_eoi &= self._needs_icw4
         elif offset == 0 and value & 0x08:  # OCW3
             if value & 2:
                 self._read_isr = bool(value & 1)
