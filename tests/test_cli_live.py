@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import pty
+import re
 import select
+import signal
 import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,10 @@ from vmlab.cli import live
 from vmlab.cli.main import main as vm
 from vmlab.errors import ConfigError
 from vmlab.experiment import dialogue
+
+if sys.platform != "win32":
+    import pty
+    import termios
 
 AT = 0x100000
 #: Says "> ", then echoes each character; '!' ends the run with code 0, '?' with code 3.
@@ -137,31 +143,101 @@ def test_an_image_is_told_from_a_workload(tmp_path: Path, monkeypatch: pytest.Mo
     assert live.is_image("vmlinuz")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+#: The live line, which comes between the guest's characters.
+TITLE = re.compile(rb"\x1b]2;[^\x07]*\x07")
+pseudo_terminals = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+
+
+def at_terminal(image: str, act: Callable[[bytes, int, subprocess.Popen[bytes]], object], *options: str) -> tuple[int, bytes, bool]:
+    """Runs the image at a pseudo-terminal: its status, what was seen there, and whether the terminal is as it was before.
+
+    :param act: called with what was seen of the guest so far, the other end of the terminal, and the process, until that has ended.
+    """
+    controller, terminal = pty.openpty()
+    try:
+        before = termios.tcgetattr(terminal)
+        command = [sys.executable, "-m", "vmlab", "run", image, "--technique", "native", "--profile", "haswell-2013", *options]
+        process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True)
+        seen, deadline = b"", time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if select.select([controller], [], [], 0.2)[0]:
+                seen += os.read(controller, 4096)
+            act(TITLE.sub(b"", seen), controller, process)
+        try:
+            status = process.wait(20)
+        finally:
+            process.kill()
+        while select.select([controller], [], [], 0.2)[0]:
+            seen += os.read(controller, 4096)
+        return status, seen, termios.tcgetattr(terminal) == before
+    finally:
+        os.close(controller)
+        os.close(terminal)
+
+
+class Once:
+    """Writes ``text`` when ``cue`` was seen, once."""
+
+    def __init__(self, cue: bytes, text: bytes) -> None:
+        self.cue, self.text, self.done = cue, text, False
+
+    def __call__(self, seen: bytes, controller: int, process: subprocess.Popen[bytes]) -> None:
+        if self.cue in seen and not self.done:
+            self.done = True
+            os.write(controller, self.text)
+
+
+@pseudo_terminals
 def test_at_a_terminal_the_console_is_yours(image: str) -> None:
     """Keys go to the guest one by one, Ctrl-] ends the run, and the terminal is as it was before."""
-    controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "vmlab", "run", image, "--technique", "native", "--profile", "haswell-2013"]
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True)
-    os.close(terminal)
-    seen, sent, deadline = b"", False, time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if select.select([controller], [], [], 0.2)[0]:
-            try:
-                seen += os.read(controller, 4096)
-            except OSError:
-                break
-        if b"> " in seen and not sent:
-            os.write(controller, b"typed")
-            sent = True
-        if b"typed" in seen:
-            os.write(controller, bytes((live.ESCAPE,)))
-    assert process.wait(20) == 0
-    while select.select([controller], [], [], 0.2)[0]:
-        try:
-            seen += os.read(controller, 4096)
-        except OSError:
-            break
+    typed, escape = Once(b"> ", b"typed"), Once(b"> typed", bytes((live.ESCAPE,)))
+    status, seen, as_before = at_terminal(image, lambda *at: (typed(*at), escape(*at)))
+    assert (status, as_before) == (0, True)
     assert b"Ctrl-] ends the run" in seen
     assert b"guest instructions:" in seen
     assert b"instructions, 0 exits" in seen     # the live line, in the terminal's title
+
+
+@pseudo_terminals
+@pytest.mark.parametrize(("key", "status", "said"), [(b"!", 0, b"guest instructions:"), (b"?", 1, b"ended with exit code 3")])
+def test_the_terminal_is_given_back_when_the_guest_ends(image: str, key: bytes, status: int, said: bytes) -> None:
+    found, seen, as_before = at_terminal(image, Once(b"> ", key))
+    assert (found, as_before) == (status, True)
+    assert said in seen
+
+
+@pseudo_terminals
+def test_control_c_is_the_guests_and_a_signal_ends_the_run(image: str) -> None:
+    """Ctrl-C goes through to the guest, which echoes it; SIGINT from elsewhere ends the run with status 130, and the terminal is given back."""
+    typed, signalled = Once(b"> ", b"a\x03b"), list[int]()
+
+    def act(seen: bytes, controller: int, process: subprocess.Popen[bytes]) -> None:
+        typed(seen, controller, process)
+        if b"a\x03b" in seen and not signalled:
+            signalled.append(1)
+            process.send_signal(signal.SIGINT)
+
+    status, seen, as_before = at_terminal(image, act)
+    assert (status, as_before) == (130, True)
+    assert b"vmlab: interrupted" in seen
+    assert b"Traceback" not in seen
+
+
+@pseudo_terminals
+def test_an_error_gives_the_terminal_back(image: str) -> None:
+    """The budget's end is an error of the run: it is said behind the guest's last line, on a terminal that shows it."""
+    status, seen, as_before = at_terminal(image, lambda *at: None, "--budget", "3000000")
+    assert (status, as_before) == (1, True)
+    assert b"budget of 3000000 guest instructions was spent" in seen
+
+
+def test_without_a_terminal_one_is_pointed_to_the_dialogue(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert vm(["run", image, "--technique", "native", "--budget", "20000"]) == 1
+    assert "no terminal to type at; talk to the guest by --expect TEXT and --send TEXT" in capsys.readouterr().err
+
+
+def test_a_system_without_such_terminals_says_so(image: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "termios", None)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert vm(["run", image, "--technique", "native"]) == 2
+    assert "talk to the guest by --expect TEXT and --send TEXT" in capsys.readouterr().err

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ESCAPE = 0x1D
 #: Virtual nanoseconds between looks at the keyboard, and host seconds between those at the clock.
 _LOOK, _REFRESH = 1_000_000, 0.5
+_DIALOGUE = "talk to the guest by --expect TEXT and --send TEXT"
 _IMAGE_SUFFIXES = (".elf", ".img", ".bin", ".flat")
 
 
@@ -159,7 +160,7 @@ def _run(cell: Cell, values: dict[str, Value], lab: Any, profiles: list[str] | N
     interactive = "script" not in values and sys.stdin.isatty()
     if interactive and "budget" not in values:
         chosen["budget"] = 1 << 62
-    watcher = Watcher(sys.stderr if quiet else sys.stdout, keyboard=interactive)
+    watcher = Watcher(sys.stderr if quiet else sys.stdout, keyboard=interactive, spoken_to="script" in values)
     with _raw_terminal() if interactive else contextlib.nullcontext():
         try:
             record = run_cell(cell.technique, chosen, watcher.attach, saved)
@@ -173,8 +174,8 @@ def _run(cell: Cell, values: dict[str, Value], lab: Any, profiles: list[str] | N
 class Watcher:
     """Shows what the guest says and how far it is; types what the keyboard says."""
 
-    def __init__(self, out: Any, *, keyboard: bool) -> None:
-        self._out, self._keyboard = out, keyboard
+    def __init__(self, out: Any, *, keyboard: bool, spoken_to: bool) -> None:
+        self._out, self._keyboard, self._spoken_to = out, keyboard, spoken_to
         self._title = bool(out.isatty())
         self._line = not self._title and sys.stderr.isatty() and out is not sys.stderr
         self._shown = 0.0
@@ -189,6 +190,8 @@ class Watcher:
         if self._keyboard:
             run.machine.patience = 1 << 62      # somebody may still press a key
             print(f"vmlab: Ctrl-] ends the run of {run.image.name}", file=sys.stderr)
+        elif not self._spoken_to:
+            print(f"vmlab: no terminal to type at; {_DIALOGUE}", file=sys.stderr)
         if self._keyboard or self._title or self._line:
             self._look_again()
 
@@ -278,7 +281,7 @@ def _raw_terminal() -> Iterator[None]:
         import termios
         import tty
     except ImportError:
-        raise ConfigError("this system's terminal cannot be typed at; talk to the guest by --expect TEXT and --send TEXT") from None
+        raise ConfigError("this system's terminal cannot be typed at; " + _DIALOGUE) from None
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
     tty.setraw(descriptor)
