@@ -18,7 +18,8 @@ from vmlab.machine import vmcb as v
 from vmlab.machine.cpu import NT, Segment
 from vmlab.machine.decode import Instruction, decode
 from vmlab.machine.delivery import DOUBLE_FAULT, HAS_ERROR_CODE, PAGE_FAULT, Fault, doubles
-from vmlab.machine.paging import EFER_LMA
+from vmlab.machine.memory import PAGE
+from vmlab.machine.paging import CR0_PG, EFER_LMA
 from vmlab.machine.pc import Machine, Stop, StopReason
 from vmlab.machine.state import FS, GS, RAX, RSP, SS
 from vmlab.machine.svm import Svm
@@ -33,7 +34,7 @@ from vmlab.vmm.guest_mode import GuestModeCpu
 from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
 from vmlab.vmm.host import physical_bus
 from vmlab.vmm.interrupt_window import InterruptWindow, TaskPriority
-from vmlab.vmm.operands import fetch
+from vmlab.vmm.operands import FETCHED, fetch
 from vmlab.vmm.platform import VirtualPlatform
 from vmlab.vmm.registers import HARMLESS_MSRS
 from vmlab.vmm.shadow import ShadowPager
@@ -192,9 +193,12 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self.counts["vmm.decode"] += 1
         cpu, bits = self.cpu, self.cpu.bits
         at = cpu.rip if bits == 64 else (cpu.read("cs.base") + cpu.rip) & 0xFFFFFFFF
-        known = self.svm.exiting
-        if known is not None and not cpu.mmu.paging:    # else the fetch walks the guest's tables, which shows
+        known, mmu = self.svm.exiting, cpu.mmu
+        if known is not None and not mmu.cr0 & CR0_PG:
             return known
+        if known is not None and at % PAGE <= PAGE - FETCHED:   # the machine knows it, but the fetch walks the guest's tables, which shows
+            gpa = mmu.translate(at)
+            return known if mmu.memory.holds(gpa, known.raw) else decode(mmu.memory.read(gpa, FETCHED), bits)
         return decode(fetch(cpu, at), bits)
 
     def _port(self) -> None:

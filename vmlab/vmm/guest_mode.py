@@ -19,8 +19,13 @@ from vmlab.vmm.guest_tables import GuestMmu
 _IN_VMCB = {ES: "es", CS: "cs", SS: "ss", DS: "ds"}
 _L, _D = 0x200, 0x400               # of a code segment's attributes in the VMCB (APM Vol. 2 table B-2)
 _SVME = 1 << 12
-_SEGMENT_FIELDS = {number: tuple(f"{name}.{field}" for field in ("attributes", "selector", "base", "limit")) for number, name in _IN_VMCB.items()}
 _KEPT_SEGMENTS = 256
+
+
+def _where(fields: list[tuple[int, memoryview, int]]) -> tuple[int, int, int, int, int]:
+    """The bits of a segment's four fields together, and the index of each in its view."""
+    bits, (selector, base, limit, attributes) = sum(bit for bit, _, _ in fields), (index for _, _, index in fields)
+    return bits, selector, base, limit, attributes
 
 
 class GuestModeCpu:
@@ -60,6 +65,9 @@ class GuestModeCpu:
         self._code, self._halves, self._code_at = self._at["cs.attributes"]
         self._paging = self._at["cr0"][0] | self._at["cr3"][0] | self._at["cr4"][0] | self._at["efer"][0]
         self._cr0_at, self._cr3_at, self._cr4_at, self._efer_at = (self._at[name][2] for name in ("cr0", "cr3", "cr4", "efer"))
+        self._doubles = views["I"]
+        self._segment_at = {number: _where([self._at[f"{name}.{field}"] for field in ("selector", "base", "limit", "attributes")])
+                            for number, name in _IN_VMCB.items()}
         self._segments: dict[tuple[int, int, int, int], Segment] = {}
         self._read = self._kept = 0     # fields read at this exit, and fields that were known already: written, or counted
         self._written = 0               # how many were written
@@ -189,8 +197,9 @@ class GuestModeCpu:
         name = _IN_VMCB.get(number)
         if name is None:
             return self._physical.segment(number)
-        attributes, selector, base, limit = _SEGMENT_FIELDS[number]
-        found = self.read(selector), self.read(base), self.read(limit), self.read(attributes)
+        bits, selector, base, limit, attributes = self._segment_at[number]
+        self._read |= bits
+        found = self._halves[selector], self._words[base], self._doubles[limit], self._halves[attributes]
         known = self._segments.get(found)
         if known is None:
             if len(self._segments) >= _KEPT_SEGMENTS:

@@ -68,6 +68,11 @@ class GuestMemory:
             return b"".join(self.read_device(at, n).to_bytes(n, "little") for at, n in _accesses(gpa, size))
         return self.ram.read(self.base + gpa, inside) + b"\xff" * (size - inside)
 
+    def holds(self, gpa: int, data: bytes) -> bool:
+        """Whether these bytes are at ``gpa``, in RAM."""
+        at = self.base + gpa
+        return gpa + len(data) <= self.size and self.ram.bytes[at:at + len(data)] == data
+
     def write(self, gpa: int, data: bytes) -> None:
         """Store for the guest; what lies beyond RAM is a device's, or dropped."""
         inside = data[:max(0, self.size - gpa)]

@@ -61,13 +61,17 @@ class Registers(Protocol):
     def advance(self, size: int) -> int: ...
 
 
+#: No instruction is longer (SDM Vol. 2 §2.3.11).
+FETCHED = 15
+
+
 def fetch(cpu: Registers, address: int) -> bytes:
     """Up to 15 bytes of code at a linear address: fewer where the next page is absent."""
-    inside = min(15, PAGE - address % PAGE)
+    inside = min(FETCHED, PAGE - address % PAGE)
     raw = cpu.read_linear(address, inside)
-    if inside < 15:
+    if inside < FETCHED:
         with contextlib.suppress(PageFault):
-            raw += cpu.read_linear(address + inside, 15 - inside)
+            raw += cpu.read_linear(address + inside, FETCHED - inside)
     return raw
 
 
