@@ -8,6 +8,7 @@ would have. Neither knows anything of shadow tables; who must hear of a store as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,14 +24,18 @@ CR0_BITS, CR0_ET = 0xE005003F, 0x10
 _KEPT_WALKS = 1024
 
 
-def _accesses(gpa: int, size: int) -> list[tuple[int, int]]:
-    """The accesses to a device that one of ``size`` bytes makes: eight, four, two or one at a time (a far pointer: its offset, then its selector)."""
-    found = []
-    while size:
-        n = min(8, 1 << size.bit_length() - 1)
-        found.append((gpa, n))
-        gpa, size = gpa + n, size - n
-    return found
+@functools.lru_cache(maxsize=64)
+def _accesses(size: int) -> tuple[tuple[int, int], ...]:
+    """The accesses to a device that one of ``size`` bytes makes: eight, four, two or one at a time (a far pointer: its offset, then its selector).
+
+    Each: how far on, and how many bytes.
+    """
+    found, offset = [], 0
+    while offset < size:
+        n = min(8, 1 << (size - offset).bit_length() - 1)
+        found.append((offset, n))
+        offset += n
+    return tuple(found)
 
 
 class GuestMemory:
@@ -65,7 +70,7 @@ class GuestMemory:
     def read(self, gpa: int, size: int) -> bytes:
         inside = max(0, min(size, self.size - gpa))
         if not inside:
-            return b"".join(self.read_device(at, n).to_bytes(n, "little") for at, n in _accesses(gpa, size))
+            return b"".join([self.read_device(gpa + offset, n).to_bytes(n, "little") for offset, n in _accesses(size)])
         return self.ram.read(self.base + gpa, inside) + b"\xff" * (size - inside)
 
     def holds(self, gpa: int, data: bytes) -> bool:
@@ -80,8 +85,8 @@ class GuestMemory:
             self.ram.write(self.base + gpa, inside)
             self.on_write(gpa, len(inside))
         else:
-            for at, n in _accesses(gpa, len(data)):
-                self.write_device(at, n, int.from_bytes(data[at - gpa:at - gpa + n], "little"))
+            for offset, n in _accesses(len(data)):
+                self.write_device(gpa + offset, n, int.from_bytes(data[offset:offset + n], "little"))
 
     # ---- what the walker needs; its accessed and dirty bits are no news to anybody
     def read32(self, gpa: int) -> int:
