@@ -51,6 +51,7 @@ ARITHMETIC = CF | PF | AF | ZF | SF | OF
 SYSENTER_CS = 0x174
 _CC_SRC, _CC_OP, _DF = 152, 168, 172   # lazily evaluated flags (QEMU target/i386/cpu.h)
 _CC_OP_EFLAGS = 1                      # "the flags are in cc_src"
+_BASE_OF_DS, _BASE_OF_ES, _BASE_OF_SS = ((AT_SEGMENTS + 24 * number) // 8 + 1 for number in (DS, ES, SS))
 _TABLES = {"gdt": AT_GDT, "idt": AT_IDT, "ldt": AT_LDT, "tr": AT_TR}
 
 
@@ -283,7 +284,7 @@ class Cpu:
         hflags &= ~HF_ADDSEG
         if not hflags & HF_CS64:
             protected32 = hflags & HF_PE and hflags & HF_CS32 and not self.system_flags & VM
-            bases = self.segment(DS).base | self.segment(ES).base | self.segment(SS).base
+            bases = self._u64[_BASE_OF_DS] | self._u64[_BASE_OF_ES] | self._u64[_BASE_OF_SS]
             hflags |= 0 if protected32 and not bases else HF_ADDSEG
         else:
             hflags |= HF_SS32

@@ -208,8 +208,8 @@ def _enter(cpu: DeliveringCpu, vector: int, error_code: int | None, return_rip: 
         sp = old_sp
     if error_code is not None:
         values.insert(0, error_code)
-    item = 8 if long_mode else 4 if wide else 2
-    frame = b"".join(struct.pack("<Q", value & ((1 << (8 * item)) - 1))[:item] for value in values)
+    item, mask = ("Q", 0xFFFFFFFFFFFFFFFF) if long_mode else ("I", 0xFFFFFFFF) if wide else ("H", 0xFFFF)
+    frame = struct.pack(f"<{len(values)}{item}", *[value & mask for value in values])
     stack = new_ss or cpu.segment(SS)
     if long_mode:
         top = sp - len(frame)
