@@ -30,6 +30,7 @@ TECHNIQUES: dict[str, tuple[str, dict[str, Value]]] = {
     "native": ("native", {}),
     "nested": ("hardware-assisted", {"memory": "nested", "nested_page": "2m"}),
     "shadow": ("hardware-assisted", {"memory": "lazy"}),
+    "tracing": ("hardware-assisted", {"memory": "tracing"}),
     "translation": ("binary-translation", {"memory": "lazy"}),
     "trapping": ("trap-and-emulate", {"memory": "lazy", "sensitive": "trap"}),
     "silent": ("trap-and-emulate", {"memory": "lazy"}),

@@ -247,6 +247,9 @@ def test_a_protocol_that_does_not_fit_names_what_it_needs() -> None:
         files.parse("disk.img", bytes(510) + b"\x55\xaa", "pvh")
     with pytest.raises(GuestImageError, match="not an ELF file, no bzImage"):
         files.parse("notes.txt", b"hello")
+    for magic, machine in ((b"ARM\x64", "arm64"), (b"RSC\x05", "RISC-V")):
+        with pytest.raises(GuestImageError, match=f"'Image' is a Linux kernel for {machine}; one for x86 is needed"):
+            files.parse("Image", b"MZ".ljust(56, b"\0") + magic.ljust(1000, b"\0"))
 
 
 # ---- files

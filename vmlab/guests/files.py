@@ -20,6 +20,8 @@ from vmlab.guests.image import PROTOCOLS, GuestImage, Segment
 from vmlab.parameters import Parameter, Text
 
 SECTOR = 512
+#: Linux kernels for other machines, by the magic number at offset 56 (Linux, Documentation/arch/arm64/booting.rst, riscv/boot-image-header.rst).
+_AT_OTHER, _OTHERS = 56, {b"ARM\x64": "arm64", b"RSC\x05": "RISC-V"}
 #: What a cell may say of a guest from a file, beside the technique's parameters. One that says nothing gets the default.
 PARAMETERS: Mapping[str, Parameter] = MappingProxyType({
     "append": Text("the kernel's command line", ""),
@@ -54,6 +56,8 @@ def parse(name: str, data: bytes, protocol: str = "auto") -> GuestImage:
         kind, fits = "a bzImage", ("linux32", "linux64", "pvh")
     elif len(data) >= SECTOR and data[SECTOR - 2:SECTOR] == b"\x55\xaa":
         kind, fits = "a boot disk", ("sector",)
+    elif data[_AT_OTHER:_AT_OTHER + 4] in _OTHERS:
+        raise GuestImageError(f"guest image {name!r} is a Linux kernel for {_OTHERS[data[_AT_OTHER:_AT_OTHER + 4]]}; one for x86 is needed (bzImage)")
     else:
         raise GuestImageError(f"guest image {name!r} is not an ELF file, no bzImage ('HdrS' at 0x202) and no boot disk (0x55AA at 510)")
     if protocol != "auto" and protocol not in fits:
