@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,9 @@ def experiments(rounds: int, scale: float, wanted: Callable[[str], bool]) -> Ite
             with tempfile.TemporaryDirectory() as scratch:
                 seconds.append(_seconds(["-m", "vmlab", "experiment", "cli_heavy", "--jobs", "2", "--no-reuse"], Path(scratch)))
         yield row("cli_heavy on 2 cores, seconds", seconds, 15, "lower")
+    name = "cells that share their boot, against each from reset"
+    if wanted(name):
+        yield from _shared_boots((rounds + 1) // 2, max(int(20 * scale), 2), name)
     names = ("lab overhead of a small cell, ms", "the same sweep again, against the first", "two workers against one")
     if any(map(wanted, names)):
         yield from _sweep((rounds + 1) // 2, max(int(1000 * scale), 50), names)
@@ -89,6 +93,35 @@ def _sweep(rounds: int, cells: int, names: Sequence[str]) -> Iterator[Row]:
     yield row(names[0], overhead, 30, "lower", f"{cells} cells, all of their CPU time")
     yield row(names[1], kept, 0.05, "lower", "CPU time")
     yield row(names[2], speed_up, 1.7, "higher")
+
+
+#: A kernel that computes for so many instructions, says "> " at the serial port, and then echoes what it is told there.
+_BOOT = 20_000_000
+_ECHO = bytes.fromhex("66baf803b03eeeb020ee 66bafd03eca80174f7 66baf803ec3c21740e3c3f7403eeebe7 b803000000eb0231c0 66baf400eff4")
+
+
+def _booting(where: Path) -> Path:
+    """The kernel: an ELF with a Multiboot header, at 1 MiB."""
+    at = 0x100000
+    code = struct.pack("<III", 0x1BADB002, 0, -0x1BADB002 & 0xFFFFFFFF) + b"\xb9" + struct.pack("<I", _BOOT // 2) + b"\x49\x75\xfd" + _ECHO
+    head = struct.pack("<4s5B7xHHIIIIIHHHHHH", b"\x7fELF", 1, 1, 1, 0, 0, 2, 3, 1, at + 12, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+    image = where / "boots.elf"
+    image.write_bytes(head + struct.pack("<8I", 1, 84, at, at, len(code), len(code), 7, 4) + code)
+    return image
+
+
+def _shared_boots(rounds: int, cells: int, name: str) -> Iterator[Row]:
+    """Cells of one guest that differ in what they say at its prompt, each from the end of one boot, and each from reset."""
+    ratios = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as scratch:
+            config = Path(scratch) / "boots.yaml"
+            scripts = "\n".join(f"    - expect '> ' send 'word{i} ' expect 'word{i} '" for i in range(cells))
+            config.write_text(f"name: boots\nmatrix:\n  technique: native\n  guest: {_booting(Path(scratch))}\n  script:\n{scripts}\n", encoding="utf-8")
+            clock = {how: _seconds(["-m", "vmlab", "experiment", str(config), "--jobs", "1", "--no-reuse", "--boots", how], Path(scratch))
+                     for how in ("never", "auto")}
+        ratios.append(clock["auto"] / clock["never"])
+    yield row(name, ratios, 0.6 if cells >= 20 else None, "lower", f"{cells} cells, {_BOOT:,} instructions of boot")
 
 
 def _clock_and_cpu(config: Path, jobs: int, where: Path) -> tuple[float, float]:
