@@ -117,7 +117,8 @@ def _shared_boots(rounds: int, cells: int, name: str) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as scratch:
             config = Path(scratch) / "boots.yaml"
             scripts = "\n".join(f"    - expect '> ' send 'word{i} ' expect 'word{i} '" for i in range(cells))
-            config.write_text(f"name: boots\nmatrix:\n  technique: native\n  guest: {_booting(Path(scratch))}\n  script:\n{scripts}\n", encoding="utf-8")
+            text = f"name: boots\nmatrix:\n  technique: native\n  guest: {_booting(Path(scratch))}\n  script:\n{scripts}\n"
+            config.write_text(text, encoding="utf-8")
             clock = {how: _seconds(["-m", "vmlab", "experiment", str(config), "--jobs", "1", "--no-reuse", "--boots", how], Path(scratch))
                      for how in ("never", "auto")}
         ratios.append(clock["auto"] / clock["never"])
