@@ -13,7 +13,7 @@ from machinelab import CODE, CODE3, DATA, DATA3, PAGES, PATHS, STACK3, USER, USE
 
 from vmlab.errors import GuestBudget
 from vmlab.machine.pc import StopReason
-from vmlab.machine.state import RAX, RCX, RDI
+from vmlab.machine.state import RAX, RBP, RCX, RDI
 
 pytestmark = pytest.mark.parametrize("path", PATHS)
 
@@ -344,6 +344,27 @@ def test_ports_and_time_stamps(path: str) -> None:
                              machine__rdtsc=2, retired__rdtsc=2)
     assert finish(bench) == expected
     assert (bench.cpu.gpr(3), bench.cpu.gpr(RAX)) == (4, 6)
+
+
+def test_time_stamps_in_a_loop_that_sets_the_counter(path: str) -> None:
+    # mov ecx; 4 × (nop, rdtsc, mov, rdtsc, mov, dec, jnz); mov ecx, mov eax, xor, wrmsr; rdtsc; mov; hlt. Each stamp: instructions before it.
+    at = "[ecx*8 + " + hex(DATA)
+    bench = Bench(f"mov ecx, 4; l: nop; rdtsc; mov {at}], eax; rdtsc; mov {at} + 4], eax; dec ecx; jnz l;"
+                  f"mov ecx, 0x10; mov eax, 0x1000; xor edx, edx; wrmsr; mov ebx, 2; m: rdtsc; mov ebp, eax; dec ebx; jnz m; hlt", path=path)
+    finish(bench)
+    stamps = [bench.read32(DATA + 8 * (4 - i) + 4 * j) for i in range(4) for j in range(2)]
+    assert stamps == [1 + 7 * i + n for i in range(4) for n in (1, 3)]
+    # WRMSR at 0x1000 counts itself, and so on: mov ebx, rdtsc, mov, dec, jnz before the second RDTSC.
+    assert bench.cpu.gpr(RBP) == 0x1000 + 1 + 1 + 4
+
+
+def test_a_time_stamp_that_becomes_a_kernels_own(path: str) -> None:
+    # User mode: 3 × (rdtsc, dec, jnz), int 0x30; the kernel sets CR4.TSD and goes back: #GP.
+    bench = Bench("hlt", {0x30: ("mov eax, 4; mov cr4, eax; mov ecx, 3; mov dword ptr [esp], " + hex(USER) + "; iretd", 3), 13: "hlt"},
+                  user=f"mov ecx, 3; l: rdtsc; dec ecx; jnz l; int 0x30; jmp {USER:#x}", path=path)
+    bench.user_mode()
+    counts = finish(bench)
+    assert counts["machine.rdtsc"] == 3 and counts["fault.delivered.13"] == 1 and counts["user"] == 1 + 9 + 1 + 1
 
 
 def test_prefixes_do_not_change_what_is_counted(path: str) -> None:

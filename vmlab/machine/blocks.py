@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from vmlab.machine.pc import Machine
 
 
+_RDTSC = b"\x0f\x31"
+
+
 def _hpa(pieces: list[tuple[int, int]], offset: int) -> int | None:
     for at, n in pieces:
         if offset < n:
@@ -202,16 +205,19 @@ class Blocks:
         gate, native = self._gates.get(address), self._machine.native_events
         if native is not None and gate is not None and address not in self._watched:
             handle = native.hook_gate(address, gate)
-        elif native is not None and instruction is not None and self._is_plain_port(address, instruction):
+        elif native is None or instruction is None or self._is_asked(address, instruction):
+            handle = self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self.on_instruction, address, address)
+        elif instruction.op in ("in", "out"):
             handle = native.hook_port(address, instruction)
+        elif instruction.raw == _RDTSC and self._machine.cycles is None:
+            handle = native.hook_time_stamp(address)
         else:
             handle = self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self.on_instruction, address, address)
         self._hooked[address] = (handle, instruction)
 
-    def _is_plain_port(self, address: int, instruction: Instruction) -> bool:
-        """Whether nobody but the port's device has to do with this IN or OUT."""
-        return (instruction.op in ("in", "out") and instruction.op not in self._machine.trapping
-                and address not in self._watched and address not in self._gates)
+    def _is_asked(self, address: int, instruction: Instruction) -> bool:
+        """Whether somebody besides the machine has to do with an instruction that C can carry out."""
+        return instruction.op in self._machine.trapping or address in self._watched or address in self._gates
 
     def ended_in_hlt(self) -> bool:
         """Whether the CPU, which stopped, executed HLT: the block that ran ends with one, right before RIP."""

@@ -287,6 +287,7 @@ class Library(NamedTuple):
     exception: int
     gate: int
     port: int
+    time_stamp: int
     world_switch: int
 
 

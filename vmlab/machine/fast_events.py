@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # Words of ``state`` in native/machine.h behind those of the counter.
 (CUTS, ENV, ERROR_CODE, IS_INT, OLD_EXCEPTION, STOPPED, ON_EXCEPTION, ON_TRAP, WHAT, _, GATES, ON_INSTRUCTION, ON_GATE, WRITE_REGISTER,
- LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT, _, FAULTS, ON_PORT) = range(15, 38)
-WORDS = 38
+ LEFT, LEFT_AT, VIRTUAL_CPU, DOOR, SITES, SITE_COUNT, _, FAULTS, ON_PORT, TIME_STAMP) = range(15, 39)
+WORDS = 39
 
 _NONE, _NO_GATE = 0xFFFFFFFF, 0xFF
 _CUT = struct.Struct("=6I4Q")
@@ -161,12 +161,21 @@ class FastEvents:
         return self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._functions.port, address, address,
                                          data=ctypes.addressof(site))
 
+    def hook_time_stamp(self, address: int) -> int:
+        """The RDTSC at ``address`` is C's, outside guest mode; gives the hook's handle."""
+        return self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._functions.time_stamp, address, address,
+                                         data=self._counter.address)
+
     def hook_gate(self, address: int, callback: Callable[[], None]) -> int:
         """Reaching ``address`` calls ``callback``; gives the hook's handle."""
         self._doors[address] = callback
         return self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._functions.gate, address, address, data=self._counter.address)
 
     # ---- what C reads
+    def note_time_stamp(self, ahead: int) -> None:
+        """How far the time stamp counter is ahead of time."""
+        self._state[TIME_STAMP] = ahead & 0xFFFFFFFFFFFFFFFF
+
     def set_gates(self, gates: Mapping[int, int], direct: frozenset[int]) -> None:
         """INT n with these vectors goes to the monitor, from rings up to the gate's; those in ``direct`` do not."""
         known = self._known_gates.get(id(gates))

@@ -54,7 +54,7 @@ class Running:
         #: Called with a new block's address; a translator answers with what its code stands for.
         self.tagger: Callable[[int, list[Instruction]], Tags | None] = lambda pc, instructions: None
         #: The time stamp counter's offset (a VMM may hide its own time; TSC_OFFSET of AMD-V).
-        self.tsc_offset = self.tsc_adjustment = 0
+        self.tsc_offset = self._tsc_adjustment = 0
         #: What the time stamp counter counts instead of virtual time; called with the address about to run (None: between two instructions).
         self.cycles: Callable[[int | None], int] | None = None
         self._failure: BaseException | None = None
@@ -242,6 +242,17 @@ class Running:
             if index is not None:
                 time -= block.guest_weight_from(index)
         return (time * TSC_PER_NANOSECOND + self.tsc_adjustment + self.tsc_offset) & 0xFFFFFFFFFFFFFFFF
+
+    @property
+    def tsc_adjustment(self) -> int:
+        """What WRMSR made of the time stamp counter, against virtual time."""
+        return self._tsc_adjustment
+
+    @tsc_adjustment.setter
+    def tsc_adjustment(self, value: int) -> None:
+        self._tsc_adjustment = value
+        if self.native_events is not None:
+            self.native_events.note_time_stamp(value)
 
     def set_tsc(self, value: int, address: int) -> None:
         """The WRMSR at ``address`` sets the time stamp counter."""

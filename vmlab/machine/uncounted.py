@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from vmlab.machine.pc import Machine
 
 #: What may be one of the instructions that the machine carries out, IN and OUT aside (SDM Vol. 2D table A-3): SYSCALL, MOV CR8, WRMSR,
-#: RDTSC, RDMSR, SYSENTER, RDTSCP. A match is decoded, the rest never is.
-_MAY_BE_CARRIED_OUT = re.compile(rb"\x0f[\x05\x20\x22\x30-\x34]|\x0f\x01\xf9")
+#: RDTSC, RDMSR, SYSENTER, RDRAND, RDTSCP. A match is decoded, the rest never is.
+_MAY_BE_CARRIED_OUT = re.compile(rb"\x0f[\x05\x20\x22\x30-\x34\xc7]|\x0f\x01\xf9")
 _PORTS = frozenset({"in", "out", "ins", "outs"})
 
 
@@ -83,7 +83,7 @@ class UncountedBlocks(Blocks):
             machine.fail(failure)
 
     def _wants_hook(self, instruction: Instruction) -> bool:
-        return carried_out(instruction) and instruction.op not in _PORTS
+        return instruction.random or (carried_out(instruction) and instruction.op not in _PORTS)
 
     def on_instruction(self, uc: int, address: int, size: int, data: int) -> None:
         hooked = self._hooked.get(address)

@@ -67,6 +67,7 @@ typedef struct {
     uint64_t svm;            /* address of an `svm`; 0: nobody enters guest mode */
     uint64_t faults;         /* address of a `faults`; 0: no shadow whose hidden faults are C's */
     uint64_t on_port;        /* void (*)(void): the access in `what`, the value in `token`, either way */
+    uint64_t time_stamp;     /* how far the time stamp counter is ahead of time */
 } state;
 
 #define FAILED 1

@@ -1,4 +1,4 @@
-/* IN and OUT: Instructions._port() of vmlab/machine/instructions.py, as Unicorn's callback at the exact address of one.
+/* IN, OUT and RDTSC: Instructions._port() and ._rdtsc() of vmlab/machine/instructions.py, as Unicorn's callback at the exact address of one.
  *
  * C sees to the rights that Unicorn never checks and to AMD-V's intercept, leaves the block and moves RIP on; the device is Python's.
  * Where IOPL does not allow the access, an I/O permission bitmap decides, and Python does all of it, as of whatever else is not plain.
@@ -13,10 +13,13 @@
 #define HFLAGS 176
 #define CS_BASE (184 + 24 + 8)
 #define CR0_AT 424
+#define CR4_AT (CR0_AT + 32)
 #define HF_SHADOW (1u << 3)
 #define HF_CODE_SIZE (1u << 4 | 1u << 15) /* CS32, CS64 */
 #define HF_GUEST (1u << 21)
 #define CR0_PE 1u
+#define CR4_TSD (1u << 2)
+#define RDTSC_SIZE 2
 #define IOPL_SHIFT 12
 #define VM (1u << 17)
 #define UC_X86_REG_RIP 41
@@ -119,6 +122,33 @@ EXPORT void vmlab_port(void *uc, uint64_t address, uint32_t length, void *data)
         FIELD(uint32_t, s, HFLAGS) &= ~HF_SHADOW;
         set_cpl(s);
     }
+    AT(int (*)(void *, int, const void *), s->write_register)(uc, UC_X86_REG_RIP, &FIELD(uint64_t, s, EIP));
+    return;
+python:
+    AT(void (*)(void *, uint64_t, uint32_t, void *), s->on_instruction)(uc, address, length, data);
+}
+
+/* uc_cb_hookcode_t at an RDTSC without prefixes; a tick is a nanosecond (running.py). In guest mode the counter has an offset, and may be intercepted: Python's. */
+EXPORT void vmlab_time_stamp(void *uc, uint64_t address, uint32_t length, void *data)
+{
+    state *s = data;
+    cuts *table = s->current ? AT(cuts *, AT(const uint64_t *, s->cuts)[s->current]) : 0;
+    uint32_t hflags = FIELD(uint32_t, s, HFLAGS);
+    uint64_t stamp;
+    cut *here;
+
+    if (s->stopped || !table || address - table->pc >= table->size)
+        goto python;
+    here = &table->at[address - table->pc];
+    if (here->index == NONE || here->slow || hflags & HF_GUEST || (hflags & 3 && FIELD(uint64_t, s, CR4_AT) & CR4_TSD))
+        goto python;
+    stamp = s->time - here->weight + s->time_stamp;
+    leave_behind(s, table, here);
+    FIELD(uint64_t, s, RAX_AT) = stamp & 0xFFFFFFFF;
+    FIELD(uint64_t, s, RDX_AT) = stamp >> 32;
+    FIELD(uint64_t, s, EIP) = address - FIELD(uint64_t, s, CS_BASE) + RDTSC_SIZE;
+    FIELD(uint32_t, s, HFLAGS) &= ~HF_SHADOW;
+    set_cpl(s);
     AT(int (*)(void *, int, const void *), s->write_register)(uc, UC_X86_REG_RIP, &FIELD(uint64_t, s, EIP));
     return;
 python:
