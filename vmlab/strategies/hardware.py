@@ -33,7 +33,7 @@ from vmlab.vmm.emulate import Emulator
 from vmlab.vmm.guest_mode import GuestModeCpu
 from vmlab.vmm.guest_tables import GuestMemory, GuestMmu
 from vmlab.vmm.host import physical_bus
-from vmlab.vmm.interrupt_window import InterruptWindow, TaskPriority
+from vmlab.vmm.interrupt_window import InterruptWindow, NonMaskable, TaskPriority
 from vmlab.vmm.operands import FETCHED, fetch
 from vmlab.vmm.platform import VirtualPlatform
 from vmlab.vmm.registers import HARMLESS_MSRS
@@ -81,9 +81,8 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         self._window = InterruptWindow(self.vmcb, self.counts)
         self._priority = TaskPriority(self.cpu, self.platform_devices.lapic)
         self.platform_devices.before_access, self.platform_devices.after_store = self._priority.take, self._priority.show
-        #: An NMI for the guest waits; the guest handles one and takes no other until its IRET.
-        self._nmi = self._nmi_blocked = False
-        self.platform_devices.on_nmi = self._raise_nmi
+        self._nmi = NonMaskable(self.cpu, self.vmcb, self.counts)
+        self.platform_devices.on_nmi = self._nmi.accept
         self._exits: dict[int, Callable[[], None]] = {
             **dict.fromkeys(range(v.EXIT_CR_READ, v.EXIT_DR_READ), self.emulate_next),
             v.EXIT_CPUID: self.emulate_next, v.EXIT_MSR: self.emulate_next, v.EXIT_HLT: self._halt, v.EXIT_IOIO: self._port,
@@ -224,7 +223,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         if not self.cpu.interrupts_enabled:     # nothing can wake it, whatever else goes on in the machine
             self.machine.idle()
             self.machine.stop(Stop(StopReason.HALTED))
-        elif self.platform_devices.pending or self._nmi:
+        elif self.platform_devices.pending or self._nmi.waits:
             self.machine.idle()
         else:
             while self.svm.wait().reason is StopReason.REQUESTED and not self.platform_devices.pending:
@@ -303,11 +302,11 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         platform = self.platform_devices
         if self.machine.pic.pending:
             self.svm.take_interrupts()
-        elif not (platform.pending or platform.lapic.irr or self._nmi or self._window.opened is not None):     # as before most entries
+        elif not (platform.pending or platform.lapic.irr or self._nmi.waits or self._window.opened is not None):     # as before most entries
             self.cpu.settle()
             return
-        if self._nmi and not self._nmi_blocked and not self.cpu.read("event_injection") and not self.cpu.read("interrupt_shadow"):
-            self._inject_nmi()
+        if self._nmi.waits:
+            self._nmi.inject()
         if platform.lapic.irr:
             self._priority.take()
         if not platform.pending:
@@ -325,27 +324,14 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
             self.cpu.write("event_injection", v.event(v.EVENT_INTERRUPT, platform.acknowledge()))
         self.cpu.settle()
 
-    def _raise_nmi(self) -> None:
-        """The guest's APIC sent an NMI; it is injected before the next entry. Only the guest's own accesses do that: it has exited."""
-        self._nmi = True
-
-    def _inject_nmi(self) -> None:
-        """The CPU does not tell the end of an injected NMI by itself: the guest's IRET is intercepted (APM Vol. 2 §15.20, §15.21.4)."""
-        self._nmi, self._nmi_blocked = False, True
-        self.counts["interrupt.injected"] += 1
-        self.counts["vmm.inject"] += 1
-        self.vmcb["intercepts"] |= v.intercept_bit(v.EXIT_IRET)
-        self.cpu.write("event_injection", v.event(v.EVENT_NMI, 2))
-
     def _nmi_handled(self) -> None:
         """The handler of an NMI is about to return. One that waits comes behind its IRET (SDM Vol. 3A §6.7.1), which the VMM carries out then.
 
         Not a return to another task: the NMI comes before that one, on top of the handler's frame.
         """
-        self._nmi_blocked = False
-        self.vmcb["intercepts"] &= ~v.intercept_bit(v.EXIT_IRET)
+        self._nmi.handled()
         cpu = self.cpu
-        if self._nmi and (cpu.long_mode or not cpu.eflags & NT):
+        if self._nmi.waits and (cpu.long_mode or not cpu.eflags & NT):
             self.carry_out(cpu.segment(SS).base + cpu.gpr(RSP))
 
     def interrupt(self) -> None:
@@ -369,7 +355,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
         return self._counted() | {
             "svm": self.svm.state(), "mmu": self.mmu.state(), "cpu": self.cpu.state(), "registers": self.emulator.registers.state(),
             "devices": self.platform_devices.state(), "memory": self.memory.pager.state(), "window": self._window.state(),
-            "nmi": (self._nmi, self._nmi_blocked),
+            "nmi": self._nmi.state(),
         }
 
     def from_state(self, state: dict[str, Any]) -> None:
@@ -377,7 +363,7 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
                                               ("devices", self.platform_devices), ("memory", self.memory.pager), ("window", self._window))
         for name, part in parts:
             part.from_state(state[name])
-        self._nmi, self._nmi_blocked = state["nmi"]
+        self._nmi.from_state(state["nmi"])
         self._count_on(state)
 
     # ---- state

@@ -51,6 +51,41 @@ class InterruptWindow:
             self.opened = None
 
 
+class NonMaskable:
+    """A non-maskable interrupt that waits for the guest. The guest handles one and takes no other until its IRET."""
+
+    def __init__(self, cpu: GuestModeCpu, vmcb: CountedVmcb, counts: Counts) -> None:
+        self._cpu, self._vmcb, self._counts = cpu, vmcb, counts
+        self.waits = self._blocked = False
+
+    def accept(self) -> None:
+        """The guest's APIC sent one; it is injected before the next entry. Only the guest's own accesses do that: it has exited."""
+        self.waits = True
+
+    def inject(self) -> None:
+        """Inject it if that can be. The CPU does not tell its end by itself: the guest's IRET is intercepted (APM Vol. 2 §15.20, §15.21.4)."""
+        if not self.waits or self._blocked or self._cpu.read("event_injection") or self._cpu.read("interrupt_shadow"):
+            return
+        self.waits, self._blocked = False, True
+        self._counts["interrupt.injected"] += 1
+        self._counts["vmm.inject"] += 1
+        self._vmcb["intercepts"] |= v.intercept_bit(v.EXIT_IRET)
+        self._cpu.write("event_injection", v.event(v.EVENT_NMI, 2))
+
+    def handled(self) -> None:
+        """Its handler is about to return: RIP is at its IRET."""
+        self._blocked = False
+        self._vmcb["intercepts"] &= ~v.intercept_bit(v.EXIT_IRET)
+
+    def state(self) -> tuple[bool, bool]:
+        """Whether one waits, and whether one is being handled."""
+        return self.waits, self._blocked
+
+    def from_state(self, state: tuple[bool, bool]) -> None:
+        """The VMCB is as it was."""
+        self.waits, self._blocked = state
+
+
 class TaskPriority:
     """CR8 and the local APIC's TPR: one register for the guest, two for the machine."""
 
