@@ -190,8 +190,8 @@ class HardwareAssisted(HardwareAssistedTechnique, Strategy):
     def _decode(self) -> Instruction | None:
         """AMD-V does not say which instruction exited, nor how long it is: the VMM fetches it."""
         self.counts["vmm.decode"] += 1
-        cpu, bits = self.cpu, self.cpu.bits
-        at = cpu.rip if bits == 64 else (cpu.read("cs.base") + cpu.rip) & 0xFFFFFFFF
+        cpu = self.cpu
+        at, bits = cpu.code_at()
         known, mmu = self.svm.exiting, cpu.mmu
         if known is not None and not mmu.cr0 & CR0_PG:
             return known

@@ -65,6 +65,7 @@ class GuestModeCpu:
         self._code, self._halves, self._code_at = self._at["cs.attributes"]
         self._paging = self._at["cr0"][0] | self._at["cr3"][0] | self._at["cr4"][0] | self._at["efer"][0]
         self._cr0_at, self._cr3_at, self._cr4_at, self._efer_at = (self._at[name][2] for name in ("cr0", "cr3", "cr4", "efer"))
+        self._code_base, _, self._code_base_at = self._at["cs.base"]
         self._doubles = views["I"]
         self._segment_at = {number: _where([self._at[f"{name}.{field}"] for field in ("selector", "base", "limit", "attributes")])
                             for number, name in _IN_VMCB.items()}
@@ -187,6 +188,15 @@ class GuestModeCpu:
         if attributes & _L and self.mmu.efer & EFER_LMA:
             return 64
         return 32 if attributes & _D else 16
+
+    def code_at(self) -> tuple[int, int]:
+        """The linear address of the instruction at RIP, and the size of its code."""
+        self._read |= self._rip | self._code
+        attributes, rip = self._halves[self._code_at], self._words[self._rip_at]
+        if attributes & _L and self.bits == 64:
+            return rip, 64
+        self._read |= self._code_base
+        return (self._words[self._code_base_at] + rip) & 0xFFFFFFFF, 32 if attributes & _D else 16
 
     @property
     def hflags(self) -> int:
