@@ -268,3 +268,12 @@ def test_a_place_that_cannot_be_written_is_one_sentence(results: dict[str, Any],
 @pytest.mark.parametrize(("value", "said"), [(0.074, "0.07×"), (1.0, "1.00×"), (4.16, "4.2×"), (38.4, "38×"), (1239.0, "1,240×")])
 def test_ratios_are_said_with_the_figures_that_mean_something(value: float, said: str) -> None:
     assert times(value) == said
+
+
+def test_a_parameter_without_effect_names_no_variant() -> None:
+    """The size of pages in nested tables says nothing of shadow paging: the two differ in ``memory`` alone."""
+    cells = [{"technique": "hardware-assisted", "status": "ok", "parameters": {"workload": "w", "memory": memory, "nested_page": page},
+              "events": {"exit.io": n}} for n, (memory, page) in enumerate((("lazy", "4k"), ("nested", "2m")))]
+    assert View({"cells": cells}).variants("w") == [("hardware-assisted", "lazy"), ("hardware-assisted", "nested")]
+    cells.append({**cells[1], "parameters": {**cells[1]["parameters"], "nested_page": "4k"}, "events": {"exit.io": 9}})
+    assert [told for _, told in View({"cells": cells}).variants("w")] == ["lazy", "nested, nested_page 2m", "nested, nested_page 4k"]

@@ -87,6 +87,7 @@ def draw_exits(view: View) -> Any:
         axes.grid(axis="x")
         axes.set_xlim(0, 1.2 * max(sum(found[variant].values()) for variant in group))  # room for the number behind the bar
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3 * fits(2)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         for y, variant in enumerate(group):
             _bar(axes, y, found[variant], colours)
     sheet.legend(legend, columns=fits(2))

@@ -11,6 +11,8 @@ from vmlab.report.style import order
 
 Cell = Mapping[str, Any]
 
+#: Parameters that mean something only where another has this value.
+_ONLY_WITH = {"nested_page": ("memory", "nested")}
 #: Parameters that say what the guest does, beside those of the native cells; the others say how the technique does it.
 WORK_KEYS = ("guest", "workload", "iterations", "density", "budget")
 
@@ -99,7 +101,7 @@ class View:
         Where more than two parameters vary, only those are named that differ from the technique's first cell, which is the "reference".
         """
         technique, parameters = str(cell["technique"]), cell["parameters"]
-        keys = [key for key in self._spread.get(technique, {}) if key in parameters]
+        keys = [key for key in self._spread.get(technique, {}) if key in parameters and _applies(key, parameters)]
         if len(self._spread.get(technique, {})) > 2:
             keys = [key for key in keys if parameters[key] != self._first[technique].get(key)]
             return technique, ", ".join(self._told(technique, key, parameters[key]) for key in keys) or "reference"
@@ -174,6 +176,12 @@ def times(value: float) -> str:
     return f"{value:.2f}×" if value < 1.95 else f"{value:.1f}×"
 
 
+def _applies(key: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a parameter means anything beside the others."""
+    of, value = _ONLY_WITH.get(key, ("", None))
+    return not of or parameters.get(of) == value
+
+
 def _spread(cells: list[Cell]) -> dict[str, dict[str, set[str]]]:
     """By technique, the parameters that tell its cells of one work apart, with the values that they take, by name.
 
@@ -187,7 +195,7 @@ def _spread(cells: list[Cell]) -> dict[str, dict[str, set[str]]]:
     for cell in cells:
         technique, parameters = str(cell["technique"]), cell["parameters"]
         for key, value in parameters.items():
-            if key in WORK_KEYS:
+            if key in WORK_KEYS or not _applies(key, parameters):
                 continue
             values.setdefault(technique, {}).setdefault(key, set()).add(str(value))
             place = (technique, key, *(str(parameters.get(of)) for of in ("guest", "workload", "density"))) if key in natives else (technique, key)
