@@ -152,6 +152,38 @@ def test_every_protocol_reports_the_same_memory() -> None:
     assert sum(size for _, size, kind in regions if kind == RAM) == memory - 0x60000
 
 
+def test_multiboot_information_as_the_specification_lays_it_out() -> None:
+    """Multiboot 0.6.96 §3.3: memory from KiB 0 and 1024 on, command line, modules with a string each, memory map, loader's name."""
+    memory, line = 64 << 20, "console=ttyS0 root=/dev/ram"
+    begin = boot.start(image("hlt", modules=(b"one" * 100, b"two")), line, memory)
+    base = begin.registers[3]
+    assert begin.registers[0] == 0x2BADB002
+    info = next(data for at, data in begin.pieces if at == base)
+    placed = dict(begin.pieces)
+
+    def word(offset: int) -> int:
+        return int(struct.unpack_from("<I", info, offset)[0])
+
+    def text(address: int) -> bytes:
+        return info[address - base:info.index(b"\0", address - base)]
+
+    assert word(0) == 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9       # memory, command line, modules, map, loader
+    assert (word(4), word(8)) == (640, (memory - (1 << 20)) >> 10)
+    assert text(word(16)) == line.encode()
+    modules = [struct.unpack_from("<IIII", info, word(24) - base + 16 * i) for i in range(word(20))]
+    assert [placed[first] for first, *_ in modules] == [b"one" * 100, b"two"]
+    assert [end - first for first, end, *_ in modules] == [300, 3]
+    assert all(text(string) == b"" and not reserved for _, _, string, reserved in modules)
+    regions, at, end = [], word(48), word(48) + word(44)
+    while at < end:                                 # "size" does not count itself
+        size, *region = struct.unpack_from("<IQQI", info, at - base)
+        regions.append(tuple(region))
+        at += size + 4
+    assert at == end
+    assert regions == [(0, 0xA0000, 1), (0xA0000, 0x60000, 2), (1 << 20, memory - (1 << 20), 1)]
+    assert text(word(64)) == b"vmlab"
+
+
 def test_modules_end_at_the_top_of_ram_and_must_fit() -> None:
     guest = image("hlt", modules=(bytes(5000), bytes(1)))
     begin = boot.start(guest, "", 2 << 20)
