@@ -188,3 +188,16 @@ def test_a_kernel_above_ring_0_is_told_that_it_has_neither(scheme: str) -> None:
     features, refused = here.guest_state().gpr[6:8]
     hidden = 1 << 7 | 1 << 20 if kind is BinaryTranslation else 0       # a trapping VMM is not asked: CPUID runs on the CPU
     assert native.guest_state().gpr[6] ^ features == hidden and refused == 13 and native.guest_state().gpr[7] == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_smsw_into_a_register_stores_all_of_cr0(path: str) -> None:
+    """CR0.CD is bit 30; into memory, and with the operand-size prefix, SMSW stores a word."""
+    source = f"mov eax, cr0; or eax, 0x40000000; mov cr0, eax; mov eax, -1; smsw eax; mov ebx, -1; .byte 0x66, 0x0f, 0x01, 0xe3; {END}"
+    image = kernel("mov ecx, -1; mov [0x5000], ecx; smsw [0x5000];" + source.replace("xor eax, eax;", "mov ebp, eax; xor eax, eax;"))
+    ways = [(Native, {}), *((HardwareAssisted, {"memory": memory}) for memory in ("static", "lazy", "nested")), SCHEMES["binary-translation/lazy"]]
+    for kind, parameters in ways:
+        strategy = boot(kind, image, parameters, path)
+        assert strategy.run(100_000) == Stop(StopReason.EXIT, 0)
+        assert strategy.guest_state().gpr[5] == 0x40000011 and strategy.guest_state().gpr[3] == 0xFFFF0011
+        assert strategy.read_guest(0x5000, 4) == b"\x11\0\xff\xff"

@@ -28,6 +28,8 @@ PARAMETERS: Mapping[str, Parameter] = MappingProxyType({
     "initrd": Text("file of an initial RAM disk, or of a Multiboot module", ""),
     "drives": Text("files of IDE disks, separated by commas; behind the image where that is a disk itself", ""),
     "protocol": Parameter("how the image is started; auto: as its file says", "auto", ("auto", *PROTOCOLS)),
+    "timer": Parameter("timer and interrupt controllers at the kernel's start: as after reset, or as a BIOS leaves them, ticking 18.2 times a second",
+                       "reset", ("reset", "bios")),
     "script": Text("a dialogue on the serial port: expect TEXT send TEXT …, words quoted as in a shell; the run ends behind the last", ""),
 })
 
@@ -93,4 +95,6 @@ def equip(image: GuestImage, values: Mapping[str, object]) -> GuestImage:
         drives = (*drives, whole_sectors(path, read(path, "disk image")))
     if len(drives) > 2:
         raise ConfigError(f"drives: the machine has room for two IDE disks, not {len(drives)}")
-    return dataclasses.replace(image, modules=modules, drives=drives) if modules or drives else image
+    timer = str(values.get("timer", image.timer))
+    changed = modules or drives or timer != image.timer
+    return dataclasses.replace(image, modules=modules, drives=drives, timer=timer) if changed else image

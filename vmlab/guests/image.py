@@ -65,6 +65,8 @@ class GuestImage:
     setup: bytes = b""
     #: Disks that the machine has for this guest, in their order: IDE drives.
     drives: tuple[bytes, ...] = ()
+    #: Timer and interrupt controllers at the start: "reset", or "bios" (boot/firmware.py).
+    timer: str = "reset"
 
     @property
     def end(self) -> int:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CR4_TSD = 1 << 2
 
 #: Names of :data:`vmlab.ledger.SYSTEM_INSTRUCTIONS` that :class:`Instructions` knows.
-_CARRIED_OUT = frozenset({"in", "out", "ins", "outs", "rdtsc", "rdtscp", "rdmsr", "wrmsr", "sysenter", "syscall", "jmp_far", "call_far"})
+_CARRIED_OUT = frozenset({"in", "out", "ins", "outs", "rdtsc", "rdtscp", "rdmsr", "wrmsr", "sysenter", "syscall", "jmp_far", "call_far", "smsw"})
 _WORD = 0xFFFFFFFFFFFFFFFF
 _CR8 = x86_capstone.X86_REG_CR8
 
@@ -63,6 +63,7 @@ class Instructions:
             **dict.fromkeys(task.INSTRUCTIONS, self._may_switch_tasks),
             "sysenter": self._sysenter, "syscall": self._syscall,
             "mov_to_cr": self._mov_to_cr8, "mov_from_cr": self._mov_from_cr8, "mov_to_seg": self._mov_to_ss,
+            "smsw": self._smsw,
         }
         self.msrs = Msrs(machine)
         #: How many random numbers were taken.
@@ -121,6 +122,14 @@ class Instructions:
             selector = int.from_bytes(b"".join(self._machine.engine.uc.mem_read(at, n) for at, n in pieces), "little")
         if not selector & 0xFFFC and selector != cpu.cpl:
             raise Fault(GENERAL_PROTECTION, 0)
+
+    def _smsw(self, address: int, instruction: Instruction) -> None:
+        """Into a 32-bit register SMSW stores the whole of CR0 (APM Vol. 3); Unicorn does so in 64-bit code only."""
+        machine, target = self._machine, instruction.cs.operands[0]
+        wide = target.type == x86_capstone.X86_OP_REG and target.size == 4 and not self._cpu.hflags & hidden.HF_CS64
+        if wide and not (machine.in_guest and machine.guest_mode is not None and machine.guest_mode.watches_cr0()):
+            self._cpu.set_gpr(number_of(target.reg), self._cpu.cr(0))
+            self._complete(address, instruction)
 
     def undefined(self, address: int) -> None:
         """Unicorn would run it, and no CPU does."""

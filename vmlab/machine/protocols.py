@@ -60,6 +60,9 @@ class GuestMode(Protocol):
     def memory_fault(self, fault: PageFault | NestedFault) -> bool:
         """The machine faulted on memory in an instruction that it carries out: True when it made an exit."""
 
+    def watches_cr0(self) -> bool:
+        """Whether a read of CR0, SMSW included, exits."""
+
     def lets_flush(self, op: str, number: int) -> bool:
         """Whether MOV to control register ``number``, or INVLPG, runs in the guest without an exit."""
 

@@ -269,6 +269,10 @@ class Svm(Host):
         assert value is not None
         self._vmcb["interrupt_control"] = self._vmcb["interrupt_control"] & ~v.V_TPR | value
 
+    def watches_cr0(self) -> bool:
+        """Whether a read of CR0 exits."""
+        return bool(self._vmcb["intercept_cr_read"] & 1)
+
     def lets_flush(self, op: str, number: int) -> bool:
         """Whether the guest's MOV to CR ``number``, or INVLPG, is carried out by the CPU itself."""
         if op == "invlpg":

@@ -47,4 +47,6 @@ def start(image: GuestImage, command_line: str, memory: int) -> Start:
     except UnicodeEncodeError:
         raise GuestImageError(f"the command line of guest {image.name!r} has characters beyond ASCII: {command_line!r}") from None
     begin = _LOADERS[image.protocol](image, command_line, memory)
+    if image.timer == "bios":
+        begin = firmware.with_timer(image, begin)
     return Start((*firmware.areas(), *begin.pieces), begin.rip, begin.registers, begin.real_mode)

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import struct
 
+from vmlab.errors import GuestImageError
+from vmlab.guests.boot.layout import Start
+from vmlab.guests.image import GuestImage
+
 #: Extended BIOS data area: the last KiB of base memory, where the floating pointer is searched first (MP Specification §4).
 EBDA = 0x9FC00
 _BASE_KIB = EBDA >> 10
@@ -25,6 +29,33 @@ NO_SERVICE = 0xFE000
 # mov si, text ; mov dx, 0x3F8 ; 1: cs lodsb ; test al, al ; jz 2f ; out dx, al ; jmp 1b ; 2: cli ; hlt ; jmp 2b
 _NO_SERVICE_CODE = bytes.fromhex("be18e0 baf803 2eac 84c0 7403 ee ebf7 fa f4 ebfc")
 _NO_SERVICE_TEXT = b"\r\nvmlab: the firmware of this machine has no services (INT n in real mode)\r\n\0"
+
+
+#: Where the code lies that programs timer and interrupt controllers, and the handler of the tick.
+_SETUP, _SETUP_SIZE, _TICK = 0x500, 0x100, 0xFE080
+_TICK_VECTOR = 8
+#: (port, value) in the order of IBM's BIOS: both controllers (ICW1 to ICW4: edges, vectors 8 and 0x70, cascade, 8086), which interrupts
+#: are let in (timer, keyboard, the slave, diskette; clock, …), and channel 0 of the timer in mode 3, as slow as it goes.
+_DEVICES = ((0x20, 0x11), (0x21, _TICK_VECTOR), (0x21, 4), (0x21, 1), (0xA0, 0x11), (0xA1, 0x70), (0xA1, 2), (0xA1, 1), (0x21, 0xB8), (0xA1, 0x8F),
+            (0x43, 0x36), (0x40, 0), (0x40, 0))
+# push ax, ds ; mov ax, 0x40 ; mov ds, ax ; inc dword [0x6C] ; mov al, 0x20 ; out 0x20, al ; pop ds, ax ; iret
+_TICK_CODE = bytes.fromhex("50 1e b84000 8ed8 66ff066c00 b020 e620 1f 58 cf")
+
+
+def with_timer(image: GuestImage, begin: Start) -> Start:
+    """``begin`` behind code of the guest's that programs timer and interrupt controllers as a BIOS does; the tick counts at 0040:006C.
+
+    Raises :class:`GuestImageError` where the image itself lies there.
+    """
+    if any(segment.address < _SETUP + _SETUP_SIZE and segment.address + segment.memory_size > _SETUP for segment in image.segments):
+        raise GuestImageError(f"timer=bios: guest image {image.name!r} lies at {_SETUP:#x}, where the code is that programs the timer")
+    eax = begin.registers.get(0, 0)
+    code = b"".join(bytes((0xB0, value, 0xE6, port)) for port, value in _DEVICES)     # mov al, value ; out port, al
+    code += (b"\x66" if begin.real_mode else b"") + b"\xb8" + struct.pack("<I", eax) + b"\xe9"
+    width = 2 if begin.real_mode else 4
+    code += (begin.rip - (_SETUP + len(code) + width) & (1 << 8 * width) - 1).to_bytes(width, "little")
+    tick = struct.pack("<HH", _TICK & 0xFFFF, 0xF000)
+    return Start(((_SETUP, code), (_TICK, _TICK_CODE), (4 * _TICK_VECTOR, tick), *begin.pieces), _SETUP, begin.registers, begin.real_mode)
 
 
 def areas() -> tuple[tuple[int, bytes], ...]:
