@@ -233,6 +233,8 @@ def test_ten_thousand_cells_keep_memory_flat_and_progress_true(tmp_path: Path) -
         import resource, sys
         import test_sweeps
         from fake_lab import FakeLab
+        from vmlab.experiment.lab import Lab
+        FakeLab.write_report, FakeLab.summary = Lab.write_report, Lab.summary       # the page is real
         cells = int(sys.argv[1])
         text = "name: many\\nmatrix: {technique: native, workload: compute, iterations: [" + ",".join(map(str, range(1, cells + 1))) + "]}"
         outcome, ran = test_sweeps.sweep(text, jobs=2, reuse=False)
