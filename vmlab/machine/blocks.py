@@ -37,6 +37,9 @@ def _hpa(pieces: list[tuple[int, int]], offset: int) -> int | None:
 class Blocks:
     """What happens at the start of a block in the rare cases, and at the exact addresses that somebody asked for."""
 
+    #: Virtual time is no count of instructions here.
+    guesses_time = False
+
     def __init__(self, machine: Machine, instructions: Instructions) -> None:
         self._machine, self._instructions = machine, instructions
         self._watched: dict[int, Callable[[int], None]] = {}
@@ -210,7 +213,7 @@ class Blocks:
         elif instruction.op in ("in", "out"):
             handle = native.hook_port(address, instruction)
         elif instruction.raw == _RDTSC and self._machine.cycles is None:
-            handle = native.hook_time_stamp(address)
+            handle = native.hook_time_stamp(address, guessed=self.guesses_time)
         else:
             handle = self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self.on_instruction, address, address)
         self._hooked[address] = (handle, instruction)

@@ -288,6 +288,7 @@ class Library(NamedTuple):
     gate: int
     port: int
     time_stamp: int
+    guessed_time_stamp: int
     world_switch: int
 
 

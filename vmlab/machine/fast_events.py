@@ -161,10 +161,10 @@ class FastEvents:
         return self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._functions.port, address, address,
                                          data=ctypes.addressof(site))
 
-    def hook_time_stamp(self, address: int) -> int:
-        """The RDTSC at ``address`` is C's, outside guest mode; gives the hook's handle."""
-        return self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, self._functions.time_stamp, address, address,
-                                         data=self._counter.address)
+    def hook_time_stamp(self, address: int, *, guessed: bool) -> int:
+        """The RDTSC at ``address`` is C's, outside guest mode; gives the hook's handle. ``guessed``: time is (uncounted.py)."""
+        function = self._functions.guessed_time_stamp if guessed else self._functions.time_stamp
+        return self._machine.engine.hook(uc_const.UC_HOOK_CODE, CODE_CALLBACK, function, address, address, data=self._counter.address)
 
     def hook_gate(self, address: int, callback: Callable[[], None]) -> int:
         """Reaching ``address`` calls ``callback``; gives the hook's handle."""

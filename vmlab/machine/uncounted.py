@@ -33,7 +33,10 @@ _PORTS = frozenset({"in", "out", "ins", "outs"})
 class UncountedBlocks(Blocks):
     """Looks at what Unicorn translates, by its bytes, and at the start of a block only when something is due."""
 
+    guesses_time = True
+
     def __init__(self, machine: Machine, instructions: Instructions) -> None:
+        self._hooked_pages: set[int] = set()
         #: Addresses of translated blocks that have not got their hooks yet.
         self._to_hook: set[int] = set()
         super().__init__(machine, instructions)
@@ -76,11 +79,17 @@ class UncountedBlocks(Blocks):
             pc, size = block_at[0], (block_at[1] >> 16) & 0xFFFF  # type: ignore[index]
             machine.cpu.load()
             asked = any(pc <= at < pc + size for at in (*self._watched, *self._gates))
+            if pc >> 12 in self._hooked_pages or pc + size - 1 >> 12 in self._hooked_pages:     # what is hooked may be other code's
+                asked = asked or any(pc <= at < pc + size for at in self._hooked)
             if asked or _MAY_BE_CARRIED_OUT.search(self._code_at(pc, size)):
                 self._to_hook.add(pc)
                 machine.interrupts.update()
         except BaseException as failure:  # noqa: BLE001 - nothing may cross Unicorn's frames
             machine.fail(failure)
+
+    def _hook(self, address: int, instruction: Instruction | None) -> None:
+        self._hooked_pages.add(address >> 12)
+        super()._hook(address, instruction)
 
     def _wants_hook(self, instruction: Instruction) -> bool:
         return instruction.random or (carried_out(instruction) and instruction.op not in _PORTS)

@@ -128,29 +128,48 @@ python:
     AT(void (*)(void *, uint64_t, uint32_t, void *), s->on_instruction)(uc, address, length, data);
 }
 
-/* uc_cb_hookcode_t at an RDTSC without prefixes; a tick is a nanosecond (running.py). In guest mode the counter has an offset, and may be intercepted: Python's. */
-EXPORT void vmlab_time_stamp(void *uc, uint64_t address, uint32_t length, void *data)
+/* Whether RDTSC is more than a look at the clock: in guest mode the counter has an offset, and may be intercepted. */
+static int time_is_pythons(const state *s)
 {
-    state *s = data;
-    cuts *table = s->current ? AT(cuts *, AT(const uint64_t *, s->cuts)[s->current]) : 0;
     uint32_t hflags = FIELD(uint32_t, s, HFLAGS);
-    uint64_t stamp;
-    cut *here;
 
-    if (s->stopped || !table || address - table->pc >= table->size)
-        goto python;
-    here = &table->at[address - table->pc];
-    if (here->index == NONE || here->slow || hflags & HF_GUEST || (hflags & 3 && FIELD(uint64_t, s, CR4_AT) & CR4_TSD))
-        goto python;
-    stamp = s->time - here->weight + s->time_stamp;
-    leave_behind(s, table, here);
+    return s->stopped || hflags & HF_GUEST || (hflags & 3 && FIELD(uint64_t, s, CR4_AT) & CR4_TSD);
+}
+
+static void tell_time(void *uc, state *s, uint64_t address, uint64_t stamp)
+{
     FIELD(uint64_t, s, RAX_AT) = stamp & 0xFFFFFFFF;
     FIELD(uint64_t, s, RDX_AT) = stamp >> 32;
     FIELD(uint64_t, s, EIP) = address - FIELD(uint64_t, s, CS_BASE) + RDTSC_SIZE;
     FIELD(uint32_t, s, HFLAGS) &= ~HF_SHADOW;
     set_cpl(s);
     AT(int (*)(void *, int, const void *), s->write_register)(uc, UC_X86_REG_RIP, &FIELD(uint64_t, s, EIP));
-    return;
-python:
-    AT(void (*)(void *, uint64_t, uint32_t, void *), s->on_instruction)(uc, address, length, data);
+}
+
+/* uc_cb_hookcode_t at an RDTSC without prefixes; a tick is a nanosecond (running.py). */
+EXPORT void vmlab_time_stamp(void *uc, uint64_t address, uint32_t length, void *data)
+{
+    state *s = data;
+    cuts *table = s->current ? AT(cuts *, AT(const uint64_t *, s->cuts)[s->current]) : 0;
+    cut *here = table && address - table->pc < table->size ? &table->at[address - table->pc] : 0;
+    uint64_t stamp;
+
+    if (!here || here->index == NONE || here->slow || time_is_pythons(s)) {
+        AT(void (*)(void *, uint64_t, uint32_t, void *), s->on_instruction)(uc, address, length, data);
+        return;
+    }
+    stamp = s->time - here->weight + s->time_stamp;
+    leave_behind(s, table, here);
+    tell_time(uc, s, address, stamp);
+}
+
+/* The same where nothing is counted (uncounted.py). */
+EXPORT void vmlab_guessed_time_stamp(void *uc, uint64_t address, uint32_t length, void *data)
+{
+    state *s = data;
+
+    if (time_is_pythons(s))
+        AT(void (*)(void *, uint64_t, uint32_t, void *), s->on_instruction)(uc, address, length, data);
+    else
+        tell_time(uc, s, address, s->time + s->time_stamp);
 }
