@@ -57,10 +57,9 @@ def row(name: str, ratios: Sequence[float], limit: float | None, better: str, no
 
 def table(rows: Iterable[Row]) -> str:
     """For docs/performance.md."""
-    lines = ["| what | median | spread | limit | met |", "|---|---|---|---|---|"]
+    lines = ["| what | median | spread | limit | met | beside it |", "|---|---|---|---|---|---|"]
     for one in rows:
         limit = "" if one.limit is None else f"{'≤' if one.better == 'lower' else '≥'} {one.limit:g}"
         met = {True: "yes", False: "**no**", None: ""}[one.met]
-        note = f" ({one.note})" if one.note else ""
-        lines.append(f"| {one.name}{note} | {one.ratio:.2f} | {one.spread[0]:.2f}–{one.spread[1]:.2f} | {limit} | {met} |")
+        lines.append(f"| {one.name} | {one.ratio:.2f} | {one.spread[0]:.2f}–{one.spread[1]:.2f} | {limit} | {met} | {one.note} |")
     return "\n".join(lines)
