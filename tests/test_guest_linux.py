@@ -12,6 +12,8 @@ from vmlab import guests
 from vmlab.cli.main import main
 
 SHELL = r'expect "vmlab# " send "uname -s; echo $((6*7))\n" expect "42" expect "vmlab# "'
+#: Without the pauses for somebody at the keyboard, whose loops would be hundreds of millions of instructions.
+MEMTEST_LINE = "console=ttyS0,115200 nopause nobench nosmp keyboard=legacy"
 #: Exits that are the memory's.
 MEMORY = ("page_fault", "cr_write", "cr_read", "invlpg")
 
@@ -45,7 +47,7 @@ def test_a_bzimage_unpacks_itself(protocol: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "protocol"), [("memtest86+ia32.bin", "linux32"), ("memtest86+x64.bin", "linux64")])
 def test_memtest_shows_its_banner(name: str, protocol: str) -> None:
-    cell = run("native", guest(MEMTEST, name), append="console=ttyS0,115200", ram=64, protocol=protocol, script='expect "Memtest86+"',
+    cell = run("native", guest(MEMTEST, name), append=MEMTEST_LINE, ram=64, protocol=protocol, script='expect "Memtest86+"',
                budget=500_000_000)
     assert (cell["status"], cell["error"]) == ("ok", None)
 
