@@ -28,7 +28,7 @@ from vmlab.experiment.worker import Record
 #: A cell that takes longer than this has hung inside the CPU: budgets end every guest long before.
 HUNG_SECONDS = 600.0
 #: A worker leads a group of its own, so that its forks end with it.
-_GROUP: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {}
+_GROUP: dict[str, Any] = {"process_group": 0} if hasattr(os, "killpg") else {}
 BOOTSTRAP = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from vmlab.experiment.worker import main; main()"
 
 
