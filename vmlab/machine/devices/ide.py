@@ -99,8 +99,9 @@ class Ide:
         if offset == _DATA:
             return self._take(size)
         if offset == _STATUS:
-            self.interrupt = False
-            self._line(False)
+            if self.interrupt:          # else a driver that polls would pull at the line for nothing
+                self.interrupt = False
+                self._line(False)
             return self._visible_status()
         return {_ERROR: self.error, _COUNT: self.count, _NUMBER: self.number, _LOW: self.low, _HIGH: self.high,
                 _DEVICE: self.device | 0xA0}[offset]
