@@ -201,3 +201,15 @@ def test_smsw_into_a_register_stores_all_of_cr0(path: str) -> None:
         assert strategy.run(100_000) == Stop(StopReason.EXIT, 0)
         assert strategy.guest_state().gpr[5] == 0x40000011 and strategy.guest_state().gpr[3] == 0xFFFF0011
         assert strategy.read_guest(0x5000, 4) == b"\x11\0\xff\xff"
+
+
+@pytest.mark.parametrize("scheme", ["native", *SCHEMES, "hardware-assisted/static"])
+@pytest.mark.parametrize("path", PATHS)
+def test_cr4_takes_only_the_bits_that_cpuid_tells_of(scheme: str, path: str) -> None:
+    """VME, UMIP, LA57, VMXE, PCIDE, PKE and what is reserved raise #GP and leave CR4 alone (SDM Vol. 3A §2.5)."""
+    kind, parameters = {"native": (Native, {}), "hardware-assisted/static": (HardwareAssisted, {})}.get(scheme) or SCHEMES[scheme]
+    tries = "".join(f"mov eax, {1 << bit:#x}; mov cr4, eax;" for bit in (0, 1, 11, 12, 13, 14, 15, 17, 19, 22, 23, 31))
+    image = kernel(f"mov eax, 0x610; mov cr4, eax; {tries} mov ebx, cr4; {END}", {13: "inc esi; add esp, 4; add dword ptr [esp], 3; iretd"})
+    strategy = boot(kind, image, parameters, path)
+    assert strategy.run(100_000) == Stop(StopReason.EXIT, 0)
+    assert strategy.guest_state().gpr[6] == 12 and strategy.guest_state().gpr[3] == strategy.guest_state().cr4 == 0x610

@@ -21,7 +21,7 @@ from vmlab.machine.delivery import GENERAL_PROTECTION, INVALID_OPCODE, PAGE_FAUL
 from vmlab.machine.engine import IN_CALLBACK, OUT_CALLBACK
 from vmlab.machine.msr import Msrs
 from vmlab.machine.operands import effective_address, far_selector, number_of
-from vmlab.machine.paging import NestedFault, PageFault
+from vmlab.machine.paging import CR4_BITS, NestedFault, PageFault
 from vmlab.machine.state import HF_SHADOW, RAX, RCX, RDX
 from vmlab.machine.svm_tasks import switch_in_guest
 from vmlab.machine.syscalls import syscall, sysenter
@@ -34,14 +34,15 @@ CR4_TSD = 1 << 2
 #: Names of :data:`vmlab.ledger.SYSTEM_INSTRUCTIONS` that :class:`Instructions` knows.
 _CARRIED_OUT = frozenset({"in", "out", "ins", "outs", "rdtsc", "rdtscp", "rdmsr", "wrmsr", "sysenter", "syscall", "jmp_far", "call_far", "smsw"})
 _WORD = 0xFFFFFFFFFFFFFFFF
-_CR8 = x86_capstone.X86_REG_CR8
+_CR4, _CR8 = x86_capstone.X86_REG_CR4, x86_capstone.X86_REG_CR8
 
 
 def carried_out(instruction: Instruction) -> bool:
     """Whether the machine has something to do at this instruction."""
     op = instruction.op
-    return op in _CARRIED_OUT or (op in ("mov_to_cr", "mov_from_cr") and any(operand.reg == _CR8 for operand in instruction.cs.operands)) or (
-        op == "mov_to_seg" and instruction.cs.operands[0].reg == x86_capstone.X86_REG_SS)
+    if op in ("mov_to_cr", "mov_from_cr"):
+        return any(operand.reg == _CR8 or (operand.reg == _CR4 and op == "mov_to_cr") for operand in instruction.cs.operands)
+    return op in _CARRIED_OUT or (op == "mov_to_seg" and instruction.cs.operands[0].reg == x86_capstone.X86_REG_SS)
 
 
 _PAGING_REGISTERS = {x86_capstone.X86_REG_CR0: 0, x86_capstone.X86_REG_CR3: 3, x86_capstone.X86_REG_CR4: 4}
@@ -80,7 +81,10 @@ class Instructions:
         if op in self._machine.trapping and cpu.cpl > 0:
             self._fault(address, GENERAL_PROTECTION, 0)
         elif flushes(instruction):
-            self._note_flush(instruction)
+            if op == "mov_to_cr" and self._refuses_cr4(instruction):
+                self._fault(address, GENERAL_PROTECTION, 0)
+            else:
+                self._note_flush(instruction)
         elif op in self._by_op:
             try:
                 self._by_op[op](address, instruction)
@@ -153,6 +157,13 @@ class Instructions:
         self._cpu.load()
         if self._cpu.gpr(RCX) & ((1 << (8 * instruction.cs.addr_size)) - 1):
             self._machine.events["machine.string"] += 1
+
+    def _refuses_cr4(self, instruction: Instruction) -> bool:
+        """A bit that this CPU does not have raises #GP (SDM Vol. 3A §2.5); Unicorn takes any. Not where an intercept or the ring comes first."""
+        cpu, machine = self._cpu, self._machine
+        if instruction.cs.operands[0].reg != _CR4 or cpu.cpl or not cpu.gpr(_general_register(instruction)) & ~CR4_BITS & _word(cpu):
+            return False
+        return not machine.in_guest or machine.guest_mode is None or machine.guest_mode.lets_flush("mov_to_cr", 4)
 
     def _note_flush(self, instruction: Instruction) -> None:
         """For the TLB model: Unicorn carries the instruction out, unless its ring or an intercept forbids it."""
@@ -328,6 +339,10 @@ def _mixed(number: int) -> int:
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _WORD
     return z ^ z >> 31
+
+
+def _word(cpu: Cpu) -> int:
+    return _WORD if cpu.hflags & hidden.HF_CS64 else 0xFFFFFFFF
 
 
 def _general_register(instruction: Instruction) -> int:

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 
 CR0_PG, CR0_WP = 1 << 31, 1 << 16
 CR4_PSE, CR4_PAE, CR4_PGE, CR4_SMEP, CR4_SMAP = 1 << 4, 1 << 5, 1 << 7, 1 << 20, 1 << 21
+#: Bits of CR4 that this CPU has, by CPUID (TSD, DE, PSE, PAE, MCE, PGE, PCE, OSFXSR, OSXMMEXCPT, FSGSBASE, OSXSAVE, SMEP, SMAP); others are #GP.
+CR4_BITS = 0x7FC | 1 << 16 | 1 << 18 | CR4_SMEP | CR4_SMAP
 CR4_FLUSHING = CR4_PSE | CR4_PAE | CR4_PGE   # a change of these voids the TLB and loads the PDPTEs (SDM Vol. 3A §4.4.1, §4.10.4.1)
 EFER_LME, EFER_LMA, EFER_NXE = 1 << 8, 1 << 10, 1 << 11
 P, RW, US, A, D, PS, G, NX = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7, 1 << 8, 1 << 63

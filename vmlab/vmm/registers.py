@@ -29,7 +29,7 @@ from vmlab.machine.msr import (
     TSC_AUX,
     check_kept,
 )
-from vmlab.machine.paging import CR4_FLUSHING, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_LME, EFER_NXE
+from vmlab.machine.paging import CR4_BITS, CR4_FLUSHING, CR4_SMAP, CR4_SMEP, EFER_LMA, EFER_LME, EFER_NXE
 from vmlab.machine.pc import Machine
 from vmlab.machine.state import FS, GS, RAX, RCX, RDX
 from vmlab.vmm.operands import CONTROL, DEBUG, effective_address, read_operand, write_operand
@@ -99,7 +99,7 @@ class RegisterEmulator:
         write = {0: mmu.write_cr0, 3: mmu.write_cr3, 4: mmu.write_cr4}.get(number)
         if write is None:
             raise Fault(UD)
-        if number == 4 and value & (CR4_SMEP | CR4_SMAP) and not self.guards_user_pages:
+        if number == 4 and value & ~(CR4_BITS if self.guards_user_pages else CR4_BITS & ~(CR4_SMEP | CR4_SMAP)):
             raise Fault(GP, 0)
         flush = number == 3 or (number == 4 and bool((value ^ mmu.cr4) & CR4_FLUSHING))
         write(value)
