@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import foreign
 import pytest
 from test_cli_live import ECHO, elf
 
@@ -133,6 +134,18 @@ def test_an_operating_system_from_a_file_goes_on_exactly(technique: str, chosen:
     booted = Boots()
     for rest in ('expect "forks"', 'expect "faults"'):
         cell: Parameters = {"guest": MINIOS, "append": "workload=server iterations=4 timer=20000", "script": f'expect "minios" {rest}', **chosen}
+        assert without_time(booted.run(technique, cell)) == cold(technique, cell)
+    booted.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["native", "nested", "translation"])
+def test_commands_of_xv6_share_its_boot(how: str) -> None:
+    technique, chosen = foreign.TECHNIQUES[how]
+    booted = Boots()
+    for command in ("echo one", "wc README"):
+        cell: Parameters = {"guest": foreign.guest(foreign.XV6, "kernelmemfs"), "ram": 240, **chosen,
+                            "script": f"expect '$ ' send '{command}\\n' expect '$ '"}
         assert without_time(booted.run(technique, cell)) == cold(technique, cell)
     booted.close()
 

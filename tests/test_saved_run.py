@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign
 import pytest
 from machinelab import PATHS
 from test_cli_live import ECHO, elf
@@ -99,6 +100,26 @@ def test_saved_runs_of_many_kinds_go_on_exactly(guest: str, technique: list[str]
     cell(*start, "--expect", "minios", "--save", file)
     cell("--from", file, "--expect", "workload=", "--save", file)
     assert cell("--from", file, "--expect", last) == cell(*start, "--expect", "minios", "--expect", "workload=", "--expect", last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", [["native"], TECHNIQUES["nested, large pages"], TECHNIQUES["lazy"]])
+def test_xv6_goes_on_from_its_shell(technique: list[str], cell: Runner, tmp_path: Path) -> None:
+    start = [foreign.guest(foreign.XV6, "kernelmemfs"), "--technique", *technique, "--ram", "240", "--expect", "$ "]
+    file = str(tmp_path / "run")
+    cell(*start, "--save", file)
+    assert cell("--from", file, "--send", "ls\\n", "--expect", "$ ") == cell(*start, "--send", "ls\\n", "--expect", "$ ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", [["native"], TECHNIQUES["nested, large pages"]])
+def test_linux_goes_on_from_its_shell(technique: list[str], cell: Runner, tmp_path: Path) -> None:
+    image, initrd = (foreign.guest(foreign.LINUX, name) for name in ("vmlinuz", "initrd.gz"))
+    start = [image, "--initrd", initrd, "--append", foreign.LINUX_LINE, "--set", "protocol=pvh", "--technique", *technique, "--ram", "256",
+             "--expect", "vmlab# "]
+    file = str(tmp_path / "run")
+    cell(*start, "--save", file)
+    assert cell("--from", file, "--send", "uname -a\\n", "--expect", "vmlab# ") == cell(*start, "--send", "uname -a\\n", "--expect", "vmlab# ")
 
 
 # ---- what is due keeps its moment and its order
