@@ -123,6 +123,8 @@ def test_a_technique_that_cannot_carry_an_image_says_so(tmp_path: Path, capsys: 
     (tmp_path / "disk.img").write_bytes(b"\xf4".ljust(510, b"\0") + b"\x55\xaa")
     assert vm(["run", str(tmp_path / "disk.img"), "--technique", "paravirtualization"]) == 0
     assert "unsupported" in capsys.readouterr().err
+    # What was expected did not come.
+    assert vm(["run", str(tmp_path / "disk.img"), "--technique", "paravirtualization", "--expect", "x"]) == 1
 
 
 def test_a_script_is_read_as_it_is_written() -> None:

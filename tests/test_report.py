@@ -111,6 +111,8 @@ def test_a_native_run_alone_draws_nothing_and_does_not_break(results: dict[str, 
     alone = results | {"cells": [cell for cell in results["cells"] if cell["technique"] == "native"]}
     assert drawable(View(alone)) == []
     assert len(report.summary(alone)) == 3
+    unpriced = alone | {"cells": [{k: v for k, v in cell.items() if k != "cycles"} for cell in alone["cells"]]}
+    assert report.terminal_table(unpriced) == "native alone: there is nothing to compare it with"
 
 
 def test_a_technique_that_stops_beating_native_is_the_title(results: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the cell and print it. Exit status 1 when the cell failed."""
+    """Run the cell and print it. Exit status 1 when the cell failed, or could not be carried though a text was expected of it."""
     from vmlab.errors import ConfigError
     from vmlab.experiment import schema, single
     from vmlab.experiment.lab import Lab
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(ledger(cell))
     if cell["status"] != "ok":
         print(f"vmlab: {cell['status']}: {cell['id']}: {cell['error']}", file=sys.stderr)
-    return 1 if cell["status"] == "failed" else 0
+    return 1 if cell["status"] == "failed" or (arguments.script and cell["status"] != "ok") else 0
 
 
 def ledger(cell: dict[str, Any]) -> str:

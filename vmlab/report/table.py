@@ -34,7 +34,7 @@ def terminal_table(results: Mapping[str, Any]) -> str:
     for cell in view.all:
         if cell.get("status") != "ok":
             lines.append(f"{cell.get('status')}: {cell.get('id')}: {cell.get('error') or 'no reason given'}")
-    text = "\n".join(lines) or "no cell was run"
+    text = "\n".join(lines) or ("native alone: there is nothing to compare it with" if view.all else "no cell was run")
     return text.replace("×", "x").encode("ascii", "replace").decode("ascii")
 
 
