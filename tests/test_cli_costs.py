@@ -25,7 +25,7 @@ def test_profiles_say_how_many_figures_are_cited(capsys: pytest.CaptureFixture[s
     assert main(["list", "profiles", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["profiles"]
     by_name = {row["name"]: row for row in rows}
-    assert by_name["prescott-2005"]["cited"] >= 20 and by_name["prescott-2005"]["provides"] == "shadow vmx x86"
+    assert by_name["prescott-2005"]["cited"] >= 20 and by_name["prescott-2005"]["provides"] == "long shadow vmx x86"
     assert sum(row["cited"] >= 8 for row in rows) >= 8, "at least eight generations with eight cited figures or more"
 
 
