@@ -103,11 +103,11 @@ THERE_AND_BACK: Parts = {
 @pytest.mark.parametrize(("technique", "parameters"), TECHNIQUES)
 @pytest.mark.parametrize("parts", [REAL, THERE_AND_BACK], ids=["real", "there-and-back"])
 def test_as_on_the_bare_machine(parts: Parts, technique: str, parameters: dict[str, Value]) -> None:
-    if parts is THERE_AND_BACK and parameters.get("sensitive") == "silent":
-        pytest.skip("SGDT in protected mode shows the VMM's table: a finding of the technique, not of this test")
     native = outcome(start(parts, "native", {}))
     assert native[1] == (0x77 if parts is REAL else 7)
-    assert outcome(start(parts, technique, parameters)) == native
+    # SGDT in protected mode shows the VMM's table where it does not trap: a finding of the technique.
+    told = parts is THERE_AND_BACK and parameters.get("sensitive") == "silent"
+    assert (outcome(start(parts, technique, parameters)) != native) == told
 
 
 def test_what_the_bare_machine_leaves() -> None:
